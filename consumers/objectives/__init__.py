@@ -1,0 +1,1 @@
+"""Objectives: one file each, known to the trainer through one protocol."""

@@ -1,0 +1,149 @@
+"""Hydra's compose API -> plain YAML -> the frozen `Config`; every error says what was meant and what there is.
+
+Place in the flow: the first thing each command does. Refuses `_target_` keys and anything the models do not name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from qwenimg_dist.config import Config, flatten
+
+
+class ConfigError(ValueError):
+    """The overrides or files do not make a valid config; the message is meant for the user (exit code 2)."""
+
+
+def conf_dir() -> Path:
+    """The `conf` folder: the checkout's if there is one beside the package, else the packaged copy.
+
+    An editable install leaves `conf` out of the package, and a stale copy may lie in site-packages; so the checkout
+    wins.
+    """
+    package = Path(__file__).resolve().parent
+    beside = package.parent / "conf"
+    if (beside / "config.yaml").is_file() and (package.parent / "pyproject.toml").is_file():
+        return beside
+    packaged = package / "conf"
+    if (packaged / "config.yaml").is_file():
+        return packaged
+    raise ConfigError(f"no config.yaml in {beside} or {packaged}: reinstall the package")
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and what each offers."""
+    root = conf_dir()
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in sorted(root.iterdir())
+        if folder.is_dir()
+    }
+
+
+def load_config(overrides: Sequence[str] = ()) -> Config:
+    """Compose and validate. Raises `ConfigError` with a hint."""
+    return validate(compose_tree(overrides))
+
+
+def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
+    """Hydra overrides -> resolved plain dict."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            composed = compose(config_name="config", overrides=list(overrides))
+        tree = OmegaConf.to_container(composed, resolve=True)
+    except MissingConfigException as error:
+        raise ConfigError(_missing_group(error)) from error
+    except (ConfigCompositionException, HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_composition_hint(error, overrides)) from error
+    if not isinstance(tree, dict):
+        raise ConfigError("the composed config is not a mapping")
+    return {str(key): value for key, value in tree.items()}
+
+
+def validate(tree: dict[str, Any]) -> Config:
+    """Plain dict -> `Config`, with "did you mean" for unknown keys and choices."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_describe(item) for item in error.errors()]
+        raise ConfigError("invalid config:\n  " + "\n  ".join(lines)) from error
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of the tree, for completion and hints."""
+    return sorted({*_model_keys(Config), *flatten(compose_tree([]))})
+
+
+def _describe(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    message = str(item["msg"])
+    if item["type"] == "extra_forbidden":
+        message = "unknown key" + _did_you_mean(where, known_keys())
+    elif item["type"] == "literal_error":
+        choices = [c.strip(" '") for c in str(item["ctx"]["expected"]).replace(" or ", ",").split(",")]
+        message = f"{item['input']!r} is not one of {', '.join(choices)}" + _did_you_mean(
+            str(item["input"]), choices
+        )
+    else:
+        message += f" (got {item['input']!r})"
+    return f"{where}: {message}"
+
+
+def _missing_group(error: MissingConfigException) -> str:
+    offered = list(error.options or [])
+    missing = str(error.missing_cfg_file or "")
+    group, _, choice = missing.rpartition("/")
+    hint = _did_you_mean(choice, offered)
+    return f"{group or 'config'}={choice} does not exist{hint}; there is: {', '.join(offered) or 'nothing'}"
+
+
+def _composition_hint(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's own first line, and a hint for the first override whose key is unknown."""
+    known = [*_model_keys(Config), *known_keys_of_groups(), *groups()]
+    message = str(error).splitlines()[0]
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~").partition("@")[0]
+        if "=" not in override and not override.startswith("~"):
+            return f"override {override!r} is not of the form key=value"
+        if key not in known and not override.startswith("+"):
+            return f"unknown override {key!r}{_did_you_mean(key, known)}"
+    cause = f": {error.__cause__}".splitlines()[0] if error.__cause__ else ""
+    return message + cause
+
+
+def known_keys_of_groups() -> list[str]:
+    """Keys of the filters' YAML files (the tree names filters only as a dict)."""
+    keys: list[str] = []
+    for file in (conf_dir() / "filters").glob("*.yaml"):
+        tree = OmegaConf.to_container(OmegaConf.load(file))
+        if isinstance(tree, dict):
+            keys.extend(f"filters.{key}" for key in flatten({str(k): v for k, v in tree.items()}))
+    return keys
+
+
+def _did_you_mean(wrong: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
+    if not close:
+        leaf = wrong.rpartition(".")[2]
+        leaves = {key.rpartition(".")[2]: key for key in known}
+        close = [leaves[name] for name in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.7)]
+    return f": did you mean {close[0]!r}?" if close else ""
+
+
+def _model_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        for candidate in (field.annotation, *get_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                yield from _model_keys(candidate, f"{prefix}{name}.")

@@ -1,0 +1,331 @@
+"""What can be configured: one frozen pydantic tree, validated from the plain YAML that Hydra composes.
+
+`compose.py` turns groups and overrides into this tree; every command receives it whole and reads its own part.
+Unknown keys, wrong types and wrong choices are refused here. Deliberately left out: `_target_`, `instantiate` and
+resolvers that run code. Filters are validated by their own files (`producers/filters`), since the core may not know
+them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+
+class Section(BaseModel):
+    """Base of every part of the tree: frozen, and no key that is not named here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Which pipeline is trained."""
+
+    name: str
+    """What the model is called in run directories and reports."""
+    path: str | None = None
+    """Local diffusers directory or hub id. `None` with `name=tiny` builds the tiny pipeline in the user's cache."""
+    revision: str | None = None
+    """Pinned commit of the hub repository; ignored for a local directory."""
+    max_text_tokens: PositiveInt = 512
+    """Captions are cut to this many tokens (the model was trained on at most 512)."""
+
+
+class FolderSource(Section):
+    """Pictures in a folder, with `metadata.jsonl` (Hugging Face imagefolder) or same-stem `.txt` captions."""
+
+    kind: Literal["folder"]
+    path: str | None = None
+    captions: Literal["auto", "metadata", "txt"] = "auto"
+    """`auto` takes `metadata.jsonl` where there is one, else `.txt` files."""
+
+
+class ManifestSource(Section):
+    """A `.jsonl` or `.parquet` file with one row per picture."""
+
+    kind: Literal["manifest"]
+    path: str | None = None
+    uri_column: str = "uri"
+    caption_column: str = "caption"
+    """A string, or a list of strings for several captions."""
+    root: str | None = None
+    """What relative uris are relative to; `None` is the manifest's folder."""
+
+
+SourceConfig = Annotated[FolderSource | ManifestSource, Field(discriminator="kind")]
+
+
+class EncodeConfig(Section):
+    """How admitted rows become tensors."""
+
+    resolutions: tuple[PositiveInt, ...] | None = None
+    """Resolution classes (side of the square bucket, px). `None` takes all of the curriculum's."""
+    aspects: tuple[str, ...] = ("1:1", "2:3", "3:2", "3:4", "4:3", "9:16", "16:9")
+    """Aspect ratios (width:height) of the buckets of each class."""
+    upscale: bool = False
+    """Encode a picture at a class larger than itself; off, it is left out of that class."""
+    posterior: Literal["mean", "mean_logvar"] = "mean"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Storage type of latents and text features."""
+    compute_dtype: Literal["bfloat16", "float32"] = "float32"
+    image_batch_pixels: PositiveInt = 4 * 1024 * 1024
+    """Pixels per VAE batch."""
+    text_batch_tokens: PositiveInt = 8192
+    """Padded tokens per text encoder batch."""
+
+
+class DataConfig(Section):
+    """The data set directory, the only thing that producers and consumers share."""
+
+    path: str | None = None
+    unit_size: PositiveInt = 512
+    """Rows per unit, the grain of work, retry and commit. Fixed when the data set is made."""
+    max_shard_bytes: PositiveInt = 1024**3
+    """A unit's tar is closed at this size and the next one begun."""
+    where: str | None = None
+    """Expression over the index columns; selects what is trained on, for example `aspect < 2`."""
+    held_out: NonNegativeFloat = 0.02
+    """Share of the rows (chosen by key) kept for validation and never trained on."""
+    max_held_out: NonNegativeInt = 256
+    """At most this many rows are held out."""
+
+
+class Phase(Section):
+    """One stretch of the curriculum."""
+
+    resolutions: dict[int, PositiveFloat]
+    """Resolution class -> weight of its draws."""
+    share: PositiveFloat | None = None
+    """Share of `train.steps`; either every phase has a share or every phase has `steps`."""
+    steps: PositiveInt | None = None
+    global_batch: PositiveInt
+    """Samples per optimiser step, over all ranks."""
+    micro_batch_tokens: PositiveInt
+    """Token budget (image and text) of one forward pass on one rank; at least one sample is always taken."""
+    lr_scale: PositiveFloat = 1.0
+    where: str | None = None
+    """Narrows `data.where` in this phase."""
+
+
+class CurriculumConfig(Section):
+    phases: tuple[Phase, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_unit_of_length(self) -> CurriculumConfig:
+        shares = [phase.share is not None for phase in self.phases]
+        steps = [phase.steps is not None for phase in self.phases]
+        if not (all(shares) and not any(steps)) and not (all(steps) and not any(shares)):
+            raise ValueError("give every phase a `share`, or give every phase `steps`")
+        return self
+
+
+class FlowMatchingConfig(Section):
+    """Flow matching on velocity = noise - x0 (sigma = 1 is noise)."""
+
+    kind: Literal["flow_matching"]
+    sigma_density: Literal["logit_normal", "uniform"] = "logit_normal"
+    sigma_mean: float = 0.0
+    sigma_std: PositiveFloat = 1.0
+    shift: Literal["resolution", "constant", "none"] = "resolution"
+    """`resolution` is the scheduler's own exponential shift by image tokens."""
+    shift_constant: PositiveFloat = 2.2
+    """e^mu, used with `shift=constant`."""
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Share of captions replaced by the empty prompt; decided in the ledger."""
+
+
+class OptimConfig(Section):
+    """AdamW with fp32 masters."""
+
+    lr: PositiveFloat
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    clip_grad_norm: NonNegativeFloat = 1.0
+    """0 turns clipping off."""
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    """0 turns the EMA off."""
+
+
+class EngineConfig(Section):
+    """ZeRO-3."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of the gathered weights and the forward pass; masters, reduce-scatter and loss are always fp32."""
+    activation_checkpointing: bool = False
+    max_skipped_steps: NonNegativeInt = 3
+    """Consecutive steps with a non-finite loss or gradient after which the run stops."""
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt = 500
+    keep: PositiveInt = 3
+    """Newest checkpoints kept; older ones are removed after a new one is committed."""
+
+
+class TrainConfig(Section):
+    steps: PositiveInt
+    seed: NonNegativeInt = 0
+    stop_after: PositiveInt | None = None
+    """End (saved, exit 0) after this step without changing the schedule."""
+    log_samples: bool = False
+    """Write `samples.jsonl`: step, bucket and the keys of the global batch in order."""
+    log_every: PositiveInt = 10
+    fresh: bool = False
+    """Start from step 0 even if the run directory holds checkpoints; they are moved aside."""
+
+
+class EvaluateConfig(Section):
+    every: NonNegativeInt = 500
+    """Steps between held-out losses; 0 turns them off."""
+    sigma_quantiles: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    num_samples: PositiveInt = 64
+    grid_every: NonNegativeInt = 0
+    """Steps between sample grids; 0 turns them off."""
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str = " "
+    num_steps: PositiveInt = 20
+    guidance: PositiveFloat = 4.0
+    height: PositiveInt | None = None
+    """px; `None` is the square bucket of the phase."""
+    width: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+
+
+class LoggerConfig(Section):
+    """`metrics.jsonl` is always written; W&B besides."""
+
+    wandb: Literal["online", "offline", "off"] = "off"
+    project: str = "qwenimg-dist"
+    group: str | None = None
+    name: str | None = None
+
+
+class ClusterConfig(Section):
+    ranks: PositiveInt = 1
+    """ZeRO-3 ranks of `train`."""
+    producers: PositiveInt = 1
+    """Producer actors of `produce`."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    cpus_per_rank: PositiveFloat = 1
+    cpus_per_producer: PositiveFloat = 1
+    gpus_per_producer: NonNegativeFloat = 0
+    address: str | None = None
+    """Ray address (`auto` inside a submitted job); `None` starts a local Ray on 127.0.0.1."""
+    unit_retries: NonNegativeInt = 3
+    """Tries of one unit after its actor died."""
+    unit_timeout_s: PositiveFloat = 3600
+    max_restarts: NonNegativeInt = 3
+    """Restarts of the training gang after a rank died."""
+
+
+class RunConfig(Section):
+    path: str | None = None
+
+
+class ExportConfig(Section):
+    path: str | None = None
+    weights: Literal["ema", "raw"] = "ema"
+    step: PositiveInt | None = None
+    """Checkpoint to export; `None` is the newest valid one."""
+    max_shard_bytes: PositiveInt = 5 * 1000**3
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class SampleConfig(Section):
+    path: str | None = None
+    """A pipeline directory; `None` takes `export.path`."""
+    prompts: tuple[str, ...] = ()
+    prompts_file: str | None = None
+    """One prompt per line; besides `prompts`."""
+    out: str = "grid.png"
+    seeds: tuple[NonNegativeInt, ...] = (0,)
+    height: PositiveInt = 1328
+    width: PositiveInt = 1328
+    num_steps: PositiveInt = 50
+    guidance: PositiveFloat = 4.0
+    negative_prompt: str = " "
+    columns: PositiveInt = 8
+
+
+class Config(Section):
+    """Everything. See `conf/` for the groups."""
+
+    stage: str
+    model: ModelConfig
+    source: SourceConfig
+    filters: dict[str, dict[str, Any]]
+    encode: EncodeConfig
+    data: DataConfig
+    curriculum: CurriculumConfig
+    objective: FlowMatchingConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    checkpoint: CheckpointConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    logger: LoggerConfig
+    cluster: ClusterConfig
+    run: RunConfig = RunConfig()
+    export: ExportConfig = ExportConfig()
+    sample: SampleConfig = SampleConfig()
+    follow: bool = False
+    """`produce` watches the source, `train` waits for new units, until the other side is done."""
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """Resolution classes that are encoded, ascending."""
+        if self.encode.resolutions is not None:
+            return tuple(sorted(set(self.encode.resolutions)))
+        return tuple(sorted({r for phase in self.curriculum.phases for r in phase.resolutions}))
+
+
+# What changes a training run's numbers; the rest (where it runs, how often it logs or saves) may differ on resume.
+_IDENTITY_SECTIONS = ("stage", "curriculum", "objective", "optim")
+_IDENTITY_KEYS = {
+    "model": ("name", "path", "revision"),
+    "data": ("path", "where", "held_out", "max_held_out"),
+    "engine": ("precision",),
+    "train": ("steps", "seed"),
+}
+
+
+def training_identity(config: Config) -> dict[str, Any]:
+    """The part of `config` that a resumed run must share with the run it continues, flattened to dotted keys."""
+    tree = config.model_dump(mode="json")
+    picked: dict[str, Any] = {name: tree[name] for name in _IDENTITY_SECTIONS}
+    for section, keys in _IDENTITY_KEYS.items():
+        picked[section] = {key: tree[section][key] for key in keys}
+    return flatten(picked)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> one dict with dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def stable_hash(value: Any, digits: int = 16) -> str:
+    """sha256 of canonical JSON, shortened to `digits` hex digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]

@@ -1,0 +1,1 @@
+"""The data contract: facets, shards, index, buckets and the ledger that orders samples."""

@@ -1,0 +1,270 @@
+"""The data set directory: facets, units and parts, and the one way to commit them.
+
+A part is a parquet file `FACET/unit-NNNNNN.PPP.parquet` and the tars that it names. **A part exists if and only if
+its parquet does**: tars are written under temporary names, fsynced and renamed; the parquet, which carries schema
+version, config hash, and sha256 and size of each tar, is renamed into place last and never rewritten. Whoever dies in
+between leaves only temporaries and unnamed tars, which nobody reads and `clean` removes.
+
+Both sides use this file; it knows neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qwenimg_dist.debug import fault_point
+from qwenimg_dist.schema import SCHEMA_VERSION
+
+_PART: Final = re.compile(r"^unit-(\d{6,})\.(\d{3,})\.parquet$")
+_META_KEY: Final = b"qwenimg_dist"
+
+
+class DataError(ValueError):
+    """A data set directory is not what it should be; the message names the file and the way out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tar:
+    """A committed tar, as its part's parquet names it."""
+
+    name: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Part:
+    """One committed file of one unit of one facet."""
+
+    facet: str
+    unit: int
+    part: int
+
+    @property
+    def stem(self) -> str:
+        """File name without extension; tars of the part start with it."""
+        return f"unit-{self.unit:06d}.{self.part:03d}"
+
+
+class Dataset:
+    """A data set directory. Cheap to make; every listing reads the directory anew."""
+
+    def __init__(self, root: Path, unit_size: int) -> None:
+        self.root = root
+        self.unit_size = unit_size
+
+    @classmethod
+    def open(cls, root: str | Path) -> Dataset:
+        """Open an existing data set. Raises `DataError` if there is none, or one of another schema."""
+        root = Path(root)
+        file = root / "dataset.json"
+        if not file.is_file():
+            raise DataError(f"{root} is not a data set (no dataset.json): run `qwenimg-dist produce` first")
+        try:
+            head = json.loads(file.read_text())
+            version, unit_size = int(head["schema_version"]), int(head["unit_size"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file} is damaged ({error}); restore it from a backup") from error
+        if version != SCHEMA_VERSION:
+            raise DataError(f"{file} has schema version {version}, this program reads {SCHEMA_VERSION}")
+        return cls(root, unit_size)
+
+    @classmethod
+    def create(cls, root: str | Path, unit_size: int) -> Dataset:
+        """Open, or make an empty one. Raises `DataError` if it exists with another unit size."""
+        root = Path(root)
+        if (root / "dataset.json").exists():
+            existing = cls.open(root)
+            if existing.unit_size != unit_size:
+                raise DataError(
+                    f"{root} has units of {existing.unit_size} rows, not {unit_size}: the size is fixed when a data "
+                    f"set is made; set data.unit_size={existing.unit_size} or choose another data.path"
+                )
+            return existing
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(root / "dataset.json", {"schema_version": SCHEMA_VERSION, "unit_size": unit_size})
+        return cls(root, unit_size)
+
+    def facets(self) -> list[str]:
+        """Names of the facets there are."""
+        return sorted(d.name for d in self.root.iterdir() if d.is_dir() and not d.name.startswith((".", "_")))
+
+    def parts(self, facet: str) -> list[Part]:
+        """Committed parts of a facet, by unit and part."""
+        folder = self.root / facet
+        if not folder.is_dir():
+            return []
+        found = (_PART.match(name) for name in os.listdir(folder))
+        return sorted(Part(facet=facet, unit=int(m[1]), part=int(m[2])) for m in found if m)
+
+    def units(self, facet: str) -> list[int]:
+        """Units of a facet that have at least one part, ascending."""
+        return sorted({part.unit for part in self.parts(facet)})
+
+    def next_part(self, facet: str, unit: int) -> Part:
+        """The name of the part that would be committed next for this unit."""
+        taken = [part.part for part in self.parts(facet) if part.unit == unit]
+        return Part(facet=facet, unit=unit, part=max(taken, default=-1) + 1)
+
+    def parquet(self, part: Part) -> Path:
+        return self.root / part.facet / f"{part.stem}.parquet"
+
+    def tar(self, facet: str, name: str) -> Path:
+        return self.root / facet / name
+
+    def read(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
+        """The part's table. Raises `DataError` naming the file if it cannot be read."""
+        file = self.parquet(part)
+        try:
+            return pq.read_table(
+                file, columns=list(columns) if columns is not None else None, memory_map=True
+            )
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(
+                f"{file} cannot be read ({error}); check it with `qwenimg-dist data verify`"
+            ) from error
+
+    def meta(self, part: Part) -> dict[str, Any]:
+        """What was committed with the part: schema_version, config_hash, tars, and the writer's own entries."""
+        file = self.parquet(part)
+        try:
+            raw = (pq.read_schema(file).metadata or {})[_META_KEY]
+            return dict(json.loads(raw))
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+            raise DataError(f"{file} has no readable commit record ({error})") from error
+
+    def tars(self, part: Part) -> list[Tar]:
+        """The tars of a part, with size and sha256 as committed."""
+        return [Tar(**entry) for entry in self.meta(part).get("tars", [])]
+
+    def read_unit(self, facet: str, unit: int, columns: Sequence[str] | None = None) -> pa.Table | None:
+        """All parts of a unit merged (a later part supersedes earlier rows of the same key column); None if absent."""
+        parts = [part for part in self.parts(facet) if part.unit == unit]
+        return self.merge(parts, columns) if parts else None
+
+    def merge(self, parts: Sequence[Part], columns: Sequence[str] | None = None) -> pa.Table:
+        """Tables of several parts of one unit, later ones superseding earlier ones, sorted by row (or key)."""
+        tables = [self.read(part, columns) for part in parts]
+        merged = pa.concat_tables(tables, promote_options="default")
+        by = "row" if "row" in merged.column_names else "key"
+        if len(tables) == 1:
+            return merged
+        last: dict[Any, int] = {}
+        for position, value in enumerate(merged.column(by).to_pylist()):
+            last[value] = position
+        return merged.take(pa.array(sorted(last.values()))).sort_by(by)
+
+    def commit(
+        self,
+        part: Part,
+        table: pa.Table,
+        *,
+        config_hash: str,
+        tars: Sequence[Tar] = (),
+        extra: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Make a part exist. Its tars must already be in place (`shards.ShardWriter.close`).
+
+        Returns False, changing nothing, if the part exists already: the same unit finished twice is not an error.
+        """
+        file = self.parquet(part)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        meta = {
+            **(extra or {}),
+            "schema_version": SCHEMA_VERSION,
+            "config_hash": config_hash,
+            "tars": [asdict(tar) for tar in tars],
+        }
+        stamped = table.replace_schema_metadata({_META_KEY: json.dumps(meta, sort_keys=True).encode()})
+        temporary = temporary_name(file)
+        try:
+            with open(temporary, "wb") as sink:
+                pq.write_table(stamped, sink, compression="zstd")
+                sink.flush()
+                os.fsync(sink.fileno())
+            fault_point("part_commit")
+            try:
+                os.link(temporary, file)  # fails if it exists, where rename would overwrite
+            except FileExistsError:
+                return False
+            fsync_dir(file.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def strays(self) -> list[Path]:
+        """Temporaries, and tars that no committed part names: what a killed writer left."""
+        stray: list[Path] = []
+        for facet in self.facets():
+            named = {tar.name for part in self.parts(facet) for tar in self.tars(part)}
+            for file in sorted((self.root / facet).iterdir()):
+                if file.name.startswith(".tmp-") or (file.suffix == ".tar" and file.name not in named):
+                    stray.append(file)
+        return stray
+
+    def clean(self) -> list[Path]:
+        """Remove strays. Only for the one producer that holds `lock`."""
+        stray = self.strays()
+        for file in stray:
+            file.unlink(missing_ok=True)
+        return stray
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the producer's lock. Raises `DataError` if another `produce` works here."""
+        with hold_lock(self.root / ".produce.lock", f"another `produce` is working on {self.root}"):
+            yield
+
+
+@contextlib.contextmanager
+def hold_lock(file: Path, message: str) -> Iterator[None]:
+    """An advisory lock that the operating system drops when the process dies. Raises `DataError(message)`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"{message} (lock {file}); wait for it, or end it first") from error
+        yield
+
+
+def temporary_name(file: Path) -> Path:
+    """A name beside `file` that no reader looks at. The random part keeps two writers apart."""
+    return file.with_name(f".tmp-{file.name}-{uuid.uuid4().hex[:8]}")
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON durably: temporary, fsync, rename."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(file)
+    try:
+        with open(temporary, "w", encoding="utf-8") as sink:
+            json.dump(value, sink, indent=1, sort_keys=True)
+            sink.write("\n")
+            sink.flush()
+            os.fsync(sink.fileno())
+        os.replace(temporary, file)
+        fsync_dir(file.parent)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Flow matching: path and targets, sigma sampling and shift, samplers."""

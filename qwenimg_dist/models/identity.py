@@ -1,0 +1,49 @@
+"""Fingerprints of what makes a facet: encoder weights, template, preprocessing. Part of the facet's name.
+
+Producers name facets by them and consumers ask for facets by them, so data made for another model is never read.
+What changes tensors only within the stated tolerance (batch sizes, compute dtype) is left out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwenimg_dist.config import Config, stable_hash
+from qwenimg_dist.models.weights import fingerprint_component
+from qwenimg_dist.schema import latents_facet, text_facet
+
+# Raise when the same input would give other tensors: resize and crop, colour handling, template, posterior.
+TEXT_RECIPE = 1
+LATENTS_RECIPE = 1
+
+
+def text_facet_name(pipeline_dir: Path, config: Config) -> str:
+    """Facet that holds text features of this model: `text-<id>`."""
+    return text_facet(
+        stable_hash(
+            {
+                "recipe": TEXT_RECIPE,
+                "encoder": fingerprint_component(pipeline_dir / "text_encoder"),
+                "tokenizer": fingerprint_component(pipeline_dir / "tokenizer"),
+                "max_tokens": config.model.max_text_tokens,
+                "dtype": config.encode.dtype,
+            },
+            digits=12,
+        )
+    )
+
+
+def latents_facet_names(pipeline_dir: Path, config: Config) -> dict[int, str]:
+    """Resolution class (px) -> facet that holds its latents: `latents-<resolution>-<id>`."""
+    fingerprint = stable_hash(
+        {
+            "recipe": LATENTS_RECIPE,
+            "vae": fingerprint_component(pipeline_dir / "vae"),
+            "aspects": list(config.encode.aspects),
+            "upscale": config.encode.upscale,
+            "posterior": config.encode.posterior,
+            "dtype": config.encode.dtype,
+        },
+        digits=12,
+    )
+    return {resolution: latents_facet(resolution, fingerprint) for resolution in config.resolutions}

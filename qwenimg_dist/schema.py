@@ -1,0 +1,142 @@
+"""The words both sides share: versions, facet names, columns of each facet, keys, buckets.
+
+A data set directory (see `data/facets.py` for how parts are committed):
+
+    dataset.json                      schema version, unit size; written once
+    listing/unit-000000.000.parquet   the source as it was seen: row, key, uri, captions
+    scan/...                          cheap facts of every file: bytes, sha256, header
+    dedup/...                         duplicate_of, settled in source order
+    rows/...                          the decision on every row: status, reason, scores
+    text-<id>/...                     one sample per distinct caption, unpadded features
+    latents-<resolution>-<id>/...     one sample per admitted row, normalised posterior
+    source-complete.json              exists when the source is known to be listed to its end
+
+`row` is the position in the listing (global, stable); unit = row // unit_size. A later part of a unit adds rows, or
+supersedes earlier rows of the same number (changed captions).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import pyarrow as pa
+
+SCHEMA_VERSION: Final = 1
+
+LISTING: Final = "listing"
+SCAN: Final = "scan"
+DEDUP: Final = "dedup"
+ROWS: Final = "rows"
+
+KEY_PATTERN: Final = re.compile(r"^[A-Za-z0-9_-]+$")
+
+Status = Literal["kept", "rejected", "fault"]
+
+
+def text_facet(fingerprint: str) -> str:
+    """Name of the text facet made by the encoder with this fingerprint."""
+    return f"text-{fingerprint}"
+
+
+def latents_facet(resolution: int, fingerprint: str) -> str:
+    """Name of the latents facet of one resolution class (px) made by the encoder with this fingerprint."""
+    return f"latents-{resolution}-{fingerprint}"
+
+
+def row_key(uri: str, repeat: int = 0) -> str:
+    """Sample key of a row: a pure function of the uri (relative to the source), so that order does not matter.
+
+    `repeat` counts earlier rows of the same uri in the listing (manifests may name a file twice).
+    """
+    text = uri if repeat == 0 else f"{uri}\0{repeat}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:20]
+
+
+def caption_key(caption: str) -> str:
+    """Sample key of a caption's text features: a hash of its exact characters. The empty prompt has one too."""
+    return "t" + hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()[:20]
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Bucket:
+    """Pixel size of all pictures of one batch; both sides are multiples of 16."""
+
+    height: int
+    width: int
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of the packed latents: (height / 16) * (width / 16)."""
+        return (self.height // 16) * (self.width // 16)
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+LISTING_COLUMNS: Final = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("key", pa.string()),
+        ("uri", pa.string()),  # relative to the source's root, `/` as separator
+        ("captions", pa.list_(pa.string())),
+        ("caption_fault", pa.string()),  # null, or why there is no caption
+    ]
+)
+
+SCAN_COLUMNS: Final = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),  # null where the file could not be read
+        ("format", pa.string()),
+        ("mode", pa.string()),
+        ("width", pa.int32()),  # upright, after EXIF orientation; 0 where unknown
+        ("height", pa.int32()),
+        ("orientation", pa.int8()),
+        ("fault", pa.string()),  # null, or a reason code such as `unreadable`, `not_an_image`
+        ("detail", pa.string()),
+    ]
+)
+
+DEDUP_COLUMNS: Final = pa.schema([("row", pa.int64()), ("duplicate_of", pa.int64())])  # -1: kept
+
+# `rows` has these, then one float column `score_<name>` per score of the filters.
+ROWS_COLUMNS: Final = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("key", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),  # empty where kept; else the filter's code, for example `too_small`
+        ("detail", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)
+
+# Where a sample's tensor lies: `offset` and `nbytes` are of the raw tensor data inside the tar.
+_PLACE = [
+    ("tar", pa.string()),
+    ("offset", pa.int64()),
+    ("nbytes", pa.int64()),
+    ("dtype", pa.string()),
+    ("shape", pa.list_(pa.int32())),
+]
+
+TEXT_COLUMNS: Final = pa.schema([("key", pa.string()), ("num_tokens", pa.int32()), *_PLACE])
+
+LATENTS_COLUMNS: Final = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("key", pa.string()),
+        ("bucket_height", pa.int32()),
+        ("bucket_width", pa.int32()),
+        ("resized_height", pa.int32()),
+        ("resized_width", pa.int32()),
+        ("crop_top", pa.int32()),
+        ("crop_left", pa.int32()),
+        *_PLACE,
+    ]
+)

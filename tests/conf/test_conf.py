@@ -1,0 +1,86 @@
+"""Every shipped choice composes, every key can be overridden plainly, every mistake gets a hint."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from qwenimg_dist.compose import ConfigError, compose_tree, conf_dir, groups, load_config
+from qwenimg_dist.config import Config, flatten, stable_hash, training_identity
+
+GROUPS = groups()
+
+
+@pytest.mark.parametrize(("stage", "model"), list(itertools.product(GROUPS["stage"], GROUPS["model"])))
+def test_every_stage_composes_with_every_model(stage: str, model: str) -> None:
+    config = load_config([f"stage={stage}", f"model={model}"])
+    assert config.stage == stage
+    assert config.model.name == model
+    assert config.resolutions
+
+
+@pytest.mark.parametrize("group", sorted(set(GROUPS) - {"stage", "model", "filters"}))
+def test_every_choice_of_every_group_composes(group: str) -> None:
+    for choice in GROUPS[group]:
+        load_config([f"{group}={choice}"])
+
+
+def test_every_key_of_the_models_stands_in_the_yaml_so_that_no_plus_is_needed() -> None:
+    tree = flatten(compose_tree([]))
+    dumped = flatten(load_config([]).model_dump(mode="json"))
+    in_yaml = {key.split("phases")[0] for key in tree}
+    missing = {key for key in dumped if key.split("phases")[0] not in in_yaml}
+    assert not missing, f"add to conf/: {sorted(missing)}"
+
+
+def test_the_config_is_frozen_and_round_trips() -> None:
+    config = load_config(["optim.lr=3e-4", "train.log_samples=true"])
+    assert config.optim.lr == 3e-4
+    assert config.train.log_samples
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+    with pytest.raises(ValueError, match="frozen"):
+        config.follow = True  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["optim.lrr=1"], "did you mean 'optim.lr'"),
+        (["+optim.lrr=1"], "did you mean 'optim.lr'"),
+        (["lr=1"], "did you mean 'optim.lr'"),
+        (["model=tinny"], "did you mean 'tiny'"),
+        (["model=tinny"], "qwen_image_2512"),
+        (["engine.precision=fp8"], "is not one of bf16, fp32"),
+        (["optim.lr=abc"], "optim.lr: Input should be a valid number"),
+        (["train.steps=-1"], "greater than 0"),
+        (["filters.resolution.min_sid=3"], "did you mean 'filters.resolution.min_side'"),
+        (["foo"], "key=value"),
+        (
+            ["curriculum.phases=[{resolutions:{64:1},share:1,steps:5,global_batch:1,micro_batch_tokens:1}]"],
+            "`share`",
+        ),
+    ],
+)
+def test_mistakes_are_named(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match="(?s)" + expected):
+        load_config(overrides)
+
+
+def test_identity_holds_what_moves_the_numbers_and_nothing_else() -> None:
+    base = training_identity(load_config([]))
+    assert training_identity(load_config(["cluster.ranks=7", "checkpoint.every=3", "logger=offline"])) == base
+    for change in [
+        "optim.lr=1e-3",
+        "train.seed=1",
+        "train.steps=7",
+        "objective.caption_dropout=0.2",
+        "data.where=x",
+    ]:
+        assert training_identity(load_config([change])) != base, change
+    assert stable_hash(base) == stable_hash(dict(reversed(base.items())))
+
+
+def test_the_checkout_wins_over_a_packaged_copy() -> None:
+    assert (conf_dir() / "config.yaml").is_file()
+    assert (conf_dir().parent / "pyproject.toml").is_file()
