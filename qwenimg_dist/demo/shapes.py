@@ -109,11 +109,21 @@ def split() -> tuple[list[Scene], list[Scene]]:
     return seen, held_out
 
 
+def _worded(template: str, scene: Scene) -> str:
+    article = "an" if scene.colour[0] in "aeiou" else "a"
+    return template.format(a=article, colour=scene.colour, shape=scene.shape, background=scene.background)
+
+
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     """A sentence for the scene; with `rng`, one of several wordings of unequal length, else the first one."""
     template = _TEMPLATES[0] if rng is None else _TEMPLATES[int(rng.integers(len(_TEMPLATES)))]
     article = "an" if scene.colour[0] in "aeiou" else "a"
     return template.format(a=article, colour=scene.colour, shape=scene.shape, background=scene.background)
+
+
+def all_captions() -> list[str]:
+    """Every wording of every scene, in a fixed order."""
+    return [_worded(template, scene) for scene in all_scenes() for template in _TEMPLATES]
 
 
 def parse(prompt: str) -> Scene:
