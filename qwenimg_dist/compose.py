@@ -89,12 +89,10 @@ def _describe(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
     message = str(item["msg"])
     if item["type"] == "extra_forbidden":
-        message = "unknown key" + _did_you_mean(where, known_keys())
+        message = "unknown key" + did_you_mean(where, known_keys())
     elif item["type"] == "literal_error":
         choices = [c.strip(" '") for c in str(item["ctx"]["expected"]).replace(" or ", ",").split(",")]
-        message = f"{item['input']!r} is not one of {', '.join(choices)}" + _did_you_mean(
-            str(item["input"]), choices
-        )
+        message = f"{item['input']!r} is not one of {', '.join(choices)}" + did_you_mean(str(item["input"]), choices)
     else:
         message += f" (got {item['input']!r})"
     return f"{where}: {message}"
@@ -104,7 +102,7 @@ def _missing_group(error: MissingConfigException) -> str:
     offered = list(error.options or [])
     missing = str(error.missing_cfg_file or "")
     group, _, choice = missing.rpartition("/")
-    hint = _did_you_mean(choice, offered)
+    hint = did_you_mean(choice, offered)
     return f"{group or 'config'}={choice} does not exist{hint}; there is: {', '.join(offered) or 'nothing'}"
 
 
@@ -117,7 +115,7 @@ def _composition_hint(error: Exception, overrides: Sequence[str]) -> str:
         if "=" not in override and not override.startswith("~"):
             return f"override {override!r} is not of the form key=value"
         if key not in known and not override.startswith("+"):
-            return f"unknown override {key!r}{_did_you_mean(key, known)}"
+            return f"unknown override {key!r}{did_you_mean(key, known)}"
     cause = f": {error.__cause__}".splitlines()[0] if error.__cause__ else ""
     return message + cause
 
@@ -132,7 +130,8 @@ def known_keys_of_groups() -> list[str]:
     return keys
 
 
-def _did_you_mean(wrong: str, known: Sequence[str]) -> str:
+def did_you_mean(wrong: str, known: Sequence[str]) -> str:
+    """`: did you mean 'x'?` for the closest known word, or of the closest last part of a dotted key; else empty."""
     close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
     if not close:
         leaf = wrong.rpartition(".")[2]

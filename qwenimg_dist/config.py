@@ -248,19 +248,23 @@ class ExportConfig(Section):
 
 
 class SampleConfig(Section):
+    """Pictures from a pipeline directory or a checkpoint."""
+
     path: str | None = None
-    """A pipeline directory; `None` takes `export.path`."""
-    prompts: tuple[str, ...] = ()
+    """A pipeline directory; `None` takes `export.path`, else the newest valid checkpoint of `run.path`."""
+    prompts: tuple[str, ...]
     prompts_file: str | None = None
     """One prompt per line; besides `prompts`."""
-    out: str = "grid.png"
-    seeds: tuple[NonNegativeInt, ...] = (0,)
-    height: PositiveInt = 1328
-    width: PositiveInt = 1328
-    num_steps: PositiveInt = 50
-    guidance: PositiveFloat = 4.0
-    negative_prompt: str = " "
-    columns: PositiveInt = 8
+    out: str
+    seeds: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    """Every prompt is drawn once per seed."""
+    height: PositiveInt | None = None
+    """px; `None` is the highest resolution class of the curriculum."""
+    width: PositiveInt | None = None
+    num_steps: PositiveInt
+    guidance: PositiveFloat
+    negative_prompt: str
+    columns: PositiveInt
 
 
 class Config(Section):
@@ -283,7 +287,7 @@ class Config(Section):
     cluster: ClusterConfig
     run: RunConfig = RunConfig()
     export: ExportConfig = ExportConfig()
-    sample: SampleConfig = SampleConfig()
+    sample: SampleConfig
     follow: bool = False
     """`produce` watches the source, `train` waits for new units, until the other side is done."""
 

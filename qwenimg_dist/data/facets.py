@@ -128,13 +128,9 @@ class Dataset:
         """The part's table. Raises `DataError` naming the file if it cannot be read."""
         file = self.parquet(part)
         try:
-            return pq.read_table(
-                file, columns=list(columns) if columns is not None else None, memory_map=True
-            )
+            return pq.read_table(file, columns=list(columns) if columns is not None else None, memory_map=True)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"{file} cannot be read ({error}); check it with `qwenimg-dist data verify`"
-            ) from error
+            raise DataError(f"{file} cannot be read ({error}); check it with `qwenimg-dist data verify`") from error
 
     def meta(self, part: Part) -> dict[str, Any]:
         """What was committed with the part: schema_version, config_hash, tars, and the writer's own entries."""

@@ -170,7 +170,7 @@ class ShardWriter:
     def _begin_tar(self) -> None:
         self._temporary = temporary_name(self._folder / self._name(len(self._pending)))
         self._file = _HashingFile(self._temporary)
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
 
     def _finish_tar(self) -> None:
         if self._tar is None or self._file is None or self._temporary is None:

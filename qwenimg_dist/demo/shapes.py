@@ -1,14 +1,21 @@
 """The demo's world: one coloured shape on a plain background, and the sentence that says so.
 
-Place in the flow: `demo` renders a folder of these pictures and hands it to `produce` like anybody's photos;
-`rewards.shapes` later reads the pixels of what the trained model drew. Variance is low on purpose (position jitter 3 %,
-radius 0.26-0.30 of the short side, no words): a 2.5 M transformer learns this world in minutes on a CPU, and a wider
-one it does not. Refuses: prompts that do not name exactly one colour, one shape and one background.
+Place in the flow: `demo` writes a folder of these pictures and hands it to `produce` like anybody's photos;
+`rewards.shapes` later reads the pixels of what the trained model drew. Variance is low on purpose (position
+jitter 3 %, radius 0.26-0.30 of the short side, no words): a 2.5 M transformer learns this world in minutes on a
+CPU, and a wider one it does not. Refuses: prompts that do not name exactly one colour, one shape and one
+background; to write into a folder that holds anything.
 """
 
+import io
+import json
+import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,21 +52,25 @@ _SUPERSAMPLE = 4
 
 
 def _circle(x: FloatArray, y: FloatArray) -> BoolArray:
-    return x**2 + y**2 <= 1.0
+    inside: BoolArray = x**2 + y**2 <= 1.0
+    return inside
 
 
 def _square(x: FloatArray, y: FloatArray) -> BoolArray:
-    return np.maximum(np.abs(x), np.abs(y)) <= _SQUARE_HALF_SIDE
+    inside: BoolArray = np.maximum(np.abs(x), np.abs(y)) <= _SQUARE_HALF_SIDE
+    return inside
 
 
 def _triangle(x: FloatArray, y: FloatArray) -> BoolArray:
     slanted_edges = np.sqrt(3.0) / 2.0 * np.abs(x) - 0.5 * y
-    return np.maximum(y, slanted_edges) <= _TRIANGLE_INRADIUS
+    inside: BoolArray = np.maximum(y, slanted_edges) <= _TRIANGLE_INRADIUS
+    return inside
 
 
 def _cross(x: FloatArray, y: FloatArray) -> BoolArray:
     near, far = np.minimum(np.abs(x), np.abs(y)), np.maximum(np.abs(x), np.abs(y))
-    return (near <= _CROSS_ARM) & (far <= _CROSS_REACH)
+    inside: BoolArray = (near <= _CROSS_ARM) & (far <= _CROSS_REACH)
+    return inside
 
 
 SHAPES: dict[str, Callable[[FloatArray, FloatArray], BoolArray]] = {
@@ -73,7 +84,7 @@ SHAPES: dict[str, Callable[[FloatArray, FloatArray], BoolArray]] = {
 HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
     {("red", "triangle"), ("yellow", "cross"), ("green", "circle"), ("blue", "square")}
 )
-"""(colour, shape) never shown in training, on any background; each colour and each shape is seen otherwise."""
+"""(colour, shape) never shown in training, on any background; every colour and shape is seen otherwise."""
 
 _TEMPLATES = (
     "{a} {colour} {shape} on a {background} background",
@@ -103,7 +114,7 @@ def all_scenes() -> list[Scene]:
 
 
 def split() -> tuple[list[Scene], list[Scene]]:
-    """(seen, held out): the held-out scenes combine a colour and a shape that training never shows together."""
+    """(seen, held out): held-out scenes combine a colour and a shape that training never shows together."""
     seen = [scene for scene in all_scenes() if (scene.colour, scene.shape) not in HELD_OUT_PAIRS]
     held_out = [scene for scene in all_scenes() if (scene.colour, scene.shape) in HELD_OUT_PAIRS]
     return seen, held_out
@@ -181,3 +192,113 @@ def render(scene: Scene, size_px: int | tuple[int, int], rng: np.random.Generato
     ]
     pixels = alpha * ink + (1.0 - alpha) * paper
     return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), mode="RGB")
+
+
+_FORMATS: dict[str, dict[str, object]] = {
+    ".png": {"format": "PNG"},
+    ".jpg": {"format": "JPEG", "quality": 95},
+    ".webp": {"format": "WEBP", "quality": 95},
+}
+_OTHER_ASPECT_SHARE = 0.12
+_TOO_SMALL_PX = 24
+_EXIF_ORIENTATION, _ROTATE_TO_SEE = 0x0112, 6
+"""Tag 0x0112 with value 6: whoever shows the file turns it by 90 degrees clockwise."""
+
+
+def _encoded(image: Image.Image, suffix: str, exif: Image.Exif | None = None) -> bytes:
+    buffer = io.BytesIO()
+    options = dict(_FORMATS[suffix])
+    if exif is not None:
+        options["exif"] = exif
+    image.save(buffer, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _picture(scene: Scene, size_px: int, rng: np.random.Generator) -> tuple[str, bytes]:
+    """(suffix, file): mostly square, sometimes 4:3 or 3:4 with the shape undistorted; any of the formats."""
+    suffix = str(rng.choice(list(_FORMATS)))
+    size = (size_px, size_px)
+    if rng.random() < _OTHER_ASPECT_SHARE:
+        longer, shorter = round(size_px * 1.2), round(size_px * 0.9)
+        size = (longer, shorter) if rng.random() < 0.5 else (shorter, longer)
+    return suffix, _encoded(render(scene, size, rng), suffix)
+
+
+def _rotated_picture(scene: Scene, size_px: int, rng: np.random.Generator) -> tuple[str, bytes]:
+    """A camera held sideways: stored turned, with the EXIF orientation that turns it back."""
+    upright = render(scene, size_px, rng)
+    exif = Image.Exif()
+    exif[_EXIF_ORIENTATION] = _ROTATE_TO_SEE
+    return ".jpg", _encoded(upright.transpose(Image.Transpose.ROTATE_90), ".jpg", exif)
+
+
+def _file(kind: str, scene: Scene, size_px: int, rng: np.random.Generator) -> tuple[str, bytes]:
+    """(suffix, file) of any kind but a duplicate."""
+    if kind == "picture":
+        return _picture(scene, size_px, rng)
+    if kind == "exif_rotated":
+        return _rotated_picture(scene, size_px, rng)
+    if kind == "truncated":
+        whole = _encoded(render(scene, size_px, rng), ".jpg")
+        return ".jpg", whole[: len(whole) // 2]
+    if kind == "empty":
+        return ".png", b""
+    if kind == "not_an_image":
+        return ".jpg", f"This is a text about {caption(scene)} (number {rng.integers(1 << 30)}).\n".encode()
+    if kind == "too_small":
+        return ".png", _encoded(render(scene, _TOO_SMALL_PX, rng), ".png")
+    raise ValueError(f"unknown kind of file {kind!r}")
+
+
+def write_folder(path: Path, *, num_images: int, seed: int, size_px: int = 160) -> dict[str, int]:
+    """Write a Hugging Face imagefolder of seen scenes: pictures, and the junk that real folders have.
+
+    `num_images` good pictures of `size_px` (>= 128; other aspects keep every side >= 0.9 `size_px`), one of them
+    stored sideways with an EXIF orientation; and besides, 2 % each of truncated JPEGs, texts named .jpg, exact
+    duplicates and too small pictures, and one empty file (an empty file equals every other, so a second would be
+    a duplicate). `metadata.jsonl` (file_name, text) names every file. The same arguments give the same bytes.
+    Returns files per kind. The folder appears complete or not at all. Raises FileExistsError if `path` holds
+    anything, ValueError for sizes that make no sense.
+    """
+    if num_images < 2 or size_px < 128:
+        raise ValueError(f"need num_images >= 2 and size_px >= 128, got {num_images} and {size_px}")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} is not empty: give a new folder, or remove it")
+    rng = np.random.default_rng(seed)
+    num_junk = max(1, round(num_images * 0.02))
+    kinds = ["picture"] * (num_images - 1) + ["exif_rotated", "empty"]
+    for kind in ("truncated", "not_an_image", "duplicate", "too_small"):
+        kinds += [kind] * num_junk
+    kinds = [str(kind) for kind in rng.permutation(kinds)]
+    first = kinds.index("picture")  # what is duplicated must come before its duplicates
+    kinds[0], kinds[first] = kinds[first], kinds[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent))
+    try:
+        scratch.chmod(0o755)  # mkdtemp makes it private, and the folder outlives this process
+        _fill(scratch, kinds, size_px, rng)
+        scratch.rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return dict(sorted(Counter(kinds).items()))
+
+
+def _fill(path: Path, kinds: list[str], size_px: int, rng: np.random.Generator) -> None:
+    seen, _ = split()
+    order: list[Scene] = []
+    written: list[tuple[str, bytes, str]] = []
+    with (path / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
+        for i, kind in enumerate(kinds):
+            if kind == "duplicate":
+                suffix, data, text = written[int(rng.integers(len(written)))]
+            else:
+                if not order:  # every scene equally often: one shuffled round after the other
+                    order = [seen[j] for j in rng.permutation(len(seen))]
+                scene = order.pop()
+                text = caption(scene, rng)
+                suffix, data = _file(kind, scene, size_px, rng)
+                if kind == "picture":
+                    written.append((suffix, data, text))
+            name = f"{i:05d}{suffix}"
+            (path / name).write_bytes(data)
+            metadata.write(json.dumps({"file_name": name, "text": text}) + "\n")

@@ -1,0 +1,48 @@
+# `make demo` and `make test` do all their own set-up and work on a fresh clone: no GPU, no hub, no account.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# One thread per process: on a small machine the ranks and actors are the parallelism.
+export OMP_NUM_THREADS ?= 1
+export DS_ACCELERATOR ?= cpu
+export TOKENIZERS_PARALLELISM ?= false
+export RAY_USAGE_STATS_ENABLED ?= 0
+export HF_HUB_OFFLINE ?= 1
+export WANDB_MODE ?= offline
+
+.PHONY: demo test test-all lint format bench install clean
+
+install: $(STAMP)
+
+# pip, not another installer: it takes a CPU build of torch where one is at hand. Torch first and alone, so that
+# nothing else decides its build.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q "torch>=2.10,<2.14"
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/qwenimg-dist demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest -m "not gpu and not bench"
+
+bench: install
+	$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf .venv demo runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
