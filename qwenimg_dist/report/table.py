@@ -1,0 +1,104 @@
+"""A table with a title, told once and shown three ways: rich on a terminal, plain text in a log, HTML in a report.
+
+Deliberately no formatting options beyond alignment: numbers go right, the rest left.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import rich.table
+from rich.text import Text
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of cells; `None` shows as an empty cell, integers get thousands separators."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"table {self.title!r} has {len(self.columns)} columns, but a row of {len(row)}")
+
+    def rich(self) -> rich.table.Table:
+        """For `rich.console.Console.print`."""
+        table = rich.table.Table(title=self.title, title_justify="left", title_style="bold")
+        for name, right in zip(self.columns, self._numeric()):
+            table.add_column(name, justify="right" if right else "left")
+        for row in self.rows:
+            table.add_row(*(Text(show(cell)) for cell in row))
+        return table
+
+    def text(self) -> str:
+        """Aligned plain lines, without colour or box characters."""
+        lines = [list(self.columns), *([show(cell) for cell in row] for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        right = self._numeric()
+        aligned = (
+            "  ".join(
+                cell.rjust(width) if is_right else cell.ljust(width)
+                for cell, width, is_right in zip(line, widths, right)
+            ).rstrip()
+            for line in lines
+        )
+        return "\n".join([self.title, *(f"  {line}" for line in aligned)])
+
+    def html(self) -> str:
+        """A `<table>`, every cell escaped."""
+        right = self._numeric()
+        return "".join(
+            [
+                f"<table><caption>{html.escape(self.title)}</caption><thead>",
+                _html_row("th", self.columns, right),
+                "</thead><tbody>",
+                *(_html_row("td", [show(cell) for cell in row], right) for row in self.rows),
+                "</tbody></table>",
+            ]
+        )
+
+    def _numeric(self) -> list[bool]:
+        return [
+            bool(self.rows) and all(row[i] is None or isinstance(row[i], int | float) for row in self.rows)
+            for i in range(len(self.columns))
+        ]
+
+
+def show(cell: Cell) -> str:
+    """One cell as text: 12,345 and 0.1235."""
+    if cell is None:
+        return ""
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    if isinstance(cell, float):
+        return f"{cell:,.4g}"
+    return cell
+
+
+def show_bytes(size: float) -> str:
+    """Bytes with a decimal unit: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")
+
+
+def show_share(part: int, whole: int) -> str:
+    """A share as per cent, `-` of nothing."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def _html_row(tag: str, cells: Sequence[str], right: Sequence[bool]) -> str:
+    shown = (
+        f'<{tag} class="n">{html.escape(cell)}</{tag}>' if is_right else f"<{tag}>{html.escape(cell)}</{tag}>"
+        for cell, is_right in zip(cells, right)
+    )
+    return f"<tr>{''.join(shown)}</tr>"
