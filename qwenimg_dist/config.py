@@ -256,6 +256,9 @@ class SampleConfig(Section):
     prompts_file: str | None = None
     """One prompt per line; besides `prompts`."""
     out: str
+    """The grid, a PNG file."""
+    cells: str | None = None
+    """Folder for the single pictures; `None` writes the grid only."""
     seeds: tuple[NonNegativeInt, ...] = Field(min_length=1)
     """Every prompt is drawn once per seed."""
     height: PositiveInt | None = None
@@ -265,6 +268,27 @@ class SampleConfig(Section):
     guidance: PositiveFloat
     negative_prompt: str
     columns: PositiveInt
+
+
+class DemoConfig(Section):
+    """The demo's own sizes; all else stands in `stage=demo`."""
+
+    path: str
+    """Folder for everything the demo makes."""
+    num_images: PositiveInt
+    """Good pictures in the generated folder; the junk comes besides."""
+    seed: NonNegativeInt
+
+
+class InspectConfig(Section):
+    """The contact sheet of `data inspect`."""
+
+    out: str | None = None
+    """HTML file; `None` is `inspect.html` in the data set."""
+    max_rows: PositiveInt = 2000
+    """More rows than this are sampled: half kept ones, half of the others, spread over their reasons."""
+    thumbnail: PositiveInt = 192
+    """Longer side of a thumbnail (px)."""
 
 
 class Config(Section):
@@ -288,6 +312,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     export: ExportConfig = ExportConfig()
     sample: SampleConfig
+    demo: DemoConfig
     follow: bool = False
     """`produce` watches the source, `train` waits for new units, until the other side is done."""
 
