@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwenimg_dist.config import Config, stable_hash
-from qwenimg_dist.models.weights import fingerprint_component
+from qwenimg_dist.models.pipeline import fingerprint_component
 from qwenimg_dist.schema import latents_facet, text_facet
 
 # Raise when the same input would give other tensors: resize and crop, colour handling, template, posterior.

@@ -1,0 +1,144 @@
+"""Checkpoints of a run: what is there, whether it is sound, and the way to a diffusers pipeline.
+
+    qwenimg-dist ckpt list run.path=RUN
+    qwenimg-dist ckpt verify run.path=RUN                       every byte against the manifests
+    qwenimg-dist ckpt export run.path=RUN export.path=OUT       a directory that stock diffusers loads
+        [export.weights=ema|raw] [export.step=N] [export.dtype=bfloat16|float32]
+
+The export streams tensor by tensor, so it needs memory for one tensor; the frozen components are taken over from the
+pipeline that the run was trained from (hard links where the file system allows, else copies).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from qwenimg_dist.commands.inputs import required, run_config
+from qwenimg_dist.compose import load_config
+from qwenimg_dist.config import Config
+
+SUMMARY: Final = "list, verify and export checkpoints"
+
+
+def run(args: list[str]) -> int:
+    """Dispatch on the verb. Raises ValueError for an unknown verb or unusable input."""
+    verbs = {"list": list_run, "verify": verify_run, "export": export_run}
+    if not args or args[0] not in verbs:
+        raise ValueError(f"ckpt needs one of: {', '.join(verbs)} (then run.path=...)")
+    return verbs[args[0]](load_config(args[1:]), args[1:])
+
+
+def list_run(config: Config, args: list[str]) -> int:
+    """Print step, validity, size and time of each checkpoint."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from consumers.checkpoint import list_checkpoints
+
+    run_dir = Path(required(config.run.path, "run.path"))
+    table = Table("step", "ranks", "GB", "state", title=str(run_dir))
+    found = list_checkpoints(run_dir)
+    for info in found:
+        table.add_row(str(info.step), str(info.num_ranks), f"{info.size_bytes / 1e9:.3f}", info.fault or "valid")
+    Console().print(table if found else f"no checkpoints in {run_dir}")
+    return 0
+
+
+def verify_run(config: Config, args: list[str]) -> int:
+    """Read every byte of every checkpoint. Exit code 1 if one is damaged."""
+    from consumers.checkpoint import list_checkpoints, verify_checkpoint
+
+    run_dir = Path(required(config.run.path, "run.path"))
+    found = list_checkpoints(run_dir)
+    if not found:
+        raise ValueError(f"no checkpoints in {run_dir}")
+    faults = 0
+    for info in found:
+        problems = [info.fault] if info.fault else verify_checkpoint(info.path)
+        faults += bool(problems)
+        print(f"step {info.step}: {'; '.join(problems) if problems else 'sound'}")
+    if faults:
+        print(f"{faults} of {len(found)} damaged; `train` falls back to the newest sound one")
+    return 1 if faults else 0
+
+
+def export_run(config: Config, args: list[str]) -> int:
+    """Write a pipeline directory. Nothing appears under `export.path` before it is whole and checked."""
+    run_dir = Path(required(config.run.path, "run.path"))
+    out = Path(required(config.export.path, "export.path"))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"export.path={out} exists and is not empty; remove it or choose another")
+    from consumers.checkpoint import open_checkpoint
+    from qwenimg_dist.models.pipeline import pipeline_dir
+
+    # The model is the one that the run trained, whatever the defaults of this command line are.
+    source = pipeline_dir(run_config(run_dir, args).model)
+    reader = open_checkpoint(run_dir, config.export.step)
+    temporary = out.with_name(f".tmp-{out.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        _write_pipeline(temporary, source, reader, config)
+        if out.exists():
+            out.rmdir()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"exported step {reader.step} ({config.export.weights} weights, {config.export.dtype}) to {out}")
+    print(f'load it with QwenImagePipeline.from_pretrained("{out}")')
+    return 0
+
+
+def _write_pipeline(folder: Path, source: Path, reader: object, config: Config) -> None:
+    import torch
+
+    from consumers.checkpoint import CheckpointReader
+    from qwenimg_dist.models.weights import SafetensorsDirectory, write_sharded
+
+    assert isinstance(reader, CheckpointReader)
+    which = "master" if config.export.weights == "raw" else "ema"
+    dtype = getattr(torch, config.export.dtype)
+    _take_over(source, folder, leave_out="transformer")
+    transformer = folder / "transformer"
+    transformer.mkdir()
+    shutil.copy2(source / "transformer" / "config.json", transformer / "config.json")
+
+    start = SafetensorsDirectory(source / "transformer")
+    if set(start.names) != set(reader.names):
+        missing, extra = set(start.names) - set(reader.names), set(reader.names) - set(start.names)
+        raise ValueError(
+            f"checkpoint {reader.path} is of another model than {source}: lacks {sorted(missing)[:3]}, "
+            f"has besides {sorted(extra)[:3]}"
+        )
+
+    def tensors() -> Iterator[tuple[str, tuple[int, ...], torch.dtype, object]]:
+        for name in start.names:
+            if reader.shape(name) != start.shape(name):
+                raise ValueError(f"{name} is {reader.shape(name)} in {reader.path}, {start.shape(name)} in {source}")
+            yield name, start.shape(name), dtype, lambda name=name: reader.read(name, which).to(dtype)
+
+    write_sharded(transformer, tensors(), max_shard_bytes=config.export.max_shard_bytes)  # type: ignore[arg-type]
+    provenance = {"run": str(reader.path), "step": reader.step, "weights": config.export.weights, "from": str(source)}
+    (folder / "qwenimg_dist.json").write_text(json.dumps(provenance, indent=1) + "\n")
+
+
+def _take_over(source: Path, folder: Path, *, leave_out: str) -> None:
+    """Hard-link weights, copy the rest: a user may edit a copied config without touching the source."""
+    for file in sorted(source.rglob("*")):
+        relative = file.relative_to(source)
+        if not file.is_file() or relative.parts[0] == leave_out or relative.parts[0].startswith("."):
+            continue
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        real = file.resolve()  # hub caches hold links into a blob store
+        try:
+            if file.suffix != ".safetensors":
+                raise OSError("copied on purpose")
+            os.link(real, target)
+        except OSError:
+            shutil.copy2(real, target)

@@ -1,0 +1,33 @@
+"""What several commands need of their input: required paths, and the config that a run directory was made with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from qwenimg_dist.compose import compose_tree, validate
+from qwenimg_dist.config import Config
+
+
+def required(value: str | None, key: str) -> str:
+    """`value`, or a ValueError that says which key to set."""
+    if not value:
+        raise ValueError(f"{key} is not set: add {key}=... to the command")
+    return value
+
+
+def run_config(run_dir: Path, args: list[str]) -> Config:
+    """The config a run was made with; `model.*` overrides on this command line win (a moved model directory)."""
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"{run_dir} is not a run directory (no config.yaml)")
+    tree = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file} is not a mapping")
+    plain = {str(key): value for key, value in tree.items()}
+    if any(word.startswith("model.") for word in args):
+        given = compose_tree(args)["model"]
+        named = {word.partition("=")[0].removeprefix("model.") for word in args if word.startswith("model.")}
+        plain["model"] = {**plain["model"], **{key: given[key] for key in named}}
+    return validate(plain)

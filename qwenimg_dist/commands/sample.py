@@ -1,0 +1,117 @@
+"""Draws prompts with fixed seeds into one grid.
+
+    qwenimg-dist sample sample.path=PIPELINE 'sample.prompts=["a red circle"]' sample.out=grid.png
+    qwenimg-dist sample run.path=RUN sample.prompts_file=prompts.txt        newest valid checkpoint, EMA weights
+
+Noise belongs to (prompt, seed), not to the batch, so a grid can be compared cell by cell with another one.
+`sample.cells=DIR` also writes each picture as `NNNN.png`, in the grid's order. Runs in one process on one device: a
+model that does not fit there is sampled by the grids of `train`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from qwenimg_dist.commands.inputs import run_config
+from qwenimg_dist.compose import load_config
+from qwenimg_dist.config import Config
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SUMMARY: Final = "a grid of pictures from a checkpoint or an export, fixed seeds"
+
+
+def run(args: list[str]) -> int:
+    """Write the grid. Raises ValueError without prompts or without anything to sample from."""
+    config = load_config(args)
+    prompts = read_prompts(config)
+    pictures = draw(config, prompts, args)
+    labels = [prompt for prompt in prompts for _ in config.sample.seeds]
+    from qwenimg_dist.models.generate import save_grid
+
+    if config.sample.cells is not None:
+        cells = Path(config.sample.cells)
+        cells.mkdir(parents=True, exist_ok=True)
+        for index, picture in enumerate(pictures):
+            picture.save(cells / f"{index:04d}.png")
+    out = save_grid(pictures, labels, config.sample.out, columns=config.sample.columns)
+    print(f"{len(pictures)} pictures of {pictures[0].width}x{pictures[0].height} in {out}")
+    return 0
+
+
+def read_prompts(config: Config) -> list[str]:
+    """`sample.prompts`, then the lines of `sample.prompts_file`."""
+    prompts = list(config.sample.prompts)
+    if config.sample.prompts_file is not None:
+        file = Path(config.sample.prompts_file)
+        if not file.is_file():
+            raise ValueError(f"sample.prompts_file={file} is not a file")
+        prompts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError("nothing to draw: set sample.prompts=[...] or sample.prompts_file=FILE")
+    return prompts
+
+
+def draw(config: Config, prompts: list[str], args: list[str]) -> list[Image.Image]:
+    """One picture per (prompt, seed), prompts outermost."""
+    import torch
+
+    from qwenimg_dist.models.generate import generate, load_scheduler_config
+    from qwenimg_dist.models.text_encoder import TextEncoder
+    from qwenimg_dist.models.vae import LatentCodec
+
+    sample = config.sample
+    device = torch.device(config.cluster.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    folder, transformer = _load_transformer(config, args, dtype, device)
+    encoder = TextEncoder.load(folder, dtype=dtype, device=device, max_sequence_length=config.model.max_text_tokens)
+    distinct = sorted({*prompts, sample.negative_prompt})
+    features = {prompt: encoder.encode([prompt])[0] for prompt in distinct}
+    del encoder  # 14 GB at full size, not needed while drawing
+    side = max(config.resolutions)
+    return generate(
+        transformer,
+        LatentCodec.load(folder, dtype=dtype, device=device),
+        [features[prompt] for prompt in prompts for _ in sample.seeds],
+        features[sample.negative_prompt],
+        height=sample.height or side,
+        width=sample.width or side,
+        num_steps=sample.num_steps,
+        guidance=sample.guidance,
+        seeds=[seed for _ in prompts for seed in sample.seeds],
+        scheduler_config=load_scheduler_config(folder),
+        device=device,
+    )
+
+
+def _load_transformer(config: Config, args: list[str], dtype: Any, device: Any) -> tuple[Path, Any]:
+    """(pipeline directory, transformer) from an export, or from the newest valid checkpoint of a run."""
+    from diffusers import QwenImageTransformer2DModel
+
+    from qwenimg_dist.models.pipeline import pipeline_dir, resolve_pipeline
+
+    given = config.sample.path or config.export.path
+    if given is not None:
+        folder = resolve_pipeline(given, config.model.revision)
+    elif config.run.path is None:
+        folder = pipeline_dir(config.model)
+    else:
+        return _from_checkpoint(Path(config.run.path), config, args, dtype, device)
+    model = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
+    return folder, model.eval().to(device)
+
+
+def _from_checkpoint(run_dir: Path, config: Config, args: list[str], dtype: Any, device: Any) -> tuple[Path, Any]:
+    from consumers.checkpoint import open_checkpoint
+    from qwenimg_dist.models.pipeline import pipeline_dir
+    from qwenimg_dist.models.transformer import build_transformer, load_transformer_config
+
+    folder = pipeline_dir(run_config(run_dir, args).model)
+    reader = open_checkpoint(run_dir, config.export.step)
+    model = build_transformer(load_transformer_config(folder / "transformer")).to(dtype)
+    which = "master" if config.export.weights == "raw" else "ema"
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(reader.read(name, which))
+    return folder, model.eval().to(device)
