@@ -313,6 +313,7 @@ class Config(Section):
     export: ExportConfig = ExportConfig()
     sample: SampleConfig
     demo: DemoConfig
+    inspect: InspectConfig = InspectConfig()
     follow: bool = False
     """`produce` watches the source, `train` waits for new units, until the other side is done."""
 
