@@ -1,0 +1,364 @@
+"""The transformer under DeepSpeed ZeRO-3: built, filled and stepped without any rank ever holding the model.
+
+Place in the flow: the trainer calls `predict`, `backward`, `step`; checkpoint and EMA read and write the fp32
+partitions through `Engine.state`. Facts that this file rests on (deepspeed 0.19.8): a parameter of n elements is cut
+into equal shares of ceil(n / ranks); sub-groups of shares form flat fp32 masters; gradients accumulate in fp32 shares
+over as many backwards as one likes, `step` clips and updates. `zero.Init` casts what constructors compute to bf16, so
+the RoPE tables are rebuilt after it.
+
+Refuses: DeepSpeed's own checkpoints (torn, pickled, bound to a world size), its gradient norm as the alarm for NaN,
+offload (its paths compile code at run time).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+
+from consumers.ranks import Ranks
+from qwenimg_dist.config import Config
+from qwenimg_dist.models import transformer as qwen
+
+Kind = Literal["master", "exp_avg", "exp_avg_sq"]
+KINDS: Final[tuple[Kind, ...]] = ("master", "exp_avg", "exp_avg_sq")
+Group = Literal["decay", "no_decay"]
+_COLLECTIVE_TIMEOUT: Final = timedelta(minutes=30)
+_EXCHANGE_ELEMENTS: Final = 1 << 24
+
+
+class WeightSource(Protocol):
+    """Where initial weights come from (`models.weights.SafetensorsDirectory`)."""
+
+    @property
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def read_flat_range(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """This rank's part of one parameter: elements [start, stop) of the flattened tensor; empty if start == stop."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    group: Group
+    sub_group: int
+    offset: int
+    """First element within the sub-group's flat tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    grad_norm: float
+    """Over all ranks, before clipping; inf where the step was skipped."""
+    skipped: bool
+
+
+def start_distributed(device: Literal["cpu", "cuda"]) -> Ranks:
+    """Join the process group of torchrun's (or Ray Train's) environment. Call before anything builds an engine."""
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    for variable, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(variable, value)
+    os.environ.setdefault("MASTER_PORT", "0" if world_size == 1 else "29500")
+    # Without it DeepSpeed's CPU accelerator asks numactl for the device count at every gradient reduction.
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    import deepspeed  # after the environment is set: importing it chooses the accelerator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Joining on a CPU would JIT-compile a shared-memory op for 20 s and need a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_COLLECTIVE_TIMEOUT)
+    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+    where = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=where)
+
+
+def stop_distributed() -> None:
+    """Leave the process group; a process that exits without it may abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def parameter_group(name: str, shape: tuple[int, ...], num_layers: int) -> Group:
+    """Matrices decay; norms and biases do not, nor does what gets no gradient.
+
+    The last block's text output is unused, so its text MLP, output projection and queries have zero gradient; decay
+    would let those weights fade without anything holding them.
+    """
+    last = f"transformer_blocks.{num_layers - 1}."
+    unused = ("txt_mlp.", "attn.to_add_out.", "attn.add_q_proj.", "attn.norm_added_q.")
+    if name.startswith(last) and name.removeprefix(last).startswith(unused):
+        return "no_decay"
+    return "decay" if len(shape) >= 2 else "no_decay"
+
+
+def deepspeed_config(config: Config, shapes: Mapping[str, tuple[int, ...]], ranks: Ranks) -> dict[str, Any]:
+    """DeepSpeed's settings, with every size derived from the model: the defaults (prefetch 5e7 elements, a 5e8-element
+    bucket) suit neither a 2.5 M nor a 20 B model.
+    """
+    numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    block = sum(numel for name, numel in numels.items() if name.startswith("transformer_blocks.0."))
+    total, largest = sum(numels.values()), max(numels.values())
+    vectors = max((numels[name] for name, shape in shapes.items() if len(shape) < 2), default=0)
+    share = -(-total // ranks.world_size)
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.clip_grad_norm,
+        "bf16": {"enabled": config.engine.precision == "bf16"},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": config.cluster.device == "cuda",
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": max(largest, min(50_000_000, total // 16)),
+            "stage3_prefetch_bucket_size": block,
+            "stage3_param_persistence_threshold": vectors,
+            "stage3_max_live_parameters": max(3 * block, 2 * largest),
+            "stage3_max_reuse_distance": block,
+            # The step copies one sub-group's gradients; this bounds the copy.
+            "sub_group_size": max(1, largest // ranks.world_size, min(500_000_000, share // 8)),
+        },
+    }
+
+
+class Engine:
+    """A ZeRO-3 engine whose state is addressed by parameter name and global element range. Made by `build_engine`."""
+
+    def __init__(self, deepspeed_engine: Any, groups: Mapping[str, Group], ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._engine = deepspeed_engine
+        self._zero = deepspeed_engine.optimizer
+        self._adam: torch.optim.Optimizer = self._zero.optimizer
+        self._flats: list[torch.Tensor] = self._zero.fp32_partitioned_groups_flat
+        self._create_moments()
+        self.shares = tuple(self._list_shares(groups))
+        """Every parameter, in the model's order of sub-groups; the same names in the same order on every rank."""
+
+    @property
+    def transformer(self) -> Any:
+        """What `models.transformer.predict_velocity` calls. All ranks must call it equally often."""
+        return self._engine
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(torch.Size(share.shape).numel() for share in self.shares)
+
+    def predict(
+        self, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Velocity (B,16,h,w) fp32 of latents (B,16,h,w), sigma (B,), text (B,T,D)."""
+        return qwen.predict_velocity(self._engine, noisy, sigma, text, text_mask)
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradients of one micro-batch, averaged over the ranks, not divided by the number of micro-batches.
+
+        Any number of calls may precede `step`; `last` marks the one right before it.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def discard_gradients(self) -> None:
+        """Forget what was accumulated since the last step."""
+        self._zero.zero_grad()
+
+    def step(self, lr: float) -> StepResult:
+        """Clip, update the masters, renew the bf16 partitions. A non-finite gradient skips the update on all ranks."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.step()
+        skipped = bool(self._zero.overflow)
+        norm = float("inf") if skipped else float(self._engine.get_global_grad_norm())
+        return StepResult(grad_norm=norm, skipped=skipped)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that AdamW has made; what its bias correction counts."""
+        return int(self._adam.state[self._flats[0]]["step"].item())
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, count: int) -> None:
+        for flat in self._flats:
+            self._adam.state[flat]["step"].fill_(float(count))
+
+    def flat(self, kind: Kind, sub_group: int) -> torch.Tensor:
+        """The whole flat fp32 tensor of a sub-group, padding included; writable."""
+        flat = self._flats[sub_group]
+        return flat.detach() if kind == "master" else self._adam.state[flat][kind]
+
+    @property
+    def num_sub_groups(self) -> int:
+        return len(self._flats)
+
+    def state(self, kind: Kind, share: Share) -> torch.Tensor:
+        """The fp32 elements of one share, (stop - start,), as a writable view. After writing masters, `publish`."""
+        return self.flat(kind, share.sub_group)[share.offset : share.offset + share.stop - share.start]
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Renew the partitions that forwards gather from the masters, and the parameters kept gathered."""
+        self._zero._partition_all_parameters()
+        for flat, gathered_from in zip(self._flats, self._zero.fp16_partitioned_groups_flat, strict=True):
+            if flat.data_ptr() != gathered_from.data_ptr():
+                gathered_from.copy_(flat)
+        persistent = self._zero.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    @contextmanager
+    def swapped(self, flats: list[torch.Tensor]) -> Iterator[None]:
+        """Run with other masters (the EMA); exchanged in place without a copy, and back bit for bit."""
+        self._exchange(flats)
+        try:
+            yield
+        finally:
+            self._exchange(flats)
+
+    @torch.no_grad()
+    def _exchange(self, others: list[torch.Tensor]) -> None:
+        for flat, other in zip(self._flats, others, strict=True):
+            for start in range(0, flat.numel(), _EXCHANGE_ELEMENTS):
+                mine, theirs = (t.detach()[start : start + _EXCHANGE_ELEMENTS] for t in (flat, other))
+                kept = mine.clone()
+                mine.copy_(theirs)
+                theirs.copy_(kept)
+        self.publish()
+
+    def fill(self, source: WeightSource) -> None:
+        """Set the masters to the source's weights, range by range, and `publish`."""
+        for share in self.shares:
+            if share.stop > share.start:
+                values = source.read_flat_range(share.name, share.start, share.stop)
+                self.state("master", share).copy_(values.float())
+        self.publish()
+
+    def close(self) -> None:
+        """Remove hooks and free the buffers."""
+        self._engine.destroy()
+
+    def _create_moments(self) -> None:
+        # AdamW makes its state at the first step; made here, a checkpoint finds it from the start.
+        fused = bool(self._adam.defaults.get("fused"))
+        for flat in self._flats:
+            self._adam.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu"),
+                "exp_avg": torch.zeros_like(flat, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
+            }
+
+    def _list_shares(self, groups: Mapping[str, Group]) -> Iterator[Share]:
+        names = {id(parameter): name for name, parameter in self._engine.module.named_parameters()}
+        for sub_group, parameters in enumerate(self._zero.fp16_groups):
+            offset = 0
+            for parameter in parameters:
+                size = int(parameter.partition_numel())
+                start = min(self.ranks.rank * size, parameter.ds_numel)
+                name = names[id(parameter)]
+                yield Share(
+                    name=name,
+                    shape=tuple(parameter.ds_shape),
+                    start=start,
+                    stop=min(start + size, parameter.ds_numel),
+                    group=groups[name],
+                    sub_group=sub_group,
+                    offset=offset,
+                )
+                offset += size
+
+
+def build_engine(
+    transformer_config: Mapping[str, Any], config: Config, ranks: Ranks, source: WeightSource | None
+) -> Engine:
+    """The transformer with `source`'s weights (None: random, rank 0's draw) under ZeRO-3.
+
+    Host memory stays within the partitions plus about two tensors. Raises ValueError if the source lacks or has other
+    tensors than the architecture.
+    """
+    import deepspeed
+
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in qwen.build_transformer(transformer_config).named_parameters()}
+    if source is not None:
+        _check_source(source, shapes)
+    settings = deepspeed_config(config, shapes, ranks)
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    # No `dtype=`: given one, zero.Init ignores it where the accelerator lacks fp16 and takes bf16.
+    with deepspeed.zero.Init(config_dict_or_path=settings):
+        module = qwen.build_transformer(transformer_config)
+    qwen.rebuild_rope(module)
+    qwen.activation_checkpointing(module, config.engine.activation_checkpointing)
+    if source is not None:
+        _fill_partitions(module, source, ranks)
+    num_layers = int(transformer_config["num_layers"])
+    groups = {name: parameter_group(name, shape, num_layers) for name, shape in shapes.items()}
+    deepspeed_engine, _, _, _ = deepspeed.initialize(
+        model=module, optimizer=_optimizer(module, groups, config), config=settings, dist_init_required=False
+    )
+    engine = Engine(deepspeed_engine, groups, ranks)
+    if source is not None and any(source.dtype(name) != dtype for name in shapes):
+        engine.fill(source)  # DeepSpeed made the masters from bf16; the source knows them better
+    engine.train()
+    return engine
+
+
+def _optimizer(module: Any, groups: Mapping[str, Group], config: Config) -> torch.optim.Optimizer:
+    optim = config.optim
+    named = list(module.named_parameters())
+    decay: dict[Group, float] = {"decay": optim.weight_decay, "no_decay": 0.0}
+    parameter_groups = [
+        {"params": [p for name, p in named if groups[name] == group], "weight_decay": value}
+        for group, value in decay.items()
+    ]
+    on_gpu = config.cluster.device == "cuda"
+    # foreach would hold a second copy of every temporary; on the GPU the fused kernel is torch's own, not compiled here
+    kernel = {"fused": True} if on_gpu else {"foreach": False}
+    return torch.optim.AdamW(parameter_groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, **kernel)
+
+
+def _check_source(source: WeightSource, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    found = set(source.names)
+    missing, unexpected = sorted(set(shapes) - found), sorted(found - set(shapes))
+    if missing or unexpected:
+        raise ValueError(
+            f"the weights do not belong to this transformer: {len(missing)} tensors missing (first {missing[:3]}), "
+            f"{len(unexpected)} unexpected (first {unexpected[:3]}); check model.path"
+        )
+    for name, shape in shapes.items():
+        if tuple(source.shape(name)) != shape:
+            raise ValueError(f"tensor {name!r} has shape {tuple(source.shape(name))}, the architecture needs {shape}")
+
+
+@torch.no_grad()
+def _fill_partitions(module: Any, source: WeightSource, ranks: Ranks) -> None:
+    for name, parameter in module.named_parameters():
+        size = parameter.ds_tensor.ds_numel
+        start = min(ranks.rank * size, parameter.ds_numel)
+        stop = min(start + size, parameter.ds_numel)
+        parameter.ds_tensor.zero_()  # the padding too, so that no rank keeps uninitialised memory
+        if stop > start:
+            parameter.ds_tensor[: stop - start].copy_(source.read_flat_range(name, start, stop))

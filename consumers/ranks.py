@@ -1,0 +1,86 @@
+"""The few collectives that training needs besides DeepSpeed's own: flags, sums, small JSON, whole tensors.
+
+Place in the flow: trainer, evaluation and checkpoint agree through this. Nothing is pickled on the wire: values travel
+as fp64 or as JSON bytes. With one rank every call is local. Refuses to guess: every rank must make the same calls in
+the same order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among the ranks of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    """Where collectives happen: the local GPU under nccl, else the CPU."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            self.sum([0.0])  # an all-reduce is a barrier, and needs no device guess under nccl
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over the ranks, in fp64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is true on one."""
+        return bool(self.max([float(flag)])[0])
+
+    def all_finite(self, value: torch.Tensor) -> bool:
+        """Whether a scalar is finite on every rank; the check that precedes each backward."""
+        return not self.any(not bool(torch.isfinite(value.detach()).all()))
+
+    def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=operation)
+        return [float(value) for value in tensor.tolist()]
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Rank 0's JSON value on every rank; the others pass anything."""
+        if self.world_size == 1:
+            return value
+        data = bytearray(json.dumps(value).encode()) if self.is_first else bytearray()
+        length = int(self.sum([float(len(data))])[0])
+        buffer = torch.zeros(length, dtype=torch.uint8, device=self.device)
+        if self.is_first:
+            buffer.copy_(torch.frombuffer(data, dtype=torch.uint8))
+        dist.broadcast(buffer, 0)
+        return json.loads(bytes(buffer.cpu().numpy()))
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Equally long bytes of all ranks, by rank."""
+        if self.world_size == 1:
+            return [data]
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(everyone, mine)
+        return [bytes(part.cpu().numpy()) for part in everyone]
+
+    def broadcast_tensor(self, tensor: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Rank 0's tensor of known shape on every rank, on the ranks' device."""
+        if tensor is None:
+            tensor = torch.empty(tuple(shape), dtype=dtype)
+        tensor = tensor.to(device=self.device, dtype=dtype).contiguous()
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
