@@ -20,6 +20,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -105,6 +106,7 @@ class DataConfig(Section):
 class Phase(Section):
     """One stretch of the curriculum."""
 
+    name: str = ""
     resolutions: dict[int, PositiveFloat]
     """Resolution class -> weight of its draws."""
     share: PositiveFloat | None = None
@@ -120,7 +122,16 @@ class Phase(Section):
 
 
 class CurriculumConfig(Section):
+    """Phases in order. YAML may name them (`curriculum.phases.low.steps=100` then overrides one), or list them."""
+
     phases: tuple[Phase, ...] = Field(min_length=1)
+
+    @field_validator("phases", mode="before")
+    @classmethod
+    def _named_phases(cls, phases: Any) -> Any:
+        if isinstance(phases, dict):
+            return [{**phase, "name": str(name)} for name, phase in phases.items() if phase is not None]
+        return phases
 
     @model_validator(mode="after")
     def _one_unit_of_length(self) -> CurriculumConfig:

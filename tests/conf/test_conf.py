@@ -84,3 +84,10 @@ def test_identity_holds_what_moves_the_numbers_and_nothing_else() -> None:
 def test_the_checkout_wins_over_a_packaged_copy() -> None:
     assert (conf_dir() / "config.yaml").is_file()
     assert (conf_dir().parent / "pyproject.toml").is_file()
+
+
+def test_phases_can_be_overridden_by_name_dropped_and_listed() -> None:
+    named = load_config(["curriculum.phases.low.global_batch=8", "~curriculum.phases.high"]).curriculum.phases
+    assert [(phase.name, phase.global_batch) for phase in named] == [("low", 8)]
+    listed = "+curriculum.phases=[{resolutions:{64:1},steps:5,global_batch:1,micro_batch_tokens:1}]"
+    assert load_config(["~curriculum.phases", listed]).curriculum.phases[0].steps == 5
