@@ -54,8 +54,13 @@ def write_sharded(
     shards = _plan_shards(sources, max_shard_bytes)
     finals = [folder / _shard_name(stem, i, len(shards)) for i in range(len(shards))]
     temporaries = [file.with_name(f".{file.name}.tmp") for file in finals]
-    for temporary, shard in zip(temporaries, shards, strict=True):
-        _write_shard(temporary, shard, {"format": "pt", **(metadata or {})}, allow_nonfinite)
+    try:
+        for temporary, shard in zip(temporaries, shards, strict=True):
+            _write_shard(temporary, shard, {"format": "pt", **(metadata or {})}, allow_nonfinite)
+    except BaseException:  # a full disk should not stay full of what nobody can load
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+        raise
     for temporary, final in zip(temporaries, finals, strict=True):
         os.replace(temporary, final)
     if len(shards) > 1:

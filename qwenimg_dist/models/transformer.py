@@ -112,8 +112,9 @@ def predict_velocity(
 def rebuild_rope(transformer: nn.Module) -> None:
     """Replaces `transformer.pos_embed` by a fresh one with complex64 tables computed in fp32 on the CPU.
 
-    The tables are plain attributes that constructors compute: under `deepspeed.zero.Init` they pass through
-    bf16, under `torch.device("meta")` they hold nothing. Call it after such a construction, outside those
+    The tables are plain attributes that the constructor computes: under `torch.device("meta")` they hold
+    nothing, and under `deepspeed.zero.Init` they pass through its patched tensor constructors (0.19.8 leaves
+    these ones intact on the CPU, but promises nothing). Call it after such a construction, outside those
     contexts and before an engine hooks the modules. The module is replaced, not patched, because it caches
     per instance.
     """
