@@ -1,0 +1,289 @@
+"""`data verify`: is what was committed still there, whole, and consistent?
+
+Reads every part and every tar once, streaming; memory is that of one unit and of 8 bytes per row (keys must be unique
+over the data set). Changes nothing. What a killed `produce` left behind (temporaries, tars that no part names) and
+units that are not finished are listed but are no damage: the next `produce` deals with both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from rich.console import Console
+
+from qwenimg_dist.commands.data_tar import Place, check_tar
+from qwenimg_dist.data.facets import DataError, Dataset, Part
+from qwenimg_dist.report.funnel import LATENTS_PREFIX, TEXT_PREFIX, parts_by_unit
+from qwenimg_dist.report.table import show_bytes
+from qwenimg_dist.schema import (
+    DEDUP,
+    DEDUP_COLUMNS,
+    KEY_PATTERN,
+    LATENTS_COLUMNS,
+    LISTING,
+    LISTING_COLUMNS,
+    ROWS,
+    ROWS_COLUMNS,
+    SCAN,
+    SCAN_COLUMNS,
+    SCHEMA_VERSION,
+    TEXT_COLUMNS,
+    caption_key,
+)
+
+REMAKE: Final = "restore it from a backup, or remove this unit's parts of the facet and run `produce` again"
+RESTORE: Final = "restore it from a backup, or make the data set anew"
+_COLUMNS: Final = {LISTING: LISTING_COLUMNS, SCAN: SCAN_COLUMNS, DEDUP: DEDUP_COLUMNS, ROWS: ROWS_COLUMNS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong."""
+
+    file: str
+    """Relative to the data set."""
+    unit: int | None
+    what: str
+    remedy: str = RESTORE
+
+    def __str__(self) -> str:
+        unit = f" (unit {self.unit})" if self.unit is not None else ""
+        return f"{self.file}{unit}: {self.what}; {self.remedy}"
+
+
+@dataclass
+class Tally:
+    """What was read, for the closing line."""
+
+    parts: int = 0
+    tars: int = 0
+    bytes: int = 0
+    rows: int = 0
+
+
+def verify(dataset: Dataset, console: Console) -> int:
+    """Print problems and notes; 0 if there is no problem, else 1."""
+    tally = Tally()
+    found = 0
+    for problem in problems(dataset, tally):
+        console.print(f"problem: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+        found += 1
+    for note in notes(dataset):
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    read = f"{tally.parts:,} parts, {tally.tars:,} tars, {show_bytes(tally.bytes)}, {tally.rows:,} rows"
+    verdict = f"{found} problem{'s' if found > 1 else ''}" if found else "sound"
+    console.print(f"{dataset.root}: {verdict} ({read} read)", markup=False, highlight=False, soft_wrap=True)
+    return 1 if found else 0
+
+
+def problems(dataset: Dataset, tally: Tally) -> Iterator[Problem]:
+    """Every problem there is, as it is found."""
+    broken: set[Part] = set()
+    for facet in dataset.facets():
+        for part in dataset.parts(facet):
+            tally.parts += 1
+            for problem in _check_part(dataset, part, tally):
+                broken.add(part)
+                yield problem
+    yield from _check_units(dataset, broken, tally)
+
+
+def notes(dataset: Dataset) -> Iterator[str]:
+    """What is unfinished or left over."""
+    try:
+        strays = dataset.strays()
+    except DataError:
+        strays = []  # a part without commit record is reported as a problem
+    for stray in strays:
+        size = show_bytes(stray.stat().st_size) if stray.exists() else "gone"
+        name = stray.relative_to(dataset.root)
+        yield f"{name}: left by a killed or working `produce` ({size}); the next one removes it"
+    pending = sorted(set(dataset.units(LISTING)) - set(dataset.units(ROWS)))
+    if pending:
+        yield f"{len(pending)} listed units are not finished (first: {pending[0]}); `produce` goes on with them"
+
+
+def _check_part(dataset: Dataset, part: Part, tally: Tally) -> Iterator[Problem]:
+    """The part by itself: readable, of this schema, its columns, its keys, its tars."""
+    name = _name(dataset, part)
+    remedy = RESTORE if part.facet == LISTING else REMAKE
+    try:
+        meta = dataset.meta(part)
+        tars = dataset.tars(part)
+        table = dataset.read(part)
+    except (DataError, TypeError) as error:
+        yield Problem(file=name, unit=part.unit, what=f"is damaged: {error}", remedy=remedy)
+        return
+    if meta.get("schema_version") != SCHEMA_VERSION:
+        what = f"has schema version {meta.get('schema_version')}, this program reads {SCHEMA_VERSION}"
+        yield Problem(file=name, unit=part.unit, what=what, remedy="use the program that wrote it")
+        return
+    wrong = _wrong_columns(part.facet, table.schema)
+    if wrong:
+        yield Problem(file=name, unit=part.unit, what=wrong, remedy=remedy)
+        return
+    by = "row" if "row" in table.column_names else "key"
+    for column in {by, "key"} & set(table.column_names):
+        for what in _wrong_values(column, table[column].to_pylist()):
+            yield Problem(file=name, unit=part.unit, what=what, remedy=remedy)
+    if "tar" in table.column_names:
+        indices = _indices(table)
+        for stranger in sorted(set(indices) - {tar.name for tar in tars}):
+            what = f"has index rows in {stranger}, which its commit record does not name"
+            yield Problem(file=name, unit=part.unit, what=what, remedy=remedy)
+        for tar in tars:
+            tally.tars += 1
+            tally.bytes += tar.size_bytes
+            for what in check_tar(dataset.tar(part.facet, tar.name), tar, indices.get(tar.name, {})):
+                yield Problem(file=f"{part.facet}/{tar.name}", unit=part.unit, what=what, remedy=remedy)
+
+
+def _check_units(dataset: Dataset, broken: set[Part], tally: Tally) -> Iterator[Problem]:
+    """The facets against each other, unit by unit; units with a broken part are passed over."""
+    facets = {facet: parts_by_unit(dataset, facet) for facet in dataset.facets()}
+    broken_units = {part.unit for part in broken}
+    keys: list[npt.NDArray[np.int64]] = []
+    listing = facets.get(LISTING, {})
+    for unit in sorted({unit for by_unit in facets.values() for unit in by_unit}):
+        if unit in broken_units:
+            continue
+        if unit not in listing:
+            first = next(by_unit[unit][0] for by_unit in facets.values() if unit in by_unit)
+            yield Problem(file=_name(dataset, first), unit=unit, what="belongs to a unit that has no listing part")
+            continue
+        tables = dataset.merge(listing[unit])
+        tally.rows += tables.num_rows
+        keys.append(np.array([hash(key) for key in tables["key"].to_pylist()], dtype=np.int64))
+        yield from _check_unit(dataset, unit, {facet: p[unit] for facet, p in facets.items() if unit in p})
+    if keys:
+        hashes = np.sort(np.concatenate(keys))
+        repeated = hashes[1:][hashes[1:] == hashes[:-1]]
+        if len(repeated):
+            yield from _repeated_keys(dataset, listing, set(repeated.tolist()))
+
+
+def _check_unit(dataset: Dataset, unit: int, parts: dict[str, list[Part]]) -> Iterator[Problem]:
+    listing = dataset.merge(parts[LISTING], ["row", "key", "captions"])
+    keys = dict(zip(listing["row"].to_pylist(), listing["key"].to_pylist()))
+    name = _name(dataset, parts[LISTING][-1])
+    if any(row // dataset.unit_size != unit for row in keys):
+        yield Problem(file=name, unit=unit, what=f"lists rows of another unit (units have {dataset.unit_size} rows)")
+    for facet in (facet for facet in parts if facet in (SCAN, DEDUP) or facet.startswith(LATENTS_PREFIX)):
+        yield from _check_rows_known(dataset, unit, facet, parts[facet], keys)
+    if ROWS not in parts:
+        return
+    name = _name(dataset, parts[ROWS][-1])
+    table = dataset.merge(parts[ROWS], ["row", "key", "status"])
+    yield from _check_rows_known(dataset, unit, ROWS, parts[ROWS], keys)
+    inputs = dict(dataset.meta(parts[ROWS][-1]).get("inputs", {}))
+    for facet, count in sorted(inputs.items()):
+        there = len(parts.get(facet, []))
+        if there < count:
+            what = f"was made from {count} parts of {facet}, of which {there} are there"
+            yield Problem(file=name, unit=unit, what=what, remedy=f"restore {facet} from a backup")
+    # Rows listed later are decided by a later part; up to then the decisions cover what `inputs` says.
+    seen = dataset.merge(parts[LISTING][: int(inputs.get(LISTING, len(parts[LISTING])))], ["row", "captions"])
+    undecided = set(seen["row"].to_pylist()) - set(table["row"].to_pylist())
+    if undecided:
+        what = f"has no decision on {len(undecided)} listed rows (first: row {min(undecided)})"
+        yield Problem(file=name, unit=unit, what=what, remedy=REMAKE)
+    kept = {row for row, status in zip(table["row"].to_pylist(), table["status"].to_pylist()) if status == "kept"}
+    for facet in sorted(facet for facet in inputs if facet.startswith(TEXT_PREFIX) and facet in parts):
+        yield from _check_captions(dataset, unit, parts[facet], seen, kept)
+
+
+def _check_rows_known(
+    dataset: Dataset, unit: int, facet: str, parts: Sequence[Part], keys: dict[int, str]
+) -> Iterator[Problem]:
+    """Every row of the facet is a listed row, under the listing's key."""
+    for part in parts:
+        schema = dataset.read(part, ["row", "key"] if facet not in (SCAN, DEDUP) else ["row"]).to_pydict()
+        strange = sorted(set(schema["row"]) - set(keys))
+        if strange:
+            what = f"has {len(strange)} rows that are not listed (first: row {strange[0]})"
+            yield Problem(file=_name(dataset, part), unit=unit, what=what, remedy=REMAKE)
+        pairs = zip(schema["row"], schema.get("key", []))
+        other = [row for row, key in pairs if row in keys and keys[row] != key]
+        if other:
+            what = f"has {len(other)} rows under another key than the listing's (first: row {other[0]})"
+            yield Problem(file=_name(dataset, part), unit=unit, what=what, remedy=REMAKE)
+
+
+def _check_captions(
+    dataset: Dataset, unit: int, parts: Sequence[Part], listing: pa.Table, kept: set[int]
+) -> Iterator[Problem]:
+    """Every caption of a kept row has features, and so has the empty prompt."""
+    there = {key for part in parts for key in dataset.read(part, ["key"])["key"].to_pylist()}
+    wanted = {
+        caption_key(caption): caption
+        for row, captions in zip(listing["row"].to_pylist(), listing["captions"].to_pylist())
+        if row in kept
+        for caption in captions or []
+    }
+    wanted[caption_key("")] = ""
+    absent = sorted(wanted[key] for key in set(wanted) - there)
+    if absent:
+        what = f"lacks the features of {len(absent)} captions of kept rows (first: {absent[0][:60]!r})"
+        yield Problem(file=_name(dataset, parts[-1]), unit=unit, what=what, remedy=REMAKE)
+
+
+def _repeated_keys(dataset: Dataset, listing: dict[int, list[Part]], repeated: set[int]) -> Iterator[Problem]:
+    """Second pass, only when two keys share a hash: tells real repeats by name."""
+    first: dict[str, int] = {}
+    for unit, parts in sorted(listing.items()):
+        for row in dataset.merge(parts, ["row", "key"]).to_pylist():
+            if hash(row["key"]) not in repeated:
+                continue
+            if row["key"] in first:
+                what = f"row {row['row']} has the key {row['key']} of row {first[row['key']]}"
+                yield Problem(file=_name(dataset, parts[-1]), unit=unit, what=what)
+            first.setdefault(row["key"], row["row"])
+
+
+def _wrong_columns(facet: str, schema: pa.Schema) -> str:
+    wanted = _COLUMNS.get(facet)
+    if facet.startswith(TEXT_PREFIX):
+        wanted = TEXT_COLUMNS
+    elif facet.startswith(LATENTS_PREFIX):
+        wanted = LATENTS_COLUMNS
+    if wanted is None:
+        return ""
+    there = {field.name: field.type for field in schema}
+    wrong = [f"{f.name} ({f.type}, found {there.get(f.name)})" for f in wanted if there.get(f.name) != f.type]
+    return f"has wrong or missing columns: {', '.join(wrong)}" if wrong else ""
+
+
+def _wrong_values(column: str, values: Iterable[Any]) -> Iterator[str]:
+    seen: set[Any] = set()
+    twice: list[Any] = []
+    unusable: list[Any] = []
+    for value in values:
+        if value in seen:
+            twice.append(value)
+        seen.add(value)
+        if value is None or (column == "key" and not KEY_PATTERN.match(value)):
+            unusable.append(value)
+    if twice:
+        yield f"has {len(twice)} {column}s more than once (first: {twice[0]})"
+    if unusable:
+        yield f"has {len(unusable)} unusable {column}s (first: {unusable[0]!r})"
+
+
+def _indices(table: pa.Table) -> dict[str, dict[str, Place]]:
+    """tar -> key -> place."""
+    indices: dict[str, dict[str, Place]] = {}
+    for row in table.select(["key", "tar", "offset", "nbytes", "dtype", "shape"]).to_pylist():
+        indices.setdefault(row["tar"], {})[row["key"]] = Place(
+            offset=row["offset"], nbytes=row["nbytes"], dtype=row["dtype"], shape=tuple(row["shape"])
+        )
+    return indices
+
+
+def _name(dataset: Dataset, part: Part) -> str:
+    return str(Path(part.facet) / dataset.parquet(part).name)
