@@ -1,0 +1,66 @@
+"""What one rank gets for one optimiser step: tensors, and the facts about the global batch they were cut from.
+
+Place in the flow: `stream.py` makes these from the ledger's `GlobalBatch`; objectives read `MicroBatch`, the trainer
+reads `RankBatch`. Holds no logic, so that objectives need neither the stream nor the data set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qwenimg_dist.data.ledger import GlobalBatch
+from qwenimg_dist.schema import Bucket
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One forward pass of one rank: b samples of one bucket, texts padded to the longest of the b."""
+
+    latents: torch.Tensor
+    """(b, 16, height / 8, width / 8) fp32, normalised posterior mean."""
+    text: torch.Tensor
+    """(b, T, D) in the compute dtype; zeros where padded."""
+    text_mask: torch.Tensor | None
+    """(b, T) bool, True = valid; None when every token is valid (a mask turns flash attention off)."""
+    weights: torch.Tensor
+    """(b,) fp32; 1 = real, 0 = a slot that fills the batch and must not move the model."""
+    slots: torch.Tensor
+    """(b,) int64 position in the global batch (held-out: in the held-out set); seeds noise and sigma."""
+    bucket: Bucket
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same micro-batch on another device; copies from pinned memory do not block."""
+        return MicroBatch(
+            latents=self.latents.to(device, non_blocking=True),
+            text=self.text.to(device, non_blocking=True),
+            text_mask=None if self.text_mask is None else self.text_mask.to(device, non_blocking=True),
+            weights=self.weights.to(device, non_blocking=True),
+            slots=self.slots.to(device, non_blocking=True),
+            bucket=self.bucket,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankBatch:
+    """A rank's cut of one global batch."""
+
+    batch: GlobalBatch
+    micro_batches: list[MicroBatch]
+    """As many on every rank."""
+    keys: list[str]
+    """Sample keys of the whole global batch in order, fill slots included."""
+    num_real: int
+    """Real samples of the whole global batch: what the loss is divided by."""
+    wait_s: float
+    """Seconds that the training thread waited for this batch."""
+    read_s: float
+    """Seconds that reading and assembling it took, mostly hidden behind the previous step."""
+    read_bytes: int
+    image_tokens: int
+    """Image tokens this rank computes (fill slots included)."""
+    text_tokens: int
+    """Valid text tokens this rank computes (fill slots included)."""
+    padding: float
+    """Share of this rank's computed tokens that are text padding or belong to fill slots, 0..1."""

@@ -1,0 +1,74 @@
+"""The curriculum: phases, and the learning rate of every step. Pure functions of the config and the step.
+
+Place in the flow: the trainer asks for the phase and the learning rate, the ledger walks the same phases. Nothing here
+depends on what happened earlier in the run, so a resumed run needs no scheduler state.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+from qwenimg_dist.config import Config, OptimConfig
+from qwenimg_dist.data.phases import PlannedPhase, phase_at, quota
+
+__all__ = ["PlannedPhase", "lr_at", "phase_at", "plan", "quota", "resolution_at"]
+
+
+def plan(config: Config) -> tuple[PlannedPhase, ...]:
+    """Phases with [first_step, last_step), which add up to `train.steps`.
+
+    Shares are cut at the rounded cumulative share, so rounding never adds up; a phase may be left without steps in a
+    very short run. Raises ValueError if phases given in `steps` do not add up to `train.steps`.
+    """
+    phases = config.curriculum.phases
+    if phases[0].steps is not None:
+        parts = [Fraction(phase.steps or 0) for phase in phases]
+        if sum(parts) != config.train.steps:
+            raise ValueError(
+                f"the curriculum's phases have {sum(parts)} steps, train.steps={config.train.steps}: "
+                f"set train.steps={sum(parts)}, or give phases a `share` instead of `steps`"
+            )
+    else:
+        parts = [Fraction(str(phase.share)) for phase in phases]
+    total = sum(parts, Fraction(0))
+    ends = [round_half_up(sum(parts[: i + 1], Fraction(0)) * config.train.steps / total) for i in range(len(parts))]
+    return tuple(
+        PlannedPhase(
+            index=index,
+            first_step=ends[index - 1] if index else 0,
+            last_step=ends[index],
+            weights=dict(phase.resolutions),
+            global_batch=phase.global_batch,
+            micro_batch_tokens=phase.micro_batch_tokens,
+            lr_scale=phase.lr_scale,
+            where=phase.where,
+        )
+        for index, phase in enumerate(phases)
+    )
+
+
+def resolution_at(phases: tuple[PlannedPhase, ...], step: int) -> int:
+    """Resolution class (px) of a step."""
+    phase = phase_at(phases, step)
+    return quota(phase.weights, step - phase.first_step)[0]
+
+
+def lr_at(phases: tuple[PlannedPhase, ...], optim: OptimConfig, step: int) -> float:
+    """Learning rate of a step: linear warm-up to `lr` over `warmup_steps`, then constant or half a cosine down to
+    `min_lr_ratio * lr` at the last step, times the phase's `lr_scale`."""
+    phase = phase_at(phases, step)
+    total = phases[-1].last_step
+    if step < optim.warmup_steps:
+        factor = (step + 1) / optim.warmup_steps
+    elif optim.schedule == "constant":
+        factor = 1.0
+    else:
+        done = (step - optim.warmup_steps) / max(1, total - 1 - optim.warmup_steps)
+        factor = optim.min_lr_ratio + (1 - optim.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+    return optim.lr * factor * phase.lr_scale
+
+
+def round_half_up(value: Fraction) -> int:
+    """Nearest integer, halves up (Python's `round` goes to even)."""
+    return math.floor(value + Fraction(1, 2))

@@ -1,0 +1,285 @@
+"""The catalog: what a run trains on, as memory-mapped columns compiled once from pinned parts.
+
+Place in the flow: `catalog_build.py` writes it (rank 0, once per generation), every rank opens it here in
+milliseconds, the ledger orders its rows, the reader asks it where bytes lie. Rows are those that the producers kept,
+in listing order; which of them a phase uses (`where`, held out, latents at its resolution) is the ledger's matter.
+Immutable; knows neither torch nor what the tensors are for.
+
+Positions: `Catalogs` numbers the rows (and texts) of several catalogs through, in the order they joined the run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qwenimg_dist.data.facets import DataError
+from qwenimg_dist.schema import Bucket
+
+CATALOG_VERSION: Final = 1
+HEAD: Final = "catalog.json"
+_OPEN_CATALOGS: Final = 16
+
+ITEM_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacets:
+    """The facets that a run reads."""
+
+    text: str
+    latents: dict[int, str]
+    """Resolution class (px) -> facet."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.text, *(self.latents[resolution] for resolution in sorted(self.latents)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarFile:
+    """A tar that some sample lies in; `size_bytes` as committed."""
+
+    path: Path
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where n tensors lie. `keys` are for error messages only."""
+
+    tars: Sequence[TarFile]
+    tar: npt.NDArray[np.int32]
+    """(n,) index into `tars`."""
+    offset: Ints
+    nbytes: Ints
+    keys: npt.NDArray[np.bytes_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsIndex:
+    """Latents of one resolution class: arrays over the catalog's rows."""
+
+    facet: str
+    dtype: str
+    channels: int
+    buckets: tuple[Bucket, ...]
+    bucket: npt.NDArray[np.int16]
+    """(rows,) index into `buckets`; -1 where the picture is too small for this class."""
+    tar: npt.NDArray[np.int32]
+    offset: Ints
+
+    def shape(self, bucket: Bucket) -> tuple[int, int, int]:
+        """(channels, height / 8, width / 8) of every sample of a bucket."""
+        return (self.channels, bucket.height // 8, bucket.width // 8)
+
+
+class Columns(Mapping[str, npt.NDArray[Any]]):
+    """Index columns that `where` may name. Text columns are stored as codes and spelt out when asked for."""
+
+    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], words: Mapping[str, list[str]]) -> None:
+        self._arrays = arrays
+        self._words = words
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        array = self._arrays[name]
+        return np.array(self._words[name], dtype=np.str_)[array] if name in self._words else array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalog:
+    """One compiled catalog. Captions are CSR: row i has `caption_text[caption_start[i]:caption_start[i + 1]]`."""
+
+    folder: Path
+    digest: str
+    keys: npt.NDArray[np.bytes_]
+    rows: Ints
+    """(rows,) number in the listing: stable for ever, what random draws are keyed by."""
+    units: npt.NDArray[np.int32]
+    key_hash: npt.NDArray[np.uint64]
+    caption_start: Ints
+    caption_text: npt.NDArray[np.int32]
+    text_keys: npt.NDArray[np.bytes_]
+    text_tokens: npt.NDArray[np.int32]
+    text_tar: npt.NDArray[np.int32]
+    text_offset: Ints
+    text_dtype: str
+    text_width: int
+    """D of the (T, D) features."""
+    empty_text: int
+    """Text position of the empty prompt."""
+    latents: Mapping[int, LatentsIndex]
+    tars: Sequence[TarFile]
+    columns: Columns
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_texts(self) -> int:
+        return len(self.text_tokens)
+
+    @classmethod
+    def open(cls, folder: Path, dataset_root: Path) -> Catalog:
+        """Memory-map a catalog. Raises `DataError` if it is damaged or of another version."""
+        try:
+            head = json.loads((folder / HEAD).read_text())
+            if head["version"] != CATALOG_VERSION:
+                raise DataError(f"{folder} is a catalog of version {head['version']}: remove it, it is made again")
+            return cls._from_head(folder, dataset_root, head)
+        except (OSError, KeyError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{folder} is damaged ({error}): remove it, it is made again from the data set") from error
+
+    @classmethod
+    def _from_head(cls, folder: Path, dataset_root: Path, head: dict[str, Any]) -> Catalog:
+        def load(name: str) -> npt.NDArray[Any]:
+            array: npt.NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            return array
+
+        text = head["text"]
+        return cls(
+            folder=folder,
+            digest=head["digest"],
+            **{name: load(name) for name in ROW_ARRAYS + TEXT_ARRAYS},
+            text_dtype=text["dtype"],
+            text_width=text["width"],
+            empty_text=text["empty"],
+            latents={
+                int(resolution): LatentsIndex(
+                    facet=entry["facet"],
+                    dtype=entry["dtype"],
+                    channels=entry["channels"],
+                    buckets=tuple(Bucket(height=h, width=w) for h, w in entry["buckets"]),
+                    **{name: load(f"latents-{resolution}-{name}") for name in LATENTS_ARRAYS},
+                )
+                for resolution, entry in head["latents"].items()
+            },
+            tars=[TarFile(path=dataset_root / facet / name, size_bytes=size) for facet, name, size in head["tars"]],
+            columns=Columns({name: load(f"column-{name}") for name in head["columns"]}, head["words"]),
+        )
+
+
+ROW_ARRAYS: Final = ("keys", "rows", "units", "key_hash", "caption_start", "caption_text")
+TEXT_ARRAYS: Final = ("text_keys", "text_tokens", "text_tar", "text_offset")
+LATENTS_ARRAYS: Final = ("bucket", "tar", "offset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogFolder:
+    """A catalog that may be opened later; its sizes are known beforehand."""
+
+    folder: Path
+    num_rows: int
+    num_texts: int
+
+
+class Catalogs:
+    """Several catalogs with positions numbered through. Catalogs are opened when first asked for; few stay open."""
+
+    def __init__(self, dataset_root: Path) -> None:
+        self._root = dataset_root
+        self._entries: list[CatalogFolder] = []
+        self._row_base = np.zeros(1, dtype=np.int64)
+        self._text_base = np.zeros(1, dtype=np.int64)
+        self._open: OrderedDict[int, Catalog] = OrderedDict()
+
+    def add(self, entry: CatalogFolder) -> int:
+        """Append a catalog, or find it if it is here already; returns its index."""
+        for index, known in enumerate(self._entries):
+            if known.folder == entry.folder:
+                return index
+        self._entries.append(entry)
+        self._row_base = np.append(self._row_base, self._row_base[-1] + entry.num_rows)
+        self._text_base = np.append(self._text_base, self._text_base[-1] + entry.num_texts)
+        return len(self._entries) - 1
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Catalog:
+        if index not in self._open:
+            while len(self._open) >= _OPEN_CATALOGS:
+                self._open.popitem(last=False)
+            self._open[index] = Catalog.open(self._entries[index].folder, self._root)
+        self._open.move_to_end(index)
+        return self._open[index]
+
+    def row_base(self, index: int) -> int:
+        """Position of a catalog's first row."""
+        return int(self._row_base[index])
+
+    def text_base(self, index: int) -> int:
+        """Position of a catalog's first text."""
+        return int(self._text_base[index])
+
+    def keys(self, rows: Ints) -> list[str]:
+        """Sample keys of row positions."""
+        keys = np.empty(len(rows), dtype=object)
+        for catalog, local, where in self._split(rows, self._row_base):
+            keys[where] = [key.decode() for key in catalog.keys[local]]
+        return list(keys)
+
+    def text_tokens(self, texts: Ints) -> Ints:
+        """(n,) tokens of text positions."""
+        tokens = np.empty(len(texts), dtype=np.int64)
+        for catalog, local, where in self._split(texts, self._text_base):
+            tokens[where] = catalog.text_tokens[local]
+        return tokens
+
+    def text_places(self, texts: Ints) -> Iterator[tuple[Catalog, Ints, Places]]:
+        """Per catalog: the catalog, which of `texts` lie in it, and their places."""
+        for catalog, local, where in self._split(texts, self._text_base):
+            row_bytes = catalog.text_width * ITEM_BYTES[catalog.text_dtype]
+            yield (
+                catalog,
+                where,
+                Places(
+                    tars=catalog.tars,
+                    tar=catalog.text_tar[local],
+                    offset=catalog.text_offset[local],
+                    nbytes=catalog.text_tokens[local].astype(np.int64) * row_bytes,
+                    keys=catalog.text_keys[local],
+                ),
+            )
+
+    def latents_places(self, rows: Ints, resolution: int, bucket: Bucket) -> Iterator[tuple[Catalog, Ints, Places]]:
+        """Per catalog: the catalog, which of `rows` lie in it, and the places of their latents."""
+        for catalog, local, where in self._split(rows, self._row_base):
+            index = catalog.latents[resolution]
+            nbytes = int(np.prod(index.shape(bucket))) * ITEM_BYTES[index.dtype]
+            yield (
+                catalog,
+                where,
+                Places(
+                    tars=catalog.tars,
+                    tar=index.tar[local],
+                    offset=index.offset[local],
+                    nbytes=np.full(len(local), nbytes, dtype=np.int64),
+                    keys=catalog.keys[local],
+                ),
+            )
+
+    def _split(self, positions: Ints, base: Ints) -> Iterator[tuple[Catalog, Ints, Ints]]:
+        # Side "right" skips catalogs without rows, whose base equals the next one's.
+        owner = np.searchsorted(base, positions, side="right") - 1
+        for index in np.unique(owner):
+            where = np.flatnonzero(owner == index)
+            yield self[int(index)], positions[where] - base[index], where

@@ -1,0 +1,146 @@
+"""The ledger: which samples, with which captions, make up the global batch of every step. A pure function.
+
+Place in the flow: the curriculum gives phases, generations give segments (catalogs that join the run), `Ledger.batch`
+gives the global batch, `consumers/stream.py` reads a rank's cut of it. It knows no ranks, so the batches are the same
+on any number of them, and any step can be asked for first, which is all that a resume needs.
+
+1. A step belongs to a phase; its resolution follows from the phase's weights by quota, exact in proportion.
+2. Each (phase, resolution) is a stream with its own position, made of epochs. **A phase change starts new epochs**: a
+   stream begins at its first sample when its phase begins, whatever earlier phases have seen.
+3. Per epoch and row, the caption and whether it is dropped are drawn before anything is grouped, so that dropped
+   captions form batches of their own and cost no padding.
+4. Units are shuffled and taken in blocks; rows of a bucket are shuffled within a block, which keeps reads local.
+5. Windows of 64k samples of one bucket are sorted by text length and cut into global batches. What does not fill the
+   last batch of an epoch is filled with slots of weight zero: an epoch is every sample exactly once.
+6. The batches of all buckets are shuffled into one order: within windows, so that windows are still read in turn.
+
+While producers run (`follow`), an epoch grows by segments: what does not fill a batch is carried into the next
+segment of the epoch and filled only when the epoch closes.
+
+Refused: a stream without a single row (`DataError`), because a phase that trains on nothing is a mistake.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qwenimg_dist.data.catalog import Catalogs
+from qwenimg_dist.data.facets import DataError
+from qwenimg_dist.data.order import BLOCK_UNITS, WINDOW, Segment, Selection, Stream
+from qwenimg_dist.data.phases import PlannedPhase, phase_at, quota
+from qwenimg_dist.schema import Bucket
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalBatch:
+    """The samples of one optimiser step, over all ranks."""
+
+    step: int
+    phase: int
+    resolution: int
+    bucket: Bucket
+    epoch: int
+    rows: npt.NDArray[np.int64]
+    """(B,) row positions in `Catalogs`, ordered by text length."""
+    texts: npt.NDArray[np.int64]
+    """(B,) text positions in `Catalogs`; the empty prompt's where the caption was dropped."""
+    weights: npt.NDArray[np.float32]
+    """(B,) 1 = real, 0 = fill."""
+
+    @property
+    def num_real(self) -> int:
+        """Real samples."""
+        return int(np.count_nonzero(self.weights))
+
+
+class Ledger:
+    """`batch(step)` for any step. Segments may be appended while it is in use; earlier batches never change."""
+
+    def __init__(
+        self,
+        *,
+        phases: Sequence[PlannedPhase],
+        seed: int,
+        caption_dropout: float,
+        catalogs: Catalogs,
+        selection: Selection,
+        window: int = WINDOW,
+        block_units: int = BLOCK_UNITS,
+    ) -> None:
+        self.phases = tuple(phases)
+        self.catalogs = catalogs
+        self._streams = {
+            (phase.index, resolution): Stream(
+                phase=phase,
+                resolution=resolution,
+                seed=seed,
+                caption_dropout=caption_dropout,
+                catalogs=catalogs,
+                selection=selection,
+                window=window,
+                block_units=block_units,
+            )
+            for phase in self.phases
+            for resolution in phase.weights
+        }
+        # The prefetching thread asks for batches while the training thread appends segments.
+        self._lock = threading.RLock()
+
+    def append(self, segment: Segment) -> None:
+        """A further generation joins."""
+        with self._lock:
+            for (phase, _), stream in self._streams.items():
+                if segment.phase is None or segment.phase == phase:
+                    stream.append(segment)
+
+    def phase_at(self, step: int) -> PlannedPhase:
+        """The phase of a step. Raises ValueError outside the plan."""
+        return phase_at(self.phases, step)
+
+    def resolution_at(self, step: int) -> int:
+        """Resolution class of a step."""
+        phase = self.phase_at(step)
+        return quota(phase.weights, step - phase.first_step)[0]
+
+    def available(self, step: int) -> bool:
+        """Whether `batch(step)` can be given from the segments there are."""
+        with self._lock:
+            stream, position = self._find(step)
+            return stream.locate(position) is not None
+
+    def batch(self, step: int) -> GlobalBatch:
+        """The global batch of a step. Raises `DataError` if its stream is empty or not yet that long."""
+        with self._lock:
+            stream, position = self._find(step)
+            at = stream.locate(position)
+            if at is None:
+                raise DataError(stream.why_exhausted())
+            order, index = stream.order(at.segment, at.epoch), at.index
+            fill = int(order.num_fill[index])
+            weights = np.ones(order.rows.shape[1], dtype=np.float32)
+            weights[:fill] = 0.0
+            return GlobalBatch(
+                step=step,
+                phase=stream.phase.index,
+                resolution=stream.resolution,
+                bucket=order.buckets[order.bucket[index]],
+                epoch=at.epoch,
+                rows=order.rows[index],
+                texts=order.texts[index],
+                weights=weights,
+            )
+
+    def batches_per_epoch(self, phase: int, resolution: int) -> int:
+        """Batches of the first epoch as far as it is known."""
+        with self._lock:
+            return self._streams[phase, resolution].batches_of_first_epoch()
+
+    def _find(self, step: int) -> tuple[Stream, int]:
+        phase = self.phase_at(step)
+        resolution, position = quota(phase.weights, step - phase.first_step)
+        return self._streams[phase.index, resolution], position

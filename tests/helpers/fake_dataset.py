@@ -1,0 +1,270 @@
+"""Data sets with fake encoders: the real `Dataset` and `ShardWriter`, and tensors that numpy derives from the key.
+
+`FakeProducer` follows the unit protocol of the real one (listing, scan, dedup, text, latents, `rows` last), so that
+the consumers' side is tested on what it will meet: several parts, rejected rows, added resolutions, new captions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from qwenimg_dist.data.catalog import RunFacets
+from qwenimg_dist.data.facets import Dataset, write_json
+from qwenimg_dist.data.shards import RawTensor, ShardWriter
+from qwenimg_dist.schema import (
+    DEDUP,
+    DEDUP_COLUMNS,
+    LATENTS_COLUMNS,
+    LISTING,
+    LISTING_COLUMNS,
+    ROWS,
+    ROWS_COLUMNS,
+    SCAN,
+    SCAN_COLUMNS,
+    TEXT_COLUMNS,
+    Bucket,
+    caption_key,
+    latents_facet,
+    row_key,
+    text_facet,
+)
+
+WIDTH = 8
+CHANNELS = 16
+ASPECTS = ((1, 1), (1, 2), (2, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeRow:
+    uri: str
+    captions: tuple[str, ...]
+    width: int = 256
+    height: int = 256
+    status: str = "kept"
+    score: float = 1.0
+
+    @property
+    def key(self) -> str:
+        return row_key(self.uri)
+
+
+def bucket_of(row: FakeRow, resolution: int) -> Bucket | None:
+    """The bucket of a picture at a resolution; None where it is too small."""
+    if min(row.width, row.height) < resolution:
+        return None
+    wide, high = min(ASPECTS, key=lambda a: abs(row.width / row.height - a[0] / a[1]))
+    return Bucket(height=resolution * high // max(wide, high), width=resolution * wide // max(wide, high))
+
+
+def num_tokens(caption: str) -> int:
+    """Tokens of a caption: its words, and 2 as a template would add."""
+    return len(caption.split()) + 2
+
+
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    """fp32 -> the upper half of its bits."""
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def fake_latents(key: str, bucket: Bucket) -> np.ndarray:
+    """(16, h/8, w/8) fp32, exact in bf16."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
+    shape = (CHANNELS, bucket.height // 8, bucket.width // 8)
+    return np.random.default_rng(seed + bucket.height).integers(-8, 8, shape).astype(np.float32)
+
+
+def fake_features(caption: str) -> np.ndarray:
+    """(T, WIDTH) fp32, exact in bf16."""
+    seed = int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "little")
+    return np.random.default_rng(seed).integers(-8, 8, (num_tokens(caption), WIDTH)).astype(np.float32)
+
+
+def facets_for(resolutions: Sequence[int], fingerprint: str = "0123456789ab") -> RunFacets:
+    """Facet names as a run would ask for them."""
+    return RunFacets(text=text_facet(fingerprint), latents={r: latents_facet(r, fingerprint) for r in resolutions})
+
+
+class FakeProducer:
+    """Writes units. `rows` is the source; `produce` does what is missing, unit by unit, as the real one does."""
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        unit_size: int = 4,
+        resolutions: Sequence[int] = (32,),
+        fingerprint: str = "0123456789ab",
+        max_shard_bytes: int = 1 << 20,
+        dtype: str = "bfloat16",
+    ) -> None:
+        self.dataset = Dataset.create(root, unit_size)
+        self.facets = facets_for(resolutions, fingerprint)
+        self.rows: list[FakeRow] = []
+        self.max_shard_bytes = max_shard_bytes
+        self.dtype = dtype
+
+    def add(self, rows: Sequence[FakeRow]) -> None:
+        self.rows.extend(rows)
+
+    def recaption(self, index: int, captions: tuple[str, ...]) -> None:
+        self.rows[index] = replace(self.rows[index], captions=captions)
+
+    @property
+    def num_units(self) -> int:
+        return -(-len(self.rows) // self.dataset.unit_size)
+
+    def unit_rows(self, unit: int) -> dict[int, FakeRow]:
+        size = self.dataset.unit_size
+        return dict(list(enumerate(self.rows))[unit * size : (unit + 1) * size])
+
+    def produce(self, units: Sequence[int] | None = None, *, complete: bool = False) -> None:
+        """Bring units up to date; with `complete`, say that the source is at its end."""
+        for unit in range(self.num_units) if units is None else units:
+            self.produce_unit(unit)
+        if complete:
+            self.complete()
+
+    def complete(self) -> None:
+        write_json(self.dataset.root / "source-complete.json", {"units": self.num_units, "rows": len(self.rows)})
+
+    def produce_unit(self, unit: int) -> None:
+        rows = self.unit_rows(unit)
+        changed = self._listing(unit, rows)
+        if not self.dataset.read_unit(SCAN, unit):
+            self._simple(SCAN, unit, _scan_table(rows))
+            self._simple(DEDUP, unit, _table(DEDUP_COLUMNS, [{"row": n, "duplicate_of": -1} for n in rows]))
+        kept = {number: row for number, row in rows.items() if row.status == "kept"}
+        added = self._text(unit, kept)
+        for resolution, facet in self.facets.latents.items():
+            added |= self._latents(unit, kept, resolution, facet)
+        if changed or added or not self.dataset.read_unit(ROWS, unit):
+            self._rows(unit, rows)
+
+    def _listing(self, unit: int, rows: dict[int, FakeRow]) -> bool:
+        known = self.dataset.read_unit(LISTING, unit)
+        captions = dict(zip(known["row"].to_pylist(), known["captions"].to_pylist())) if known is not None else {}
+        changed = {n: row for n, row in rows.items() if captions.get(n) != list(row.captions)}
+        if not changed and known is not None:
+            return False
+        records = [
+            {"row": n, "key": r.key, "uri": r.uri, "captions": list(r.captions), "caption_fault": None}
+            for n, r in changed.items()
+        ]
+        self._simple(LISTING, unit, _table(LISTING_COLUMNS, records))
+        return True
+
+    def _text(self, unit: int, kept: dict[int, FakeRow]) -> bool:
+        known = self.dataset.read_unit(self.facets.text, unit, ["key"])
+        have = set(known["key"].to_pylist()) if known is not None else set()
+        wanted = dict.fromkeys(["", *(caption for row in kept.values() for caption in row.captions)])
+        missing = [caption for caption in wanted if caption_key(caption) not in have]
+        if known is not None and not missing:
+            return False
+        part = self.dataset.next_part(self.facets.text, unit)
+        with ShardWriter(self.dataset, part, max_shard_bytes=self.max_shard_bytes) as writer:
+            records = []
+            for caption in missing:
+                meta = {"caption": caption, "num_tokens": num_tokens(caption)}
+                place = writer.write(caption_key(caption), meta, {"features": self._raw(fake_features(caption))})
+                records.append({"key": caption_key(caption), "num_tokens": num_tokens(caption), **place.columns()})
+            tars = writer.close()
+        self.dataset.commit(part, _table(TEXT_COLUMNS, records), config_hash="fake", tars=tars)
+        return True
+
+    def _latents(self, unit: int, kept: dict[int, FakeRow], resolution: int, facet: str) -> bool:
+        known = self.dataset.read_unit(facet, unit, ["row"])
+        have = set(known["row"].to_pylist()) if known is not None else set()
+        buckets = {n: bucket for n, row in kept.items() if (bucket := bucket_of(row, resolution)) is not None}
+        missing = [n for n in buckets if n not in have]
+        if known is not None and not missing:
+            return False
+        part = self.dataset.next_part(facet, unit)
+        with ShardWriter(self.dataset, part, max_shard_bytes=self.max_shard_bytes) as writer:
+            records = []
+            for n in missing:
+                row, bucket = kept[n], buckets[n]
+                meta = {"row": n, "uri": row.uri, "captions": list(row.captions)}
+                place = writer.write(row.key, meta, {"mean": self._raw(fake_latents(row.key, bucket))})
+                records.append(
+                    {
+                        "row": n,
+                        "key": row.key,
+                        "bucket_height": bucket.height,
+                        "bucket_width": bucket.width,
+                        "resized_height": bucket.height,
+                        "resized_width": bucket.width,
+                        "crop_top": 0,
+                        "crop_left": 0,
+                        **place.columns(),
+                    }
+                )
+            tars = writer.close()
+        self.dataset.commit(part, _table(LATENTS_COLUMNS, records), config_hash="fake", tars=tars)
+        return True
+
+    def _rows(self, unit: int, rows: dict[int, FakeRow]) -> None:
+        records = [
+            {
+                "row": n,
+                "key": r.key,
+                "status": r.status,
+                "reason": "" if r.status == "kept" else "made_up",
+                "detail": "",
+                "width": r.width,
+                "height": r.height,
+                "score_sharpness": r.score,
+            }
+            for n, r in rows.items()
+        ]
+        schema = ROWS_COLUMNS.append(pa.field("score_sharpness", pa.float32()))
+        facets = (LISTING, SCAN, DEDUP, *self.facets.names)
+        inputs = {facet: len([p for p in self.dataset.parts(facet) if p.unit == unit]) for facet in facets}
+        self._simple(ROWS, unit, _table(schema, records), extra={"inputs": inputs, "counts": {}})
+
+    def _simple(self, facet: str, unit: int, table: pa.Table, extra: dict[str, object] | None = None) -> None:
+        part = self.dataset.next_part(facet, unit)
+        assert self.dataset.commit(part, table, config_hash="fake", extra=extra)
+
+    def _raw(self, values: np.ndarray) -> RawTensor:
+        return RawTensor(data=to_bf16(values) if self.dtype == "bfloat16" else values, dtype=self.dtype)
+
+
+def make_rows(
+    count: int, *, start: int = 0, captions: int = 1, sizes: Sequence[tuple[int, int]] = ((256, 256),), words: int = 6
+) -> list[FakeRow]:
+    """`count` rows with varied captions and sizes, a pure function of the row's number."""
+    rows = []
+    for n in range(start, start + count):
+        width, height = sizes[n % len(sizes)]
+        texts = tuple(f"picture {n} c{c}" + " word" * ((n * 7 + c) % words) for c in range(captions))
+        rows.append(FakeRow(uri=f"pictures/{n:06d}.png", captions=texts, width=width, height=height, score=n / 10))
+    return rows
+
+
+def _scan_table(rows: dict[int, FakeRow]) -> pa.Table:
+    records = [
+        {
+            "row": n,
+            "bytes": 1000 + n,
+            "sha256": row.key,
+            "format": "PNG",
+            "mode": "RGB",
+            "width": row.width,
+            "height": row.height,
+            "orientation": 1,
+            "fault": None,
+            "detail": "",
+        }
+        for n, row in rows.items()
+    ]
+    return _table(SCAN_COLUMNS, records)
+
+
+def _table(schema: pa.Schema, records: list[dict[str, object]]) -> pa.Table:
+    return pa.Table.from_pylist(records, schema=schema)
