@@ -1,0 +1,255 @@
+"""Saving and resuming on the ranks: all ranks write, rank 0 commits; any number of ranks loads.
+
+Place in the flow: the trainer saves and resumes here; the files themselves are `checkpoint_files.py`.
+
+Commit: every rank writes its file into `.tmp-…` and fsyncs it -> the ranks agree that all succeeded -> rank 0 writes
+`state.json` and `manifest.json`, renames the directory to `step-NNNNNNNN` and fsyncs its parent. Who dies before the
+rename leaves a temporary that nobody reads.
+
+Load: the newest valid checkpoint. Sizes of all files are checked always; each file's sha256 by exactly one rank, which
+costs one read of the checkpoint over all ranks together (41 GB of a 64-rank 20 B run: 5 GB per rank) and buys that a
+flipped bit is never trained on. Refuses to start anew when checkpoints exist and none is valid.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from consumers.checkpoint_files import (
+    CheckpointError,
+    CheckpointInfo,
+    FileRecord,
+    Piece,
+    checkpoints_dir,
+    content_fault,
+    list_checkpoints,
+    rank_file,
+    read_manifest,
+    step_name,
+    write_manifest,
+    write_rank_file,
+    write_state,
+)
+from consumers.checkpoint_reader import CheckpointReader, open_checkpoint, verify_checkpoint
+from consumers.ema import Ema
+from consumers.engine import KINDS, Engine, Share
+from consumers.ranks import Ranks
+from qwenimg_dist.data.facets import fsync_dir
+from qwenimg_dist.debug import fault_point
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointInfo",
+    "CheckpointReader",
+    "Loaded",
+    "check_disk",
+    "list_checkpoints",
+    "load_newest",
+    "open_checkpoint",
+    "save_checkpoint",
+    "verify_checkpoint",
+]
+
+_TEMPORARY: Final = ".tmp-"
+_SHA_HEX_DIGITS: Final = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What a resume found."""
+
+    step: int
+    state: dict[str, Any]
+    """The trainer's `state.json`."""
+    skipped: list[str]
+    """Newer checkpoints that are not valid, and why."""
+
+
+def checkpoint_bytes(engine: Engine, ema: Ema | None) -> int:
+    """Size of one checkpoint over all ranks, without headers."""
+    return engine.num_parameters * 4 * (len(KINDS) + (ema is not None))
+
+
+def check_disk(engine: Engine, ema: Ema | None, run_dir: Path) -> None:
+    """Raise `CheckpointError` on every rank if one more checkpoint does not fit. `run_dir` must exist."""
+    ranks = engine.ranks
+    needed = checkpoint_bytes(engine, ema) * 1.02
+    free = ranks.broadcast_json(shutil.disk_usage(run_dir).free if ranks.is_first else None)
+    if free < needed:
+        raise CheckpointError(
+            f"the disk is too full for a checkpoint: {checkpoints_dir(run_dir)} needs {needed / 1e9:.2f} GB, "
+            f"{free / 1e9:.2f} GB are free; make room, lower checkpoint.keep, or choose another run.path"
+        )
+
+
+def save_checkpoint(
+    engine: Engine, ema: Ema | None, run_dir: Path, *, step: int, state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write and commit `checkpoints/step-NNNNNNNN`; then keep only the newest `keep` valid ones.
+
+    Collective. Raises `CheckpointError` on every rank if one of them could not write; nothing is visible then.
+    """
+    ranks = engine.ranks
+    check_disk(engine, ema, run_dir)
+    folder = checkpoints_dir(run_dir)
+    # Drawn anew each time: a rank of a killed gang that still lives cannot write into this directory.
+    token = ranks.broadcast_json(uuid.uuid4().hex[:8])
+    temporary = folder / f"{_TEMPORARY}{step_name(step)}-{token}"
+    error: OSError | None = None
+    record = FileRecord(name=rank_file(ranks.rank, ranks.world_size), size_bytes=0, sha256="0" * _SHA_HEX_DIGITS)
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        record = write_rank_file(temporary / record.name, list(_pieces(engine, ema)))
+    except OSError as problem:
+        error = problem
+    _agree(error, ranks, temporary, step)
+    records = _gather(record, ranks)
+    whole = {
+        **state,
+        "step": step,
+        "optimizer_steps": engine.optimizer_steps,
+        "ema_decay": ema.decay if ema else None,
+        "parameters": {share.name: {"shape": list(share.shape), "group": share.group} for share in engine.shares},
+    }
+    if ranks.is_first:
+        try:
+            records.append(write_state(temporary, whole))
+            _commit(temporary, folder / step_name(step), step=step, num_ranks=ranks.world_size, records=records)
+            _retain(run_dir, keep)
+        except OSError as problem:
+            error = problem
+    _agree(error, ranks, temporary, step)
+    return folder / step_name(step)
+
+
+def load_newest(engine: Engine, ema: Ema | None, run_dir: Path) -> Loaded | None:
+    """Fill engine and EMA from the newest valid checkpoint; None if there is none at all.
+
+    Collective. Raises `CheckpointError` if there are checkpoints and none is valid, or if it is of another model.
+    """
+    ranks = engine.ranks
+    found = ranks.broadcast_json([[info.step, info.fault] for info in list_checkpoints(run_dir)])
+    if not found:
+        return None
+    skipped: list[str] = []
+    for step, fault in reversed(found):
+        path = checkpoints_dir(run_dir) / step_name(step)
+        problem = fault or _share_of_faults(path, ranks)
+        if problem is None:
+            reader = CheckpointReader(path)
+            _restore(engine, ema, reader)
+            return Loaded(step=step, state=reader.state, skipped=skipped)
+        skipped.append(f"step {step}: {problem}")
+    raise CheckpointError(
+        f"{run_dir} has {len(found)} checkpoint(s), none of them valid: {'; '.join(skipped)}. Restore one from a "
+        "backup, or start anew with train.fresh=true (they are moved aside)"
+    )
+
+
+def _agree(error: OSError | None, ranks: Ranks, temporary: Path, step: int) -> None:
+    """Raise on every rank if one of them failed; a rank that went on alone would wait for ever."""
+    if not ranks.any(error is not None):
+        return
+    if ranks.is_first:
+        shutil.rmtree(temporary, ignore_errors=True)
+    why = f": {error}" if error is not None else " (another rank says why)"
+    raise CheckpointError(f"rank {ranks.rank}: checkpoint of step {step} was not committed{why}") from error
+
+
+def _share_of_faults(path: Path, ranks: Ranks) -> str | None:
+    """Hash the checkpoint's files, each on one rank; the first problem, or None, on every rank."""
+    problem = ""
+    try:
+        _, records = read_manifest(path)
+        mine = records[ranks.rank :: ranks.world_size]
+        problem = next((fault for record in mine if (fault := content_fault(path, record))), "")
+    except (CheckpointError, OSError) as error:
+        problem = str(error)
+    width = 512  # characters of a message that travel; equal on all ranks
+    told = [text.decode(errors="replace").strip() for text in ranks.gather_bytes(problem.encode()[:width].ljust(width))]
+    return next((text for text in told if text), None)
+
+
+def _restore(engine: Engine, ema: Ema | None, reader: CheckpointReader) -> None:
+    for share in engine.shares:
+        if reader.shape(share.name) != share.shape:
+            raise CheckpointError(
+                f"{reader.path}: {share.name} has shape {reader.shape(share.name)}, the model has {share.shape}"
+            )
+        if share.stop == share.start:
+            continue
+        for kind in KINDS:
+            _load_into(engine.state(kind, share), reader, share, kind)
+        if ema is not None and reader.has_ema:
+            _load_into(ema.state(share), reader, share, "ema")
+    engine.optimizer_steps = int(reader.state["optimizer_steps"])
+    engine.publish()
+    if ema is not None and not reader.has_ema:
+        ema.restart()
+
+
+def _load_into(target: Any, reader: CheckpointReader, share: Share, which: Any) -> None:
+    if target.device.type == "cpu":
+        reader.read_range_into(share.name, which, share.start, target)
+        return
+    staged = target.new_empty(target.shape, device="cpu")
+    reader.read_range_into(share.name, which, share.start, staged)
+    target.copy_(staged)
+
+
+def _pieces(engine: Engine, ema: Ema | None) -> Iterator[Piece]:
+    for share in engine.shares:
+        if share.stop == share.start:
+            continue
+        for kind in KINDS:
+            yield Piece(
+                which=kind, name=share.name, start=share.start, stop=share.stop, values=engine.state(kind, share)
+            )
+        if ema is not None:
+            yield Piece(which="ema", name=share.name, start=share.start, stop=share.stop, values=ema.state(share))
+
+
+def _gather(record: FileRecord, ranks: Ranks) -> list[FileRecord]:
+    told = ranks.gather_bytes(record.sha256.encode() + record.size_bytes.to_bytes(8, "little"))
+    return [
+        FileRecord(
+            name=rank_file(rank, ranks.world_size),
+            sha256=data[:_SHA_HEX_DIGITS].decode(),
+            size_bytes=int.from_bytes(data[_SHA_HEX_DIGITS:], "little"),
+        )
+        for rank, data in enumerate(told)
+    ]
+
+
+def _commit(temporary: Path, final: Path, *, step: int, num_ranks: int, records: list[FileRecord]) -> None:
+    write_manifest(temporary, step, num_ranks, records)
+    fsync_dir(temporary)
+    fault_point("checkpoint_commit")
+    if final.exists():  # an invalid checkpoint of this step, reached again
+        aside = final.with_name(f"{_TEMPORARY}replaced-{final.name}-{uuid.uuid4().hex[:8]}")
+        os.rename(final, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    os.rename(temporary, final)
+    fsync_dir(final.parent)
+
+
+def _retain(run_dir: Path, keep: int) -> None:
+    """Remove what is older than the newest `keep` valid checkpoints, and temporaries of the dead."""
+    found = list_checkpoints(run_dir)
+    valid = [info.step for info in found if info.fault is None]
+    oldest_kept = min(valid[-keep:], default=0)
+    folder = checkpoints_dir(run_dir)
+    for info in found:
+        if info.step < oldest_kept:
+            # Renamed first: half-removed it must not look like a checkpoint.
+            aside = folder / f"{_TEMPORARY}removed-{info.path.name}-{uuid.uuid4().hex[:8]}"
+            os.rename(info.path, aside)
+    for name in os.listdir(folder):
+        if name.startswith(_TEMPORARY):
+            shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,0 +1,200 @@
+"""A checkpoint on disk: `step-NNNNNNNN/` with one safetensors file per rank, `state.json` and `manifest.json`.
+
+Place in the flow: `checkpoint.py` writes through this on the ranks, `checkpoint_reader.py` reads it, with or without
+ranks. A rank's file holds, for each parameter NAME, the fp32 tensors `master/NAME`, `exp_avg/NAME`,
+`exp_avg_sq/NAME` and `ema/NAME` of that rank's elements, and in its metadata the range [start, stop) of them in the
+flattened parameter. So any number of ranks can read what it needs by byte ranges.
+
+**A checkpoint is valid if and only if its manifest is there and every file has the size (and, when read, the sha256)
+that stands in it.** Refuses pickles, and to return anything of a checkpoint that is not whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+
+from qwenimg_dist.data.facets import write_json
+from qwenimg_dist.debug import fault_point
+
+FORMAT: Final = 1
+MANIFEST: Final = "manifest.json"
+STATE: Final = "state.json"
+Which = Literal["master", "ema", "exp_avg", "exp_avg_sq"]
+_STEP_DIR: Final = re.compile(r"^step-(\d{8,})$")
+_CHUNK_BYTES: Final = 1 << 22
+
+
+class CheckpointError(ValueError):
+    """No checkpoint can be used, or one cannot be written; the message names each and the way out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One tensor to write: elements [start, stop) of a flattened parameter."""
+
+    which: Which
+    name: str
+    start: int
+    stop: int
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """What the manifest says of one file."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """One checkpoint directory, as `list_checkpoints` sees it (sizes checked, bytes not hashed)."""
+
+    path: Path
+    step: int
+    num_ranks: int
+    size_bytes: int
+    fault: str | None
+    """None, or why it is not valid."""
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def rank_file(rank: int, num_ranks: int) -> str:
+    return f"rank-{rank:05d}-of-{num_ranks:05d}.safetensors"
+
+
+def write_rank_file(file: Path, pieces: Sequence[Piece]) -> FileRecord:
+    """Write one rank's tensors as safetensors, one at a time, fsynced. Host memory: the largest piece."""
+    header: dict[str, Any] = {
+        "__metadata__": {"ranges": json.dumps({piece.name: [piece.start, piece.stop] for piece in pieces})}
+    }
+    position = 0
+    for piece in pieces:
+        end = position + piece.values.numel() * 4
+        header[f"{piece.which}/{piece.name}"] = {
+            "dtype": "F32",
+            "shape": [piece.values.numel()],
+            "data_offsets": [position, end],
+        }
+        position = end
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+    with open(file, "wb") as sink:
+        for data in (len(head).to_bytes(8, "little"), head):
+            digest.update(data)
+            sink.write(data)
+        for index, piece in enumerate(pieces):
+            if index == len(pieces) // 2:
+                sink.flush()
+                fault_point("checkpoint_write")
+            if piece.values.dtype != torch.float32:
+                raise TypeError(f"{piece.which}/{piece.name} is {piece.values.dtype}, checkpoints hold fp32")
+            view = piece.values.detach().cpu().contiguous().view(torch.uint8).numpy().data
+            digest.update(view)
+            sink.write(view)
+        sink.flush()
+        os.fsync(sink.fileno())
+    return FileRecord(name=file.name, size_bytes=8 + len(head) + position, sha256=digest.hexdigest())
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> FileRecord:
+    """Write `state.json` and describe it for the manifest."""
+    write_json(folder / STATE, state)
+    return describe(folder / STATE)
+
+
+def write_manifest(folder: Path, step: int, num_ranks: int, files: Iterable[FileRecord]) -> None:
+    listed = {record.name: {"size_bytes": record.size_bytes, "sha256": record.sha256} for record in files}
+    write_json(folder / MANIFEST, {"format": FORMAT, "step": step, "num_ranks": num_ranks, "files": listed})
+
+
+def describe(file: Path) -> FileRecord:
+    """Size and sha256 of a file as it is."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return FileRecord(name=file.name, size_bytes=file.stat().st_size, sha256=digest.hexdigest())
+
+
+def list_checkpoints(run_dir: Path) -> list[CheckpointInfo]:
+    """All checkpoints of a run by step, valid or not; what was never renamed into place is not one."""
+    folder = checkpoints_dir(run_dir)
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), folder / name) for name in os.listdir(folder) if (match := _STEP_DIR.match(name))]
+    return [_inspect(path, step) for step, path in sorted(found)]
+
+
+def _inspect(path: Path, step: int) -> CheckpointInfo:
+    try:
+        num_ranks, records = read_manifest(path)
+        fault = next((problem for record in records if (problem := size_fault(path, record))), None)
+    except CheckpointError as error:
+        return CheckpointInfo(path=path, step=step, num_ranks=0, size_bytes=0, fault=str(error))
+    size = sum(record.size_bytes for record in records)
+    return CheckpointInfo(path=path, step=step, num_ranks=num_ranks, size_bytes=size, fault=fault)
+
+
+def read_manifest(path: Path) -> tuple[int, list[FileRecord]]:
+    """(number of ranks, files) of a checkpoint. Raises `CheckpointError` if the manifest is missing or damaged."""
+    file = path / MANIFEST
+    try:
+        tree = json.loads(file.read_text())
+        if tree["format"] != FORMAT:
+            raise CheckpointError(f"{file}: format {tree['format']}, this program reads {FORMAT}")
+        records = [
+            FileRecord(name=str(name), size_bytes=int(entry["size_bytes"]), sha256=str(entry["sha256"]))
+            for name, entry in sorted(tree["files"].items())
+        ]
+        num_ranks = int(tree["num_ranks"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing: the checkpoint was never committed") from error
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {error})") from error
+    expected = {STATE, *(rank_file(rank, num_ranks) for rank in range(num_ranks))}
+    if {record.name for record in records} != expected:
+        raise CheckpointError(f"{file} does not list the files of {num_ranks} ranks")
+    return num_ranks, records
+
+
+def size_fault(path: Path, record: FileRecord) -> str | None:
+    """None, or what is wrong with a file's presence or size."""
+    file = path / record.name
+    try:
+        size = file.stat().st_size
+    except OSError:
+        return f"{file} is missing"
+    if size != record.size_bytes:
+        return f"{file} has {size} bytes, the manifest says {record.size_bytes}"
+    return None
+
+
+def content_fault(path: Path, record: FileRecord) -> str | None:
+    """As `size_fault`, and the bytes are hashed."""
+    if fault := size_fault(path, record):
+        return fault
+    if describe(path / record.name).sha256 != record.sha256:
+        return f"{path / record.name} has changed since it was written (sha256 differs)"
+    return None
