@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwenimg_dist.config import ModelConfig
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -34,8 +35,21 @@ def resolve_pipeline(path: str, revision: str | None = None, *, components: Sequ
     if folder.is_dir() or looks_local:
         return _check_local(folder, wanted)
     if revision is None:
-        raise ValueError(f"model.path={path} is a hub id: pin it with model.revision=<commit hash>")
+        raise ValueError(
+            f"{path}: no such directory; if it is meant as a hub id, pin it with model.revision=<commit hash>"
+        )
     return _check_local(_download(path, revision, wanted), wanted)
+
+
+def pipeline_dir(model: ModelConfig, *, components: Sequence[str] | None = None) -> Path:
+    """The directory of the configured model: built in the user's cache for `model=tiny` without a path."""
+    if model.path is not None:
+        return resolve_pipeline(model.path, model.revision, components=components)
+    if model.name != "tiny":
+        raise ValueError(f"model.path is not set: give a directory or hub id for model={model.name}")
+    from qwenimg_dist.models.tiny import tiny_pipeline_dir  # builds real models: only where it is wanted
+
+    return tiny_pipeline_dir()
 
 
 def _check_local(folder: Path, components: Sequence[str]) -> Path:

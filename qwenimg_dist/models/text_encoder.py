@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2Tokenizer
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from qwenimg_dist.models.pipeline import combine_fingerprints, fingerprint_component
@@ -73,7 +73,7 @@ class TextEncoder:
         folder = Path(pipeline_dir)
         return cls(
             _load_language_tower(folder / "text_encoder", dtype, torch.device(device)),
-            AutoTokenizer.from_pretrained(folder / "tokenizer"),
+            Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
             max_sequence_length=max_sequence_length,
             fingerprint=text_fingerprint(folder, max_sequence_length=max_sequence_length),
         )

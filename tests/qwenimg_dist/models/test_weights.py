@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
+from qwenimg_dist.config import ModelConfig
+from qwenimg_dist.models.pipeline import pipeline_dir
 from qwenimg_dist.models.tiny import tiny_pipeline_dir
 from qwenimg_dist.models.weights import (
     SafetensorsDirectory,
@@ -90,6 +93,19 @@ def test_export_in_several_shards_loads_in_stock_diffusers(tiny: Path, tmp_path:
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
     assert max(f.stat().st_size for f in files) < 3_000_000 + 100_000
+
+
+def test_export_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
+    given: list[weakref.ref[torch.Tensor]] = []
+
+    def fresh() -> torch.Tensor:
+        assert not [ref for ref in given if ref() is not None], "an earlier tensor is still held"
+        tensor = torch.zeros(8)
+        given.append(weakref.ref(tensor))
+        return tensor
+
+    write_sharded(tmp_path, [(f"w{i}", (8,), torch.float32, fresh) for i in range(6)], max_shard_bytes=64)
+    assert len(given) == 6
 
 
 def test_one_shard_has_no_index_and_mixed_dtypes_are_aligned(tmp_path: Path) -> None:
@@ -242,8 +258,15 @@ def test_resolve_pipeline(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         resolve_pipeline(str(partial))
     assert resolve_pipeline(str(partial), components=["transformer", "vae"]) == partial
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="pin it"):
+    with pytest.raises(ValueError, match=r"Qwen-Image-2512: no such directory.*pin it"):
         resolve_pipeline("Qwen/Qwen-Image-2512")
+
+
+def test_pipeline_of_the_configured_model(tiny: Path) -> None:
+    assert pipeline_dir(ModelConfig(name="tiny")) == tiny
+    assert pipeline_dir(ModelConfig(name="other", path=str(tiny))) == tiny
+    with pytest.raises(ValueError, match="model=qwen_image_2512"):
+        pipeline_dir(ModelConfig(name="qwen_image_2512"))
 
 
 def test_hub_id_offline_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
