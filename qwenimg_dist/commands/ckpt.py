@@ -15,13 +15,16 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from qwenimg_dist.commands.inputs import required, run_config
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
+
+if TYPE_CHECKING:
+    from consumers.checkpoint_reader import CheckpointReader
+    from qwenimg_dist.models.weights import TensorSource
 
 SUMMARY: Final = "list, verify and export checkpoints"
 
@@ -39,7 +42,7 @@ def list_run(config: Config, args: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from consumers.checkpoint import list_checkpoints
+    from consumers.checkpoint_files import list_checkpoints
 
     run_dir = Path(required(config.run.path, "run.path"))
     table = Table("step", "ranks", "GB", "state", title=str(run_dir))
@@ -52,7 +55,8 @@ def list_run(config: Config, args: list[str]) -> int:
 
 def verify_run(config: Config, args: list[str]) -> int:
     """Read every byte of every checkpoint. Exit code 1 if one is damaged."""
-    from consumers.checkpoint import list_checkpoints, verify_checkpoint
+    from consumers.checkpoint_files import list_checkpoints
+    from consumers.checkpoint_reader import verify_checkpoint
 
     run_dir = Path(required(config.run.path, "run.path"))
     found = list_checkpoints(run_dir)
@@ -74,7 +78,7 @@ def export_run(config: Config, args: list[str]) -> int:
     out = Path(required(config.export.path, "export.path"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"export.path={out} exists and is not empty; remove it or choose another")
-    from consumers.checkpoint import open_checkpoint
+    from consumers.checkpoint_reader import open_checkpoint
     from qwenimg_dist.models.pipeline import pipeline_dir
 
     # The model is the one that the run trained, whatever the defaults of this command line are.
@@ -94,14 +98,12 @@ def export_run(config: Config, args: list[str]) -> int:
     return 0
 
 
-def _write_pipeline(folder: Path, source: Path, reader: object, config: Config) -> None:
+def _write_pipeline(folder: Path, source: Path, reader: CheckpointReader, config: Config) -> None:
     import torch
 
-    from consumers.checkpoint import CheckpointReader
     from qwenimg_dist.models.weights import SafetensorsDirectory, write_sharded
 
-    assert isinstance(reader, CheckpointReader)
-    which = "master" if config.export.weights == "raw" else "ema"
+    which: Literal["master", "ema"] = "master" if config.export.weights == "raw" else "ema"
     dtype = getattr(torch, config.export.dtype)
     _take_over(source, folder, leave_out="transformer")
     transformer = folder / "transformer"
@@ -116,13 +118,12 @@ def _write_pipeline(folder: Path, source: Path, reader: object, config: Config) 
             f"has besides {sorted(extra)[:3]}"
         )
 
-    def tensors() -> Iterator[tuple[str, tuple[int, ...], torch.dtype, object]]:
-        for name in start.names:
-            if reader.shape(name) != start.shape(name):
-                raise ValueError(f"{name} is {reader.shape(name)} in {reader.path}, {start.shape(name)} in {source}")
-            yield name, start.shape(name), dtype, lambda name=name: reader.read(name, which).to(dtype)
+    def tensor(name: str) -> TensorSource:
+        if reader.shape(name) != start.shape(name):
+            raise ValueError(f"{name} is {reader.shape(name)} in {reader.path}, {start.shape(name)} in {source}")
+        return name, start.shape(name), dtype, lambda: reader.read(name, which).to(dtype)
 
-    write_sharded(transformer, tensors(), max_shard_bytes=config.export.max_shard_bytes)  # type: ignore[arg-type]
+    write_sharded(transformer, map(tensor, start.names), max_shard_bytes=config.export.max_shard_bytes)
     provenance = {"run": str(reader.path), "step": reader.step, "weights": config.export.weights, "from": str(source)}
     (folder / "qwenimg_dist.json").write_text(json.dumps(provenance, indent=1) + "\n")
 

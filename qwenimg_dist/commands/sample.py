@@ -11,7 +11,7 @@ model that does not fit there is sampled by the grids of `train`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from qwenimg_dist.commands.inputs import run_config
 from qwenimg_dist.compose import load_config
@@ -104,14 +104,14 @@ def _load_transformer(config: Config, args: list[str], dtype: Any, device: Any) 
 
 
 def _from_checkpoint(run_dir: Path, config: Config, args: list[str], dtype: Any, device: Any) -> tuple[Path, Any]:
-    from consumers.checkpoint import open_checkpoint
+    from consumers.checkpoint_reader import open_checkpoint
     from qwenimg_dist.models.pipeline import pipeline_dir
     from qwenimg_dist.models.transformer import build_transformer, load_transformer_config
 
     folder = pipeline_dir(run_config(run_dir, args).model)
     reader = open_checkpoint(run_dir, config.export.step)
     model = build_transformer(load_transformer_config(folder / "transformer")).to(dtype)
-    which = "master" if config.export.weights == "raw" else "ema"
+    which: Literal["master", "ema"] = "master" if config.export.weights == "raw" else "ema"
     for name, parameter in model.named_parameters():
         parameter.data.copy_(reader.read(name, which))
     return folder, model.eval().to(device)
