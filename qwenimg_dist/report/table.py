@@ -1,18 +1,21 @@
 """A table with a title, told once and shown three ways: rich on a terminal, plain text in a log, HTML in a report.
 
-Deliberately no formatting options beyond alignment: numbers go right, the rest left.
+Deliberately no formatting options: columns of numbers, shares and sizes go right, others left.
 """
 
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import rich.table
 from rich.text import Text
 
 Cell = str | int | float | None
+_QUANTITY: Final = re.compile(r"^(-|[\d.,]+ ?(%|[kMGT]?B)?)?$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +68,7 @@ class Table:
         )
 
     def _numeric(self) -> list[bool]:
-        return [
-            bool(self.rows) and all(row[i] is None or isinstance(row[i], int | float) for row in self.rows)
-            for i in range(len(self.columns))
-        ]
+        return [bool(self.rows) and all(_is_number(row[i]) for row in self.rows) for i in range(len(self.columns))]
 
 
 def show(cell: Cell) -> str:
@@ -78,8 +78,12 @@ def show(cell: Cell) -> str:
     if isinstance(cell, int):
         return f"{cell:,}"
     if isinstance(cell, float):
-        return f"{cell:,.4g}"
+        return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.4g}"
     return cell
+
+
+def _is_number(cell: Cell) -> bool:
+    return not isinstance(cell, str) or bool(_QUANTITY.match(cell))
 
 
 def show_bytes(size: float) -> str:
