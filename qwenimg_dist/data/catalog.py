@@ -11,6 +11,7 @@ Positions: `Catalogs` numbers the rows (and texts) of several catalogs through, 
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -200,6 +201,8 @@ class Catalogs:
         self._row_base = np.zeros(1, dtype=np.int64)
         self._text_base = np.zeros(1, dtype=np.int64)
         self._open: OrderedDict[int, Catalog] = OrderedDict()
+        # The prefetching thread looks places up while the training thread lets further catalogs join.
+        self._lock = threading.Lock()
 
     def add(self, entry: CatalogFolder) -> int:
         """Append a catalog, or find it if it is here already; returns its index."""
@@ -215,12 +218,13 @@ class Catalogs:
         return len(self._entries)
 
     def __getitem__(self, index: int) -> Catalog:
-        if index not in self._open:
-            while len(self._open) >= _OPEN_CATALOGS:
-                self._open.popitem(last=False)
-            self._open[index] = Catalog.open(self._entries[index].folder, self._root)
-        self._open.move_to_end(index)
-        return self._open[index]
+        with self._lock:
+            if index not in self._open:
+                while len(self._open) >= _OPEN_CATALOGS:
+                    self._open.popitem(last=False)
+                self._open[index] = Catalog.open(self._entries[index].folder, self._root)
+            self._open.move_to_end(index)
+            return self._open[index]
 
     def row_base(self, index: int) -> int:
         """Position of a catalog's first row."""

@@ -314,7 +314,7 @@ def _check_places(facet: _Facet, shapes: Ints, dtype: str) -> None:
     names = pa.array(list(facet.tars), pa.string())
     number = pc.index_in(facet.table["tar"], names)
     _require(facet, ~_numpy(pc.is_null(number), np.bool_), "its tar is not among the tars committed with the part")
-    sizes = np.array([*facet.tars.values(), 0], dtype=np.int64)[_numpy(number, np.int64)]
+    sizes = np.array([*facet.tars.values(), 0], dtype=np.int64)[_numpy(number, np.int64, missing=-1)]
     _require(facet, (offset >= 0) & (offset + nbytes <= sizes), "it lies outside its tar")
 
 
@@ -328,7 +328,8 @@ def _require(facet: _Facet, holds: npt.NDArray[np.bool_], what: str) -> None:
 def _tar_numbers(table: pa.Table, numbers: dict[str, int]) -> npt.NDArray[np.int32]:
     index = pc.index_in(table["tar"], pa.array(list(numbers), pa.string()))
     array: npt.NDArray[np.int32] = np.array([*numbers.values(), -1], dtype=np.int32)
-    return array[_numpy(index, np.int64)]
+    numbered: npt.NDArray[np.int32] = array[_numpy(index, np.int64, missing=-1)]
+    return numbered
 
 
 def _unit_key(units: pa.Array, keys: pa.Array) -> pa.Array:

@@ -136,9 +136,14 @@ class Ledger:
             )
 
     def batches_per_epoch(self, phase: int, resolution: int) -> int:
-        """Batches of the first epoch as far as it is known."""
+        """Batches of a stream's first epoch, as far as it is known."""
         with self._lock:
             return self._streams[phase, resolution].batches_of_first_epoch()
+
+    def batches_so_far(self, phase: int, resolution: int) -> int:
+        """Batches of all segments that a stream has (one epoch where its segment repeats)."""
+        with self._lock:
+            return self._streams[phase, resolution].num_batches
 
     def _find(self, step: int) -> tuple[Stream, int]:
         phase = self.phase_at(step)

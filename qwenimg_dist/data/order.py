@@ -168,6 +168,11 @@ class Stream:
         first = [end for end, segment in zip(self._ends, self._segments) if segment.epoch == self._segments[0].epoch]
         return first[-1] if first else 0
 
+    @property
+    def num_batches(self) -> int:
+        """Batches of all segments."""
+        return self._ends[-1] if self._ends else 0
+
     def why_exhausted(self) -> str:
         """What to tell the user when a batch is asked for that there is none of."""
         name = f"phase {self.phase.index} at {self.resolution} px"

@@ -1,0 +1,307 @@
+"""A rank's cut of each global batch, read and assembled ahead of the trainer.
+
+Place in the flow: ledger (which samples) -> catalog (where their bytes lie) -> reader (bytes) -> here (tensors) ->
+trainer. Works ahead in one background thread, so the order is kept and a step's read hides behind the step before it.
+
+1. The B slots of the global batch are split over W ranks in equal contiguous cuts; where B is no multiple of W, the
+   last slots are filled with the last sample at weight zero.
+2. A cut is split into micro-batches by the token budget, with the longest text of the *global* batch, so that every
+   rank has as many micro-batches as every other.
+3. Texts that a cut uses several times (the empty prompt) are read once.
+
+Refuses to hide a fault: whatever the thread met is raised in `get`, in the step that it belongs to.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from consumers.batch import MicroBatch, RankBatch
+from qwenimg_dist.data.catalog import Catalogs, Ints
+from qwenimg_dist.data.held_out import HeldOutBucket
+from qwenimg_dist.data.ledger import GlobalBatch, Ledger
+from qwenimg_dist.data.reader import TarReader
+from qwenimg_dist.schema import Bucket
+
+PREFETCH: Final = 2
+"""Batches that are made ahead of the one in use."""
+
+_TORCH: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A rank's slots: positions into the padded global batch, and what each repeats."""
+
+    slots: Ints
+    """(n,) 0 .. B - 1, or >= B where it only evens out the ranks."""
+    source: Ints
+    """(n,) position in the global batch of the sample that a slot holds."""
+    sizes: list[int]
+    """Micro-batches, in order; they sum to n."""
+
+
+def cut_for(num_slots: int, image_tokens: int, max_text_tokens: int, budget: int, *, rank: int, world: int) -> Cut:
+    """Rank's share of `num_slots`, and its micro-batches under a budget of tokens each (at least one sample)."""
+    per_rank = -(-num_slots // world)
+    slots = np.arange(rank * per_rank, (rank + 1) * per_rank, dtype=np.int64)
+    largest = max(1, budget // (image_tokens + max_text_tokens))
+    num = -(-per_rank // largest)
+    # As even as can be: the same number of micro-batches with the smallest peak memory.
+    sizes = [per_rank // num + (index < per_rank % num) for index in range(num)]
+    return Cut(slots=slots, source=np.minimum(slots, num_slots - 1), sizes=sizes)
+
+
+class Stream:
+    """`get(step)` gives this rank's batch. One per rank and run; close it at the end."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        rank: int,
+        world: int,
+        compute_dtype: torch.dtype,
+        pin_memory: bool = False,
+        prefetch: int = PREFETCH,
+    ) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}")
+        self._ledger = ledger
+        self._rank = rank
+        self._world = world
+        self._prefetch = prefetch
+        self._assembler = Assembler(ledger.catalogs, compute_dtype=compute_dtype, pin_memory=pin_memory)
+        self._pending: dict[int, Future[RankBatch | None]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
+
+    def get(self, step: int) -> RankBatch:
+        """This rank's batch of a step. Raises what reading it met, or `DataError` if the ledger has no such batch.
+
+        The following steps are begun in the background as far as the ledger reaches; any step may come first.
+        """
+        begin = time.perf_counter()
+        last = min(step + self._prefetch, self._ledger.phases[-1].last_step - 1)
+        for other in [other for other in self._pending if not step <= other <= last]:
+            self._pending.pop(other).cancel()
+        self._submit(step)
+        batch = self._pending.pop(step).result()
+        if batch is None:  # asked for ahead of its generation, which has come since
+            self._submit(step, required=True)
+            batch = self._pending.pop(step).result()
+        assert batch is not None
+        for ahead in range(step + 1, last + 1):
+            self._submit(ahead)
+        return replace(batch, wait_s=time.perf_counter() - begin)
+
+    def held_out_batches(self, held_out: Sequence[HeldOutBucket], *, micro_batch_tokens: int) -> list[MicroBatch]:
+        """This rank's share of a held-out set (`Generations.held_out`), as many micro-batches on every rank.
+
+        The same samples with the same slots on any number of ranks; slots that even out the ranks have weight zero.
+        """
+        return self._thread.submit(self._make_held_out, held_out, micro_batch_tokens).result()
+
+    def close(self) -> None:
+        """Stop working ahead and close files."""
+        for future in self._pending.values():
+            future.cancel()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._assembler.close()
+
+    def _submit(self, step: int, *, required: bool = False) -> None:
+        if required or step not in self._pending:
+            self._pending[step] = self._thread.submit(self._make, step, required)
+
+    def _make_held_out(self, held_out: Sequence[HeldOutBucket], micro_batch_tokens: int) -> list[MicroBatch]:
+        made: list[MicroBatch] = []
+        for group in held_out:
+            tokens = self._ledger.catalogs.text_tokens(group.texts)
+            cut = cut_for(
+                len(group.rows),
+                group.bucket.image_tokens,
+                int(tokens.max()),
+                micro_batch_tokens,
+                rank=self._rank,
+                world=self._world,
+            )
+            made += self._assembler.micro_batches(
+                rows=group.rows[cut.source],
+                texts=group.texts[cut.source],
+                slots=group.slots[cut.source],
+                weights=(cut.slots < len(group.rows)).astype(np.float32),
+                resolution=group.resolution,
+                bucket=group.bucket,
+                sizes=cut.sizes,
+            )
+        return made
+
+    def _make(self, step: int, required: bool) -> RankBatch | None:
+        # Availability is asked here and not in `get`, where it would wait for an epoch being shuffled.
+        if not required and not self._ledger.available(step):
+            return None
+        begin = time.perf_counter()
+        batch = self._ledger.batch(step)
+        phase = self._ledger.phases[batch.phase]
+        tokens = self._ledger.catalogs.text_tokens(batch.texts)
+        cut = cut_for(
+            len(batch.rows),
+            batch.bucket.image_tokens,
+            int(tokens.max()),
+            phase.micro_batch_tokens,
+            rank=self._rank,
+            world=self._world,
+        )
+        weights = np.where(cut.slots < len(batch.rows), batch.weights[cut.source], np.float32(0))
+        before = self._assembler.read_bytes
+        micro_batches = self._assembler.micro_batches(
+            rows=batch.rows[cut.source],
+            texts=batch.texts[cut.source],
+            slots=cut.slots,
+            weights=weights,
+            resolution=batch.resolution,
+            bucket=batch.bucket,
+            sizes=cut.sizes,
+        )
+        return _rank_batch(
+            batch,
+            micro_batches,
+            keys=self._ledger.catalogs.keys(batch.rows),
+            tokens=tokens[cut.source],
+            weights=weights,
+            read_s=time.perf_counter() - begin,
+            read_bytes=self._assembler.read_bytes - before,
+        )
+
+
+class Assembler:
+    """Bytes -> tensors of micro-batches. The raw buffers are used again, the tensors are new. One thread at a time."""
+
+    def __init__(self, catalogs: Catalogs, *, compute_dtype: torch.dtype, pin_memory: bool) -> None:
+        self._catalogs = catalogs
+        self._dtype = compute_dtype
+        self._pin = pin_memory
+        self._reader = TarReader()
+        self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
+        self.read_bytes = 0
+
+    def close(self) -> None:
+        """Close files."""
+        self._reader.close()
+
+    def micro_batches(
+        self,
+        *,
+        rows: Ints,
+        texts: Ints,
+        slots: Ints,
+        weights: npt.NDArray[np.float32],
+        resolution: int,
+        bucket: Bucket,
+        sizes: Sequence[int],
+    ) -> list[MicroBatch]:
+        """Read n samples and cut them into micro-batches of the given sizes."""
+        latents = self._latents(rows, resolution, bucket)
+        features = self._features(texts)
+        made, begin = [], 0
+        for size in sizes:
+            part = slice(begin, begin + size)
+            text, mask = self._pad([features[int(t)] for t in texts[part]])
+            made.append(
+                MicroBatch(
+                    latents=self._finish(latents[part]),
+                    text=self._finish(text),
+                    text_mask=None if mask is None else self._finish(mask),
+                    weights=torch.from_numpy(weights[part].copy()),
+                    slots=torch.from_numpy(slots[part].copy()),
+                    bucket=bucket,
+                )
+            )
+            begin += size
+        return made
+
+    def _latents(self, rows: Ints, resolution: int, bucket: Bucket) -> torch.Tensor:
+        """(n, 16, h, w) fp32."""
+        made: torch.Tensor | None = None
+        for catalog, where, places in self._catalogs.latents_places(rows, resolution, bucket):
+            index = catalog.latents[resolution]
+            raw = self._raw("latents", int(places.nbytes.sum())).reshape(len(where), -1)
+            self.read_bytes += self._reader.read(places, list(raw))
+            if made is None:
+                made = torch.empty(len(rows), *index.shape(bucket), dtype=torch.float32)
+            made[torch.from_numpy(where)] = _typed(raw, index.dtype).view(len(where), *index.shape(bucket)).float()
+        assert made is not None
+        return made
+
+    def _features(self, texts: Ints) -> dict[int, torch.Tensor]:
+        """Text position -> (T, D) in the compute dtype."""
+        unique = np.unique(texts)
+        features: dict[int, torch.Tensor] = {}
+        for catalog, where, places in self._catalogs.text_places(unique):
+            raw = self._raw("texts", int(places.nbytes.sum()))
+            ends = np.cumsum(places.nbytes)
+            parts = [raw[end - num : end] for end, num in zip(ends, places.nbytes, strict=True)]
+            self.read_bytes += self._reader.read(places, parts)
+            for position, part in zip(unique[where], parts, strict=True):
+                view = _typed(part, catalog.text_dtype).view(-1, catalog.text_width)
+                features[int(position)] = view.to(self._dtype, copy=True)
+        return features
+
+    def _pad(self, features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(b, T, D), and a mask if the lengths differ."""
+        lengths = torch.tensor([len(one) for one in features])
+        longest = int(lengths.max())
+        text = torch.zeros(len(features), longest, features[0].shape[1], dtype=self._dtype)
+        for row, one in zip(text, features, strict=True):
+            row[: len(one)] = one
+        if int(lengths.min()) == longest:
+            return text, None
+        return text, torch.arange(longest)[None, :] < lengths[:, None]
+
+    def _finish(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory() if self._pin else tensor
+
+    def _raw(self, name: str, nbytes: int) -> npt.NDArray[np.uint8]:
+        """A buffer of this size that the next call of the same name overwrites."""
+        if name not in self._buffers or len(self._buffers[name]) < nbytes:
+            self._buffers[name] = np.empty(nbytes, dtype=np.uint8)
+        return self._buffers[name][:nbytes]
+
+
+def _typed(raw: npt.NDArray[Any], dtype: str) -> torch.Tensor:
+    """uint8 bytes as a flat tensor of the stored dtype, sharing memory."""
+    return torch.from_numpy(raw.reshape(-1)).view(_TORCH[dtype])
+
+
+def _rank_batch(
+    batch: GlobalBatch,
+    micro_batches: list[MicroBatch],
+    *,
+    keys: list[str],
+    tokens: Ints,
+    weights: npt.NDArray[np.float32],
+    read_s: float,
+    read_bytes: int,
+) -> RankBatch:
+    per_image = batch.bucket.image_tokens
+    computed = sum(len(micro.weights) * (per_image + micro.text.shape[1]) for micro in micro_batches)
+    useful = int(((tokens + per_image) * (weights > 0)).sum())
+    return RankBatch(
+        batch=batch,
+        micro_batches=micro_batches,
+        keys=keys,
+        num_real=batch.num_real,
+        wait_s=0.0,
+        read_s=read_s,
+        read_bytes=read_bytes,
+        image_tokens=len(tokens) * per_image,
+        text_tokens=int(tokens.sum()),
+        padding=1 - useful / computed,
+    )

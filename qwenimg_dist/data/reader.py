@@ -1,0 +1,126 @@
+"""Reads exactly the bytes of the tensors wanted, from tars into buffers that are used again.
+
+Place in the flow: the stream asks the catalog for places and this for bytes; it knows nothing of shapes or batches.
+Neighbouring tensors of a tar are read with one `preadv`, the few bytes between them into a scrap buffer. Every error
+names tar, key and way out. Refuses a tar whose size is not the committed one, and never returns a short read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qwenimg_dist.data.catalog import Places, TarFile
+from qwenimg_dist.data.facets import DataError
+
+# A local read costs about as much as copying this many bytes; a network read far more.
+_MAX_GAP: Final = 64 * 1024
+_MAX_BUFFERS: Final = 512  # of one preadv; IOV_MAX is 1024 on Linux, and gaps need a buffer too
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class TarReader:
+    """Open tars are kept, up to `max_open`. Safe to use from several threads, one read at a time."""
+
+    def __init__(self, *, max_open: int = 256) -> None:
+        self._max_open = max_open
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._lock = threading.Lock()
+        self._scrap = bytearray(_MAX_GAP)
+
+    def read(self, places: Places, out: Sequence[Bytes]) -> int:
+        """Fill `out[i]` (uint8, contiguous, `places.nbytes[i]` long) with tensor i; returns the bytes wanted.
+
+        Raises `DataError` for a tar that is missing, cut, or of another size than committed.
+        """
+        order = np.lexsort((places.offset, places.tar))
+        with self._lock:
+            for run in _neighbours(places, order):
+                self._read_run(places, run, out)
+        return int(places.nbytes.sum())
+
+    def close(self) -> None:
+        """Close all tars; the reader can be used again."""
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1])
+
+    def _read_run(self, places: Places, run: npt.NDArray[np.intp], out: Sequence[Bytes]) -> None:
+        """Read tensors that lie close together in one tar."""
+        tar = places.tars[int(places.tar[run[0]])]
+        handle = self._handle(tar, places.keys[run[0]])
+        buffers: list[Any] = []
+        position = start = int(places.offset[run[0]])
+        for index in run:
+            gap = int(places.offset[index]) - position
+            if gap:
+                buffers.append(memoryview(self._scrap)[:gap])
+            buffers.append(out[index])
+            position += gap + int(places.nbytes[index])
+        if _preadv(handle, buffers, start) == position - start:
+            return
+        for index in run:  # a short read (a signal, a network file system): again, one by one
+            self._read_one(handle, tar, places, int(index), out[index])
+
+    def _read_one(self, handle: int, tar: TarFile, places: Places, index: int, out: Bytes) -> None:
+        done, wanted, offset = 0, int(places.nbytes[index]), int(places.offset[index])
+        while done < wanted:
+            try:
+                got = os.preadv(handle, [out.data[done:]], offset + done)
+            except OSError as error:
+                raise self._failed(tar, places.keys[index], f"{error.strerror} at byte {offset + done}") from error
+            if got == 0:
+                raise self._failed(tar, places.keys[index], f"ends at byte {offset + done}, {wanted} bytes were wanted")
+            done += got
+
+    def _handle(self, tar: TarFile, key: np.bytes_) -> int:
+        name = str(tar.path)
+        if name not in self._open:
+            while len(self._open) >= self._max_open:
+                os.close(self._open.popitem(last=False)[1])
+            try:
+                handle = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise self._failed(tar, key, f"cannot be opened ({error.strerror})") from error
+            size = os.fstat(handle).st_size
+            if size != tar.size_bytes:
+                os.close(handle)
+                raise self._failed(tar, key, f"has {size} bytes, {tar.size_bytes} were committed")
+            self._open[name] = handle
+        self._open.move_to_end(name)
+        return self._open[name]
+
+    def _failed(self, tar: TarFile, key: np.bytes_, what: str) -> DataError:
+        return DataError(
+            f"{tar.path} {what} (reading sample {key.decode()}): restore the file from a backup, "
+            "`qwenimg-dist data verify` lists all damage"
+        )
+
+
+def _neighbours(places: Places, order: npt.NDArray[np.intp]) -> Iterator[npt.NDArray[np.intp]]:
+    """Cut an order by (tar, offset) into runs that one read takes in."""
+    if not len(order):
+        return
+    tar, offset = places.tar[order], places.offset[order]
+    gap = offset[1:] - (offset[:-1] + places.nbytes[order][:-1])
+    apart = (tar[1:] != tar[:-1]) | (gap > _MAX_GAP) | (gap < 0)
+    cuts = np.concatenate([[0], np.flatnonzero(apart) + 1, [len(order)]])
+    for begin, end in itertools.pairwise(cuts):
+        for first in range(int(begin), int(end), _MAX_BUFFERS):
+            yield order[first : min(first + _MAX_BUFFERS, int(end))]
+
+
+def _preadv(handle: int, buffers: list[Any], offset: int) -> int:
+    """Bytes read; -1 on an error, which the caller meets again where it can name the sample."""
+    try:
+        return os.preadv(handle, buffers, offset)
+    except OSError:
+        return -1
