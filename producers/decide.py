@@ -1,0 +1,101 @@
+"""The decision on a row, as far as it can be taken without opening the picture, and what is then left to do.
+
+Place in the flow: `unit.py` assesses every row of a unit; only rows that come back without a decision are decoded. Pure
+functions of what is committed, so a repeated unit decides alike. Order of reasons: the file, its caption, duplicates,
+filters on the header, too small for every bucket, filters on the pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from producers.filters.base import BoundFilter, Facts
+from producers.plan import Plan
+from producers.state import Decision, Row, UnitState
+from qwenimg_dist.data.buckets import Placement
+
+CHANGED_FILE: Final = "changed_file"
+# Found at the decode, and the same at each try: the picture is not opened again for them.
+LASTING: Final = frozenset({"truncated", "decode_error", "unsupported_mode", "too_many_pixels", CHANGED_FILE})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assessment:
+    """A row, and what is left to do for it."""
+
+    row: Row
+    scores: Mapping[str, float]
+    """Known so far."""
+    placements: Mapping[int, Placement]
+    """Resolution class -> how the picture goes in; of all classes of the plan that it is large enough for."""
+    missing: tuple[int, ...] = ()
+    """Classes without latents; the picture must be opened for them."""
+    decision: Decision | None = None
+    """None: the picture must be opened first."""
+
+
+def assess(row: Row, state: UnitState, plan: Plan) -> Assessment:
+    """Everything that is known of the row before it is decoded."""
+    before = state.decisions.get(row.row)
+    scores = dict(before.scores) if before is not None else {}
+    early = _without_scores(row)
+    if early is not None:
+        return _decided(row, scores, *early)
+    facts = Facts(num_bytes=row.num_bytes, width=row.width, height=row.height)
+    header = [one for one in plan.filters if not one.filter.needs_pixels]
+    for one in header:
+        scores |= one.score(facts)
+    rejected = first_rejection(header, scores)
+    if rejected is not None:
+        return _decided(row, scores, *rejected)
+    placements = plan.placements(row.height, row.width)
+    # A row that another resolution's facet holds stays, though none of this plan's classes takes it.
+    if not placements and not any(row.row in rows for rows in state.latents.values()):
+        classes = ", ".join(f"{resolution} px" for resolution in plan.buckets)
+        detail = f"{row.width}x{row.height} is smaller than its bucket at {classes}"
+        return _decided(row, scores, "rejected", "too_small", detail)
+    if before is not None and before.status == "fault" and before.reason in LASTING:
+        return _decided(row, scores, before.status, before.reason, before.detail)
+    return _after_header(row, scores, placements, state, plan)
+
+
+def first_rejection(filters: list[BoundFilter], scores: Mapping[str, float]) -> tuple[str, str, str] | None:
+    """(status, reason, detail) by the first filter that does not admit the row."""
+    for one in filters:
+        rejection = one.admit(scores)
+        if rejection is not None:
+            return "rejected", rejection.reason, rejection.detail
+    return None
+
+
+def _after_header(
+    row: Row, scores: dict[str, float], placements: Mapping[int, Placement], state: UnitState, plan: Plan
+) -> Assessment:
+    pixel_filters = [one for one in plan.filters if one.filter.needs_pixels]
+    unscored = [one for one in pixel_filters if any(name not in scores for name in one.filter.scores)]
+    if not unscored:
+        rejected = first_rejection(pixel_filters, scores)
+        if rejected is not None:
+            return _decided(row, scores, *rejected)
+    missing = tuple(r for r in placements if row.row not in state.latents[plan.latents_facets[r]])
+    if missing or unscored:
+        return Assessment(row=row, scores=scores, placements=placements, missing=missing)
+    kept = Decision(status="kept", scores=scores)
+    return Assessment(row=row, scores=scores, placements=placements, decision=kept)
+
+
+def _without_scores(row: Row) -> tuple[str, str, str] | None:
+    if row.fault is not None:
+        return "fault", row.fault, row.detail or ""
+    if row.caption_fault is not None:
+        return "fault", row.caption_fault, "no usable caption in the source"
+    if row.duplicate_of >= 0:
+        return "rejected", "duplicate", f"same bytes as row {row.duplicate_of}"
+    return None
+
+
+def _decided(row: Row, scores: Mapping[str, float], status: str, reason: str, detail: str) -> Assessment:
+    decision = Decision(status=status, reason=reason, detail=detail, scores=scores)
+    return Assessment(row=row, scores=scores, placements={}, decision=decision)

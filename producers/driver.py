@@ -1,0 +1,181 @@
+"""The driver: from a look at the source to every unit ready, in one round that may be repeated at any time.
+
+    look at the source -> listing -> per unit: scan (workers, ahead) -> dedup (here, in order) -> encode (workers)
+
+Place in the flow: `commands/produce.py` calls `Driver.round` once, or again and again with `follow=true`. The driver
+computes nothing heavy and imports no torch; it decides what is missing, in which order, and settles duplicates, which
+must happen in source order and so in one place. Only the holder of the data set's lock may drive.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from producers.dedup import DigestIndex, load_index, settle_unit
+from producers.listing import ListingChange, sync_listing
+from producers.plan import Plan
+from producers.sources.base import Found, locate
+from producers.state import is_done, passing_faults
+from producers.unit import UnitReport
+from producers.workers import Task, Workers
+from qwenimg_dist.data.facets import Dataset, fsync_dir, write_json
+from qwenimg_dist.schema import LISTING
+
+COMPLETE_FILE: Final = "source-complete.json"
+_POLL_S: Final = 0.5
+
+
+class Observer:
+    """Hears what happens; the command's progress display derives from it. Does nothing by itself."""
+
+    def begin(self, num_units: int) -> None:
+        """A round starts with this many units to bring up to date."""
+
+    def unit_done(self, report: UnitReport) -> None:
+        """A unit is ready."""
+
+    def tick(self) -> None:
+        """Called at least every half second while waiting."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """A unit that is not what the plan wants."""
+
+    unit: int
+    scan_again: tuple[int, ...] = ()
+
+
+@dataclass
+class Driver:
+    """Drives rounds over one data set. `workers` is made only when there is work."""
+
+    dataset: Dataset
+    plan: Plan
+    root: str
+    make_workers: Callable[[], Workers]
+    observer: Observer = field(default_factory=Observer)
+    stopping: Callable[[], bool] = lambda: False
+    """Asked between tasks; once true, started tasks are finished and no other is begun."""
+    _workers: Workers | None = None
+    _index: DigestIndex | None = None
+
+    def list_source(self, found: Found) -> ListingChange:
+        """Commit what is new in the source."""
+        return sync_listing(
+            self.dataset, found.rows, config_hash=self.plan.config_hash, before_commit=self._unmark_complete
+        )
+
+    def pending(self) -> list[Pending]:
+        """Units with something missing, ascending. Reads one commit record per unit."""
+        found = []
+        for unit in self.dataset.units(LISTING):
+            again, retry = self._recovered(unit)
+            if again or retry or not is_done(self.dataset, unit, self.plan):
+                found.append(Pending(unit=unit, scan_again=again))
+        return found
+
+    def produce(self, pending: Sequence[Pending], num_rows: int) -> bool:
+        """Bring these units up to date; True when the whole data set is, False when stopped before."""
+        if pending:
+            self._unmark_complete()
+            self.observer.begin(len(pending))
+            if not self._run(pending):
+                return False
+        self._mark_complete(num_rows)
+        return True
+
+    def _run(self, pending: Sequence[Pending]) -> bool:
+        if self._workers is None:
+            self._workers = self.make_workers()
+        workers = self._workers
+        schedule = _Schedule(pending, scan_ahead=workers.num_idle() + 2)
+        while not schedule.finished:
+            while not self.stopping() and workers.num_idle() > 0:
+                task = schedule.next_task()
+                if task is None:
+                    break
+                workers.submit(task)
+            if self.stopping() and schedule.in_flight == 0:
+                return False
+            for outcome in workers.wait(_POLL_S):
+                for unit in schedule.done(outcome.task):
+                    settle_unit(self.dataset, unit, self._digests(), config_hash=self.plan.config_hash)
+                if outcome.report is not None:
+                    self.observer.unit_done(outcome.report)
+            self.observer.tick()
+        return True
+
+    def _digests(self) -> DigestIndex:
+        if self._index is None:
+            self._index = load_index(self.dataset)
+        return self._index
+
+    def _recovered(self, unit: int) -> tuple[tuple[int, ...], bool]:
+        """Rows to scan again because their file turned up, and whether a file that failed later did."""
+        again, retry = [], False
+        for row, uri, by_scan in passing_faults(self.dataset, unit):
+            place = locate(self.root, uri)
+            if "://" in place or "\0" in place or not os.path.isfile(place) or not os.access(place, os.R_OK):
+                continue
+            if by_scan:
+                again.append(row)
+            retry = True
+        return tuple(again), retry
+
+    def _mark_complete(self, num_rows: int) -> None:
+        content: Mapping[str, Any] = {"units": len(self.dataset.units(LISTING)), "rows": num_rows}
+        if not (self.dataset.root / COMPLETE_FILE).exists():
+            write_json(self.dataset.root / COMPLETE_FILE, content)
+
+    def _unmark_complete(self) -> None:
+        (self.dataset.root / COMPLETE_FILE).unlink(missing_ok=True)
+        fsync_dir(self.dataset.root)
+
+
+class _Schedule:
+    """Order of tasks: scans run a few units ahead of encoding; a unit is encoded once all before it are settled."""
+
+    def __init__(self, pending: Sequence[Pending], *, scan_ahead: int) -> None:
+        self._to_scan = deque(pending)
+        self._to_settle = deque(one.unit for one in pending)
+        self._to_encode: deque[int] = deque()
+        self._scanned: set[int] = set()
+        self._scan_ahead = scan_ahead
+        self._open = len(pending)
+        """Units not yet encoded."""
+        self.in_flight = 0
+
+    @property
+    def finished(self) -> bool:
+        return self._open == 0
+
+    def next_task(self) -> Task | None:
+        """The task to start now; None if everything that could start waits for one in flight."""
+        ahead = self._open - len(self._to_scan)
+        if self._to_scan and (ahead < self._scan_ahead or not self._to_encode):
+            one = self._to_scan.popleft()
+            task = Task(kind="scan", unit=one.unit, again=one.scan_again)
+        elif self._to_encode:
+            task = Task(kind="encode", unit=self._to_encode.popleft())
+        else:
+            return None
+        self.in_flight += 1
+        return task
+
+    def done(self, task: Task) -> list[int]:
+        """Note that a task ended; returns the units to settle now, in order, which may then be encoded."""
+        self.in_flight -= 1
+        if task.kind == "encode":
+            self._open -= 1
+            return []
+        self._scanned.add(task.unit)
+        ready = []
+        while self._to_settle and self._to_settle[0] in self._scanned:
+            ready.append(self._to_settle.popleft())
+        self._to_encode.extend(ready)
+        return ready

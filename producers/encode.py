@@ -1,0 +1,108 @@
+"""The real encoders: the pipeline's own VAE and text encoder, in batches that fit, out as raw tensors for shards.
+
+Place in the flow: a worker makes one on its first unit to encode; `unit.py` sees only the `Encoders` protocol. The
+only file of the producers that imports torch. Batches follow the data alone (one bucket; captions by length), so a
+repeated unit is encoded alike. A batch that does not fit into GPU memory is halved, down to one picture; then the error
+says what to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+import numpy as np
+import torch
+
+from producers.write import Pixels
+from qwenimg_dist.config import Config
+from qwenimg_dist.data.shards import RawTensor
+from qwenimg_dist.models.text_encoder import DROP, TextEncoder
+from qwenimg_dist.models.vae import LatentCodec
+
+_DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class PipelineEncoders:
+    """`Encoders` of one pipeline directory, on one device."""
+
+    def __init__(self, codec: LatentCodec, text_encoder: TextEncoder, config: Config) -> None:
+        self._codec = codec
+        self._text_encoder = text_encoder
+        self._posterior = config.encode.posterior
+        self._dtype = config.encode.dtype
+        self._text_batch_tokens = config.encode.text_batch_tokens
+
+    @classmethod
+    def load(cls, pipeline_dir: Path, config: Config) -> PipelineEncoders:
+        """Load both frozen models. Raises ValueError or WeightsError for an unusable pipeline directory."""
+        dtype, device = _DTYPES[config.encode.compute_dtype], config.cluster.device
+        return cls(
+            LatentCodec.load(pipeline_dir, dtype=dtype, device=device),
+            TextEncoder.load(
+                pipeline_dir, dtype=dtype, device=device, max_sequence_length=config.model.max_text_tokens
+            ),
+            config,
+        )
+
+    def latents(self, pixels: Pixels) -> list[dict[str, RawTensor]]:
+        """(B, H, W, 3) uint8 sRGB -> per picture the normalised posterior (16, H/8, W/8)."""
+        return halving(self._latents, list(pixels))
+
+    def text(self, captions: Sequence[str]) -> Iterator[tuple[str, RawTensor]]:
+        """Captions by length, shortest first, each with its features (T, D), valid tokens only."""
+        lengths = dict(zip(captions, self._text_encoder.num_tokens(captions), strict=True))
+        ordered = sorted(captions, key=lambda caption: (lengths[caption], caption))
+        for batch in token_batches(ordered, [lengths[caption] + DROP for caption in ordered], self._text_batch_tokens):
+            features = halving(self._text_encoder.encode, batch)
+            for caption, of_caption in zip(batch, features, strict=True):
+                yield caption, raw_tensor(of_caption, self._dtype)
+
+    def _latents(self, pictures: Sequence[Pixels]) -> list[dict[str, RawTensor]]:
+        pixels = torch.from_numpy(np.stack(pictures)).to(self._codec.vae.device)
+        mean, logvar = self._codec.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0)
+        samples = [{"mean": raw_tensor(one, self._dtype)} for one in mean]
+        if self._posterior == "mean_logvar":
+            for sample, one in zip(samples, logvar, strict=True):
+                sample["logvar"] = raw_tensor(one, self._dtype)
+        return samples
+
+
+def token_batches(items: Sequence[str], lengths: Sequence[int], max_tokens: int) -> Iterator[list[str]]:
+    """Cut `items`, given by ascending length, into runs whose padded size (count * longest) is at most `max_tokens`;
+    an item longer than that stands alone."""
+    batch: list[str] = []
+    for item, length in zip(items, lengths, strict=True):
+        if batch and (len(batch) + 1) * length > max_tokens:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def halving(run: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]) -> list[Result]:
+    """`run(items)`; out of GPU memory, on halves of them. Raises RuntimeError if a single item is too much."""
+    try:
+        return run(items)
+    except torch.OutOfMemoryError as error:
+        if len(items) == 1:
+            raise RuntimeError(
+                f"a single picture or caption does not fit into GPU memory ({error}); give each producer a GPU of its "
+                "own (cluster.gpus_per_producer=1), or lower encode.resolutions"
+            ) from error
+    torch.cuda.empty_cache()
+    middle = len(items) // 2
+    return [*halving(run, items[:middle]), *halving(run, items[middle:])]
+
+
+def raw_tensor(tensor: torch.Tensor, dtype: str) -> RawTensor:
+    """A tensor as the shard writer takes it; bf16 as the uint16 of its bits, since numpy has none."""
+    stored = tensor.to("cpu", _DTYPES[dtype]).contiguous()
+    if dtype == "bfloat16":
+        return RawTensor(data=stored.view(torch.int16).numpy().view(np.uint16), dtype=dtype)
+    return RawTensor(data=stored.numpy(), dtype=dtype)

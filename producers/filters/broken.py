@@ -1,0 +1,31 @@
+"""Rejects what decodes, but not as one still picture: animations and multi-page files.
+
+A file that does not decode at all is a fault whatever is configured, since there is nothing to encode; `load.py` names
+it. With `max_frames` raised, the first frame is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import PositiveInt
+
+from producers.filters.base import Facts, Filter, FilterParams, Rejection
+
+
+class Params(FilterParams):
+    max_frames: PositiveInt = 1
+
+
+def score(facts: Facts) -> dict[str, float]:
+    assert facts.num_frames is not None  # asked after the decode
+    return {"frames": float(facts.num_frames)}
+
+
+def admit(scores: Mapping[str, float], params: Params) -> Rejection | None:
+    if scores["frames"] > params.max_frames:
+        return Rejection(reason="animated", detail=f"{scores['frames']:.0f} frames > max_frames={params.max_frames}")
+    return None
+
+
+FILTER = Filter(params=Params, scores=("frames",), score=score, admit=admit, needs_pixels=True)

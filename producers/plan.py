@@ -1,0 +1,67 @@
+"""What `produce` is to make of every unit: the facets, the filters, the buckets. A pure value, made from the config.
+
+Place in the flow: the driver makes one and compares it with what is committed; workers make the same one again and work
+by it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from producers.filters import validate_filters
+from producers.filters.base import BoundFilter
+from qwenimg_dist.config import Config, stable_hash
+from qwenimg_dist.data.buckets import Placement, buckets, place
+from qwenimg_dist.schema import Bucket
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that decides rows, keys and facets. Batch sizes decide speed alone."""
+
+    text_facet: str
+    latents_facets: Mapping[int, str]
+    """Resolution class (px) -> facet."""
+    buckets: Mapping[int, tuple[Bucket, ...]]
+    upscale: bool
+    filters: tuple[BoundFilter, ...]
+    config_hash: str
+    """Stamped on every part."""
+    max_shard_bytes: int
+    image_batch_pixels: int
+
+    @property
+    def facets(self) -> tuple[str, ...]:
+        """Text, then latents by ascending resolution: the order of commits."""
+        return (self.text_facet, *(self.latents_facets[r] for r in sorted(self.latents_facets)))
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever a unit that was finished under another plan must be looked at again."""
+        return stable_hash(
+            {
+                "facets": self.facets,
+                "filters": {f.name: json.loads(f.params.model_dump_json()) for f in self.filters},
+            }
+        )
+
+    def placements(self, height: int, width: int) -> dict[int, Placement]:
+        """Resolution class -> how a picture of this upright size goes in; classes it is too small for are left out."""
+        found = {r: place(height, width, choices, upscale=self.upscale) for r, choices in self.buckets.items()}
+        return {resolution: placement for resolution, placement in found.items() if placement is not None}
+
+
+def make_plan(config: Config, *, text_facet: str, latents_facets: Mapping[int, str]) -> Plan:
+    """Raises `ConfigError` for unusable filters and ValueError for unusable aspects or resolutions."""
+    return Plan(
+        text_facet=text_facet,
+        latents_facets=dict(sorted(latents_facets.items())),
+        buckets={resolution: buckets(resolution, config.encode.aspects) for resolution in sorted(latents_facets)},
+        upscale=config.encode.upscale,
+        filters=tuple(validate_filters(config.filters)),
+        config_hash=stable_hash(config.model_dump(mode="json", include={"model", "source", "filters", "encode"})),
+        max_shard_bytes=config.data.max_shard_bytes,
+        image_batch_pixels=config.encode.image_batch_pixels,
+    )

@@ -1,0 +1,74 @@
+"""The scan: cheap facts of every listed file, from one read: bytes, sha256, header. Runs ahead of encoding.
+
+Place in the flow: listing -> **scan** -> dedup -> filters. A file that cannot be used still gets its row, with a fault
+code. Refuses to blame files for a source that is gone as a whole (`SourceGoneError` passes through).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from producers.commit import commit_part
+from producers.load import ImageFault, open_header
+from producers.sources.base import OUTSIDE_ROOT, SourceGoneError, read_bytes
+from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.schema import LISTING, SCAN, SCAN_COLUMNS
+
+MISSING_FILE = "missing_file"
+UNREADABLE = "unreadable"
+PASSING = frozenset({MISSING_FILE, UNREADABLE})
+"""Faults of the moment: the file may be there the next time, so a later `produce` looks again."""
+
+
+def read_or_fault(root: str, uri: str) -> bytes:
+    """The file's bytes. Raises `ImageFault` with a passing reason, or `SourceGoneError`."""
+    try:
+        return read_bytes(root, uri)
+    except SourceGoneError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageFault(MISSING_FILE, "the source names it, but it is not there") from error
+    except OSError as error:
+        raise ImageFault(UNREADABLE, error.strerror or type(error).__name__) from error
+
+
+def scan_row(root: str, row: int, uri: str, listing_fault: str | None) -> dict[str, Any]:
+    """One row of `SCAN_COLUMNS`."""
+    facts: dict[str, Any] = {"row": row, "bytes": 0, "width": 0, "height": 0, "orientation": 1}
+    if listing_fault == OUTSIDE_ROOT:
+        return {**facts, "fault": OUTSIDE_ROOT, "detail": "the path leads out of source.path"}
+    try:
+        data = read_or_fault(root, uri)
+        facts |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        header = open_header(data)
+    except ImageFault as fault:
+        return {**facts, "fault": fault.reason, "detail": fault.detail}
+    return {
+        **facts,
+        "format": header.format,
+        "mode": header.mode,
+        "width": header.width,
+        "height": header.height,
+        "orientation": header.orientation,
+    }
+
+
+def scan_unit(dataset: Dataset, unit: int, *, root: str, again: Sequence[int] = (), config_hash: str) -> int:
+    """Scan what is listed and not yet scanned, and the rows in `again`; commit one part. Returns the rows scanned."""
+    listing = dataset.read_unit(LISTING, unit, ["row", "uri", "caption_fault"])
+    assert listing is not None  # units come from the listing
+    scanned = dataset.read_unit(SCAN, unit, ["row"])
+    known = set(scanned["row"].to_pylist()) - set(again) if scanned is not None else set()
+    rows = [
+        scan_row(root, entry["row"], entry["uri"], entry["caption_fault"])
+        for entry in listing.to_pylist()
+        if entry["row"] not in known
+    ]
+    if rows:
+        table = pa.Table.from_pylist(rows, schema=SCAN_COLUMNS)
+        commit_part(dataset, dataset.next_part(SCAN, unit), table, config_hash=config_hash)
+    return len(rows)

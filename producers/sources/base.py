@@ -1,0 +1,124 @@
+"""What every source gives: rows in a stable order, and the bytes behind a uri.
+
+Place in the flow: `listing.py` commits what `Source.find` returns; workers read bytes with `read_bytes`. A uri is text
+that survives parquet: file names that are not valid UTF-8 are written as `bytes:` and percent-encoded bytes. Refuses to
+guess: a source that gives nothing usable raises ValueError before anything is written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+NO_CAPTION: Final = "no_caption"
+BAD_CAPTION: Final = "bad_caption"
+OUTSIDE_ROOT: Final = "outside_root"
+
+_RAW: Final = "bytes:"
+
+
+class SourceGoneError(OSError):
+    """The source as a whole cannot be reached (an unmounted disk): no verdict on any of its rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceRow:
+    """One picture as the source names it."""
+
+    uri: str
+    captions: tuple[str, ...]
+    fault: str | None = None
+    """Why the row cannot be used, known before the file is looked at: `no_caption`, `bad_caption`, `outside_root`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One look at a source."""
+
+    rows: list[SourceRow]
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Files that are no pictures, by extension; they get no row."""
+
+
+class Source(Protocol):
+    """A source of rows; made from its config section, cheap until `find`."""
+
+    @property
+    def root(self) -> str:
+        """What relative uris are relative to."""
+        ...
+
+    def find(self, *, min_age_s: float = 0.0) -> Found:
+        """List everything there is, in a stable order; pictures modified within `min_age_s` are left for later.
+
+        Raises ValueError if the source cannot be read, holds no picture, or has no caption at all.
+        """
+        ...
+
+
+def encode_uri(path: str) -> str:
+    """Path as the operating system gives it -> uri. Injective; plain names stay as they are.
+
+    Raises ValueError for text that no file name can be (lone surrogates that stand for no byte).
+    """
+    try:
+        raw = os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path!a} cannot be a file name: it holds half a character") from error
+    plain = not path.startswith(_RAW) and all(not "\ud800" <= char <= "\udfff" for char in path)
+    return path if plain else _RAW + quote_from_bytes(raw, safe="/")
+
+
+def locate(root: str, uri: str) -> str:
+    """A uri's path or URL. URLs and absolute paths stay as they are."""
+    if uri.startswith(_RAW):
+        uri = os.fsdecode(unquote_to_bytes(uri.removeprefix(_RAW)))
+    if "://" in uri or uri.startswith("/"):
+        return uri
+    return f"{root.rstrip('/')}/{uri}" if "://" in root else os.path.join(root, uri)
+
+
+def read_bytes(root: str, uri: str) -> bytes:
+    """The file's bytes. Raises FileNotFoundError or another OSError for this file alone, `SourceGoneError` if the
+    root itself is gone."""
+    place = locate(root, uri)
+    if "://" in place:
+        import fsspec  # only remote sources pay for it
+
+        with fsspec.open(place, "rb") as remote:
+            return bytes(remote.read())
+    try:
+        with open(place, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        if "://" not in root and not Path(root).is_dir():
+            raise SourceGoneError(f"{root} is gone: mount it again, then run the same command") from None
+        raise
+    except ValueError as error:  # a name with a NUL byte, which no file can have
+        raise FileNotFoundError(str(error)) from error
+
+
+def clean_captions(value: Any) -> tuple[tuple[str, ...], str | None]:
+    """A caption or a list of captions from outside -> (distinct captions in order, fault)."""
+    if value is None:
+        return (), NO_CAPTION
+    items: Iterable[Any] = [value] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str | None) for item in items):
+        return (), BAD_CAPTION
+    texts = dict.fromkeys(item.strip() for item in items if item is not None and item.strip())
+    if not all(_is_unicode(text) for text in texts):
+        return (), BAD_CAPTION
+    return tuple(texts), None if texts else NO_CAPTION
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

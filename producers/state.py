@@ -1,0 +1,173 @@
+"""What is known of a unit, read from its committed parts: rows, decisions, and which features lie where.
+
+Place in the flow: `unit.py` reads a `UnitState` first, and does what is missing in it. Pure reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from producers.plan import Plan
+from producers.scan import PASSING
+from qwenimg_dist.data.facets import Dataset, Part
+from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN
+
+SCORE_PREFIX: Final = "score_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One listed row with all that came before filters."""
+
+    row: int
+    key: str
+    uri: str
+    captions: tuple[str, ...]
+    caption_fault: str | None
+    num_bytes: int
+    sha256: str | None
+    width: int
+    height: int
+    fault: str | None
+    detail: str | None
+    duplicate_of: int
+    """-1: not a duplicate, or not settled (a fault says why)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """A row of the `rows` facet."""
+
+    status: str
+    reason: str = ""
+    detail: str = ""
+    scores: Mapping[str, float]
+
+    @property
+    def kept(self) -> bool:
+        return self.status == "kept"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitState:
+    """One unit as it is committed."""
+
+    rows: tuple[Row, ...]
+    decisions: Mapping[int, Decision]
+    """Row -> the newest committed decision."""
+    record: Mapping[str, Any]
+    """Commit meta of the newest rows part; empty if there is none."""
+    num_parts: Mapping[str, int]
+    """Facet -> committed parts of this unit."""
+    latents: Mapping[str, frozenset[int]]
+    """Latents facet -> rows in it; the plan's facets, and those that the record carries."""
+    texts: frozenset[str]
+    """Keys of the captions with features in the plan's text facet."""
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """The parts that the newest decisions were made from."""
+        return dict(self.record.get("inputs", {}))
+
+
+def read_state(dataset: Dataset, unit: int, plan: Plan) -> UnitState:
+    """Read the unit's parts. Raises `DataError` naming a file that cannot be read."""
+    record = read_record(dataset, unit)
+    facets = [LISTING, SCAN, DEDUP, *plan.facets, *(f for f in record.get("inputs", {}) if f.startswith("latents-"))]
+    parts = {facet: unit_parts(dataset, facet, unit) for facet in dict.fromkeys(facets)}
+
+    def merged(facet: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = dataset.merge(parts[facet], columns).to_pylist() if parts[facet] else []
+        return rows
+
+    scans = {entry["row"]: entry for entry in merged(SCAN)}
+    duplicates = {entry["row"]: entry["duplicate_of"] for entry in merged(DEDUP)}
+    return UnitState(
+        rows=tuple(_row(entry, scans[entry["row"]], duplicates.get(entry["row"], -1)) for entry in merged(LISTING)),
+        decisions=_read_decisions(dataset, unit),
+        record=record,
+        num_parts={facet: len(of_facet) for facet, of_facet in parts.items()},
+        latents={
+            facet: frozenset(entry["row"] for entry in merged(facet, ["row"]))
+            for facet in parts
+            if facet.startswith("latents-")
+        },
+        texts=frozenset(entry["key"] for entry in merged(plan.text_facet, ["key"])),
+    )
+
+
+def unit_parts(dataset: Dataset, facet: str, unit: int) -> list[Part]:
+    """Committed parts 0, 1, ... of a unit. Asks for names one by one: a folder of a million files is never listed."""
+    parts: list[Part] = []
+    while True:
+        part = Part(facet=facet, unit=unit, part=len(parts))
+        if not dataset.parquet(part).exists():
+            return parts
+        parts.append(part)
+
+
+def read_record(dataset: Dataset, unit: int) -> dict[str, Any]:
+    """Commit meta of the newest rows part, or nothing."""
+    parts = unit_parts(dataset, ROWS, unit)
+    return dataset.meta(parts[-1]) if parts else {}
+
+
+def is_done(dataset: Dataset, unit: int, plan: Plan) -> bool:
+    """Whether the newest decisions were made by this plan, from all parts that there are of listing, scan and dedup."""
+    record = read_record(dataset, unit)
+    inputs = record.get("inputs", {})
+    return (
+        record.get("plan") == plan.digest
+        and all(inputs.get(facet, 0) >= 1 for facet in plan.facets)
+        and all(inputs.get(facet) == len(unit_parts(dataset, facet, unit)) for facet in (LISTING, SCAN, DEDUP))
+    )
+
+
+def passing_faults(dataset: Dataset, unit: int) -> list[tuple[int, str, bool]]:
+    """(row, uri, seen by the scan) of the rows whose newest decision is a fault that may have passed."""
+    counts = read_record(dataset, unit).get("counts", {})
+    if not any(counts.get(reason) for reason in PASSING):
+        return []
+    faulty = {row for row, decision in _read_decisions(dataset, unit).items() if decision.reason in PASSING}
+    listing = dataset.read_unit(LISTING, unit, ["row", "uri"])
+    scan = dataset.read_unit(SCAN, unit, ["row", "fault"])
+    assert listing is not None  # there are decisions
+    assert scan is not None
+    scanned = {entry["row"]: entry["fault"] in PASSING for entry in scan.to_pylist()}
+    return [(e["row"], e["uri"], scanned[e["row"]]) for e in listing.to_pylist() if e["row"] in faulty]
+
+
+def _read_decisions(dataset: Dataset, unit: int) -> dict[int, Decision]:
+    parts = unit_parts(dataset, ROWS, unit)
+    if not parts:
+        return {}
+    table = dataset.merge(parts)
+    names = [name for name in table.column_names if name.startswith(SCORE_PREFIX)]
+    return {
+        entry["row"]: Decision(
+            status=entry["status"],
+            reason=entry["reason"] or "",
+            detail=entry["detail"] or "",
+            scores={name.removeprefix(SCORE_PREFIX): entry[name] for name in names if entry[name] is not None},
+        )
+        for entry in table.to_pylist()
+    }
+
+
+def _row(listed: Mapping[str, Any], scan: Mapping[str, Any], duplicate_of: int) -> Row:
+    return Row(
+        row=listed["row"],
+        key=listed["key"],
+        uri=listed["uri"],
+        captions=tuple(listed["captions"]),
+        caption_fault=listed["caption_fault"],
+        num_bytes=scan["bytes"],
+        sha256=scan["sha256"],
+        width=scan["width"],
+        height=scan["height"],
+        fault=scan["fault"],
+        detail=scan["detail"],
+        duplicate_of=duplicate_of,
+    )

@@ -1,0 +1,188 @@
+"""The unit pipeline: what is missing for one unit -> load -> filter -> encode -> write -> commit.
+
+Place in the flow: a worker runs `produce_unit` after the unit's scan and dedup are committed. The result depends on
+what is committed, the source's bytes and the plan alone, so a unit may be repeated at any time: the same rows,
+decisions and keys come out. The `rows` part is committed last, and names the parts of every facet that it belongs to:
+it is what makes the unit ready. Each admitted picture is decoded once for all resolutions.
+
+Refuses to encode bytes other than those that were scanned (`changed_file`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from producers.commit import commit_part
+from producers.decide import CHANGED_FILE, Assessment, assess, first_rejection
+from producers.filters.base import Facts
+from producers.load import ImageFault, load_image, render
+from producers.plan import Plan
+from producers.scan import read_or_fault
+from producers.state import SCORE_PREFIX, Decision, Row, UnitState, read_state
+from producers.write import Encoders, LatentsWriter, Pixels, write_text
+from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.debug import fault_point
+from qwenimg_dist.schema import DEDUP, LISTING, ROWS, ROWS_COLUMNS, SCAN
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitReport:
+    """What one run of a unit did; small, since it travels as a message."""
+
+    unit: int
+    num_rows: int
+    num_kept: int
+    decoded: int
+    latents: int
+    captions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A decoded row: its decision, and the pixels for each missing resolution if it is kept."""
+
+    assessment: Assessment
+    decision: Decision
+    pixels: Mapping[int, Pixels]
+
+
+def produce_unit(
+    dataset: Dataset, unit: int, *, plan: Plan, root: str, encoders: Encoders, num_threads: int = 1
+) -> UnitReport:
+    """Bring the unit to what the plan wants. Raises `UnitConflictError` if another worker did so meanwhile."""
+    fault_point("unit_start")
+    state = read_state(dataset, unit, plan)
+    assessed = [assess(row, state, plan) for row in state.rows]
+    decisions = {one.row.row: one.decision for one in assessed if one.decision is not None}
+    to_open = [one for one in assessed if one.decision is None]
+    with LatentsWriter(dataset, unit, plan, encoders) as writer:
+        for opened in _open_all(to_open, plan, root, num_threads):
+            row = opened.assessment.row
+            decisions[row.row] = opened.decision
+            for resolution, pixels in opened.pixels.items():
+                writer.add(row, resolution, opened.assessment.placements[resolution], pixels)
+        captions = [text for row in state.rows if decisions[row.row].kept for text in row.captions]
+        num_captions = write_text(dataset, unit, plan, encoders, captions, state.texts)
+        num_latents = writer.commit()
+    _commit_rows(dataset, unit, plan, state, decisions)
+    return UnitReport(
+        unit=unit,
+        num_rows=len(state.rows),
+        num_kept=sum(decision.kept for decision in decisions.values()),
+        decoded=len(to_open),
+        latents=num_latents,
+        captions=num_captions,
+    )
+
+
+def _open_all(to_open: Sequence[Assessment], plan: Plan, root: str, num_threads: int) -> Iterator[_Opened]:
+    """Open pictures in row order; with several threads, a few ahead of the encoder (Pillow lets threads run)."""
+    if num_threads <= 1:
+        for one in to_open:
+            yield _open(one, plan, root)
+        return
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
+        ahead: deque[Future[_Opened]] = deque()
+        for one in to_open:
+            ahead.append(pool.submit(_open, one, plan, root))
+            if len(ahead) > num_threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _open(one: Assessment, plan: Plan, root: str) -> _Opened:
+    """Decode, score, decide, and cut every missing resolution."""
+    row, scores = one.row, dict(one.scores)
+    try:
+        data = read_or_fault(root, row.uri)
+        if hashlib.sha256(data).hexdigest() != row.sha256:
+            raise ImageFault(CHANGED_FILE, "not the bytes that were scanned: give a changed picture a new name")
+        loaded = load_image(data)
+    except ImageFault as fault:
+        decision = Decision(status="fault", reason=fault.reason, detail=fault.detail, scores=scores)
+        return _Opened(assessment=one, decision=decision, pixels={})
+    facts = Facts(
+        num_bytes=row.num_bytes,
+        width=row.width,
+        height=row.height,
+        num_frames=loaded.num_frames,
+        image=loaded.image,
+    )
+    filters = [each for each in plan.filters if each.filter.needs_pixels]
+    for each in filters:
+        scores |= each.score(facts)
+    rejected = first_rejection(filters, scores)
+    if rejected is not None:
+        status, reason, detail = rejected
+        decision = Decision(status=status, reason=reason, detail=detail, scores=scores)
+        return _Opened(assessment=one, decision=decision, pixels={})
+    pixels = {resolution: render(loaded.image, one.placements[resolution]) for resolution in one.missing}
+    return _Opened(assessment=one, decision=Decision(status="kept", scores=scores), pixels=pixels)
+
+
+def _commit_rows(dataset: Dataset, unit: int, plan: Plan, state: UnitState, decisions: Mapping[int, Decision]) -> None:
+    """The unit's last part: changed decisions (perhaps none), and the record of the parts they belong to."""
+    inputs = _carried_inputs(plan, state, decisions)
+    for facet in (LISTING, SCAN, DEDUP):
+        inputs[facet] = state.num_parts[facet]
+    for facet in plan.facets:
+        inputs[facet] = dataset.next_part(facet, unit).part
+    changed = [row for row in state.rows if state.decisions.get(row.row) != decisions[row.row]]
+    names = sorted({name for decision in decisions.values() for name in decision.scores})
+    schema = ROWS_COLUMNS
+    for name in names:
+        schema = schema.append(pa.field(SCORE_PREFIX + name, pa.float64()))
+    table = pa.Table.from_pylist([_rows_entry(row, decisions[row.row]) for row in changed], schema=schema)
+    extra = {
+        "inputs": inputs,
+        "plan": plan.digest,
+        "counts": dict(Counter(decision.reason or "kept" for decision in decisions.values())),
+        "left_out": _left_out(plan, state, decisions),
+    }
+    commit_part(dataset, dataset.next_part(ROWS, unit), table, config_hash=plan.config_hash, extra=extra)
+
+
+def _carried_inputs(plan: Plan, state: UnitState, decisions: Mapping[int, Decision]) -> dict[str, int]:
+    """Facets outside the plan for which the unit stays ready: those that hold all they need already.
+
+    A row that is kept now and was not before may be missing there; a changed caption is missing in other text facets.
+    """
+    before = {row for row, decision in state.decisions.items() if decision.kept}
+    grown = any(decision.kept and row not in before for row, decision in decisions.items())
+    same_captions = state.inputs.get(LISTING) == state.num_parts[LISTING]
+    return {
+        facet: count
+        for facet, count in state.inputs.items()
+        if facet not in (LISTING, SCAN, DEDUP) and not grown and (same_captions or not facet.startswith("text-"))
+    }
+
+
+def _left_out(plan: Plan, state: UnitState, decisions: Mapping[int, Decision]) -> dict[str, int]:
+    """Resolution class -> kept rows that are too small for it."""
+    count = Counter(dict.fromkeys(plan.buckets, 0))
+    for row in state.rows:
+        if decisions[row.row].kept:
+            fitting = plan.placements(row.height, row.width)
+            count.update(resolution for resolution in plan.buckets if resolution not in fitting)
+    return {str(resolution): number for resolution, number in count.items()}
+
+
+def _rows_entry(row: Row, decision: Decision) -> dict[str, Any]:
+    return {
+        "row": row.row,
+        "key": row.key,
+        "status": decision.status,
+        "reason": decision.reason,
+        "detail": decision.detail,
+        "width": row.width,
+        "height": row.height,
+        **{SCORE_PREFIX + name: value for name, value in decision.scores.items()},
+    }

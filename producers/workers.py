@@ -1,0 +1,89 @@
+"""Who does a unit's work: the protocol between the driver and its workers, and the workers of this very process.
+
+Place in the flow: `driver.py` hands out tasks and waits for outcomes. `pool.py` has the workers that are Ray actors;
+`InlineWorkers` runs tasks where it stands, for tests and as the bare loop that the pool is measured against.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from producers.plan import Plan
+from producers.scan import scan_unit
+from producers.unit import UnitReport, produce_unit
+from producers.write import Encoders
+from qwenimg_dist.data.facets import Dataset
+
+
+class ProduceError(RuntimeError):
+    """Producing cannot go on; the message names the unit, what went wrong and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One unit's scan or encoding."""
+
+    kind: Literal["scan", "encode"]
+    unit: int
+    again: tuple[int, ...] = ()
+    """Rows to scan once more, though they were scanned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A task that is done."""
+
+    task: Task
+    report: UnitReport | None = None
+    """Of an encoded unit."""
+
+
+class Workers(Protocol):
+    """Runs tasks, several at a time. Retries are its business: an outcome means done."""
+
+    def num_idle(self) -> int:
+        """How many more tasks could be started now."""
+        ...
+
+    def submit(self, task: Task) -> None:
+        """Start a task; only while `num_idle() > 0`."""
+        ...
+
+    def wait(self, timeout_s: float) -> Sequence[Outcome]:
+        """Tasks that ended, none if none did in time. Raises `ProduceError` when one cannot be done."""
+        ...
+
+
+def run_task(
+    task: Task, dataset: Dataset, plan: Plan, *, root: str, encoders: Callable[[], Encoders], num_threads: int = 1
+) -> UnitReport | None:
+    """Do it here. `encoders` is called only by the encode task, so that a scan loads no model."""
+    if task.kind == "scan":
+        scan_unit(dataset, task.unit, root=root, again=task.again, config_hash=plan.config_hash)
+        return None
+    return produce_unit(dataset, task.unit, plan=plan, root=root, encoders=encoders(), num_threads=num_threads)
+
+
+@dataclass
+class InlineWorkers:
+    """One worker, here. Errors pass through."""
+
+    dataset: Dataset
+    plan: Plan
+    root: str
+    encoders: Encoders
+    _queue: deque[Task] = field(default_factory=deque)
+
+    def num_idle(self) -> int:
+        return 1 - len(self._queue)
+
+    def submit(self, task: Task) -> None:
+        self._queue.append(task)
+
+    def wait(self, timeout_s: float) -> Sequence[Outcome]:
+        task = self._queue.popleft()
+        report = run_task(task, self.dataset, self.plan, root=self.root, encoders=lambda: self.encoders)
+        return [Outcome(task=task, report=report)]
