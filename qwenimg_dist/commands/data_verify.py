@@ -7,9 +7,8 @@ units that are not finished are listed but are no damage: the next `produce` dea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +17,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from qwenimg_dist.commands.data_tar import Place, check_tar
+from qwenimg_dist.commands.data_verify_units import REMAKE, RESTORE, Problem, check_unit, part_name, repeated_keys
 from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.report.funnel import LATENTS_PREFIX, TEXT_PREFIX, parts_by_unit
 from qwenimg_dist.report.table import show_bytes
@@ -34,27 +34,9 @@ from qwenimg_dist.schema import (
     SCAN_COLUMNS,
     SCHEMA_VERSION,
     TEXT_COLUMNS,
-    caption_key,
 )
 
-REMAKE: Final = "restore it from a backup, or remove this unit's parts of the facet and run `produce` again"
-RESTORE: Final = "restore it from a backup, or make the data set anew"
 _COLUMNS: Final = {LISTING: LISTING_COLUMNS, SCAN: SCAN_COLUMNS, DEDUP: DEDUP_COLUMNS, ROWS: ROWS_COLUMNS}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One thing that is wrong."""
-
-    file: str
-    """Relative to the data set."""
-    unit: int | None
-    what: str
-    remedy: str = RESTORE
-
-    def __str__(self) -> str:
-        unit = f" (unit {self.unit})" if self.unit is not None else ""
-        return f"{self.file}{unit}: {self.what}; {self.remedy}"
 
 
 @dataclass
@@ -111,7 +93,7 @@ def notes(dataset: Dataset) -> Iterator[str]:
 
 def _check_part(dataset: Dataset, part: Part, tally: Tally) -> Iterator[Problem]:
     """The part by itself: readable, of this schema, its columns, its keys, its tars."""
-    name = _name(dataset, part)
+    name = part_name(dataset, part)
     remedy = RESTORE if part.facet == LISTING else REMAKE
     try:
         meta = dataset.meta(part)
@@ -155,95 +137,17 @@ def _check_units(dataset: Dataset, broken: set[Part], tally: Tally) -> Iterator[
             continue
         if unit not in listing:
             first = next(by_unit[unit][0] for by_unit in facets.values() if unit in by_unit)
-            yield Problem(file=_name(dataset, first), unit=unit, what="belongs to a unit that has no listing part")
+            yield Problem(file=part_name(dataset, first), unit=unit, what="belongs to a unit that has no listing part")
             continue
         tables = dataset.merge(listing[unit])
         tally.rows += tables.num_rows
         keys.append(np.array([hash(key) for key in tables["key"].to_pylist()], dtype=np.int64))
-        yield from _check_unit(dataset, unit, {facet: p[unit] for facet, p in facets.items() if unit in p})
+        yield from check_unit(dataset, unit, {facet: p[unit] for facet, p in facets.items() if unit in p})
     if keys:
         hashes = np.sort(np.concatenate(keys))
         repeated = hashes[1:][hashes[1:] == hashes[:-1]]
         if len(repeated):
-            yield from _repeated_keys(dataset, listing, set(repeated.tolist()))
-
-
-def _check_unit(dataset: Dataset, unit: int, parts: dict[str, list[Part]]) -> Iterator[Problem]:
-    listing = dataset.merge(parts[LISTING], ["row", "key", "captions"])
-    keys = dict(zip(listing["row"].to_pylist(), listing["key"].to_pylist()))
-    name = _name(dataset, parts[LISTING][-1])
-    if any(row // dataset.unit_size != unit for row in keys):
-        yield Problem(file=name, unit=unit, what=f"lists rows of another unit (units have {dataset.unit_size} rows)")
-    for facet in (facet for facet in parts if facet in (SCAN, DEDUP) or facet.startswith(LATENTS_PREFIX)):
-        yield from _check_rows_known(dataset, unit, facet, parts[facet], keys)
-    if ROWS not in parts:
-        return
-    name = _name(dataset, parts[ROWS][-1])
-    table = dataset.merge(parts[ROWS], ["row", "key", "status"])
-    yield from _check_rows_known(dataset, unit, ROWS, parts[ROWS], keys)
-    inputs = dict(dataset.meta(parts[ROWS][-1]).get("inputs", {}))
-    for facet, count in sorted(inputs.items()):
-        there = len(parts.get(facet, []))
-        if there < count:
-            what = f"was made from {count} parts of {facet}, of which {there} are there"
-            yield Problem(file=name, unit=unit, what=what, remedy=f"restore {facet} from a backup")
-    # Rows listed later are decided by a later part; up to then the decisions cover what `inputs` says.
-    seen = dataset.merge(parts[LISTING][: int(inputs.get(LISTING, len(parts[LISTING])))], ["row", "captions"])
-    undecided = set(seen["row"].to_pylist()) - set(table["row"].to_pylist())
-    if undecided:
-        what = f"has no decision on {len(undecided)} listed rows (first: row {min(undecided)})"
-        yield Problem(file=name, unit=unit, what=what, remedy=REMAKE)
-    kept = {row for row, status in zip(table["row"].to_pylist(), table["status"].to_pylist()) if status == "kept"}
-    for facet in sorted(facet for facet in inputs if facet.startswith(TEXT_PREFIX) and facet in parts):
-        yield from _check_captions(dataset, unit, parts[facet], seen, kept)
-
-
-def _check_rows_known(
-    dataset: Dataset, unit: int, facet: str, parts: Sequence[Part], keys: dict[int, str]
-) -> Iterator[Problem]:
-    """Every row of the facet is a listed row, under the listing's key."""
-    for part in parts:
-        schema = dataset.read(part, ["row", "key"] if facet not in (SCAN, DEDUP) else ["row"]).to_pydict()
-        strange = sorted(set(schema["row"]) - set(keys))
-        if strange:
-            what = f"has {len(strange)} rows that are not listed (first: row {strange[0]})"
-            yield Problem(file=_name(dataset, part), unit=unit, what=what, remedy=REMAKE)
-        pairs = zip(schema["row"], schema.get("key", []))
-        other = [row for row, key in pairs if row in keys and keys[row] != key]
-        if other:
-            what = f"has {len(other)} rows under another key than the listing's (first: row {other[0]})"
-            yield Problem(file=_name(dataset, part), unit=unit, what=what, remedy=REMAKE)
-
-
-def _check_captions(
-    dataset: Dataset, unit: int, parts: Sequence[Part], listing: pa.Table, kept: set[int]
-) -> Iterator[Problem]:
-    """Every caption of a kept row has features, and so has the empty prompt."""
-    there = {key for part in parts for key in dataset.read(part, ["key"])["key"].to_pylist()}
-    wanted = {
-        caption_key(caption): caption
-        for row, captions in zip(listing["row"].to_pylist(), listing["captions"].to_pylist())
-        if row in kept
-        for caption in captions or []
-    }
-    wanted[caption_key("")] = ""
-    absent = sorted(wanted[key] for key in set(wanted) - there)
-    if absent:
-        what = f"lacks the features of {len(absent)} captions of kept rows (first: {absent[0][:60]!r})"
-        yield Problem(file=_name(dataset, parts[-1]), unit=unit, what=what, remedy=REMAKE)
-
-
-def _repeated_keys(dataset: Dataset, listing: dict[int, list[Part]], repeated: set[int]) -> Iterator[Problem]:
-    """Second pass, only when two keys share a hash: tells real repeats by name."""
-    first: dict[str, int] = {}
-    for unit, parts in sorted(listing.items()):
-        for row in dataset.merge(parts, ["row", "key"]).to_pylist():
-            if hash(row["key"]) not in repeated:
-                continue
-            if row["key"] in first:
-                what = f"row {row['row']} has the key {row['key']} of row {first[row['key']]}"
-                yield Problem(file=_name(dataset, parts[-1]), unit=unit, what=what)
-            first.setdefault(row["key"], row["row"])
+            yield from repeated_keys(dataset, listing, set(repeated.tolist()))
 
 
 def _wrong_columns(facet: str, schema: pa.Schema) -> str:
@@ -283,7 +187,3 @@ def _indices(table: pa.Table) -> dict[str, dict[str, Place]]:
             offset=row["offset"], nbytes=row["nbytes"], dtype=row["dtype"], shape=tuple(row["shape"])
         )
     return indices
-
-
-def _name(dataset: Dataset, part: Part) -> str:
-    return str(Path(part.facet) / dataset.parquet(part).name)

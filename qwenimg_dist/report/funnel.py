@@ -38,14 +38,18 @@ class Funnel:
     listed: int
     readable: int
     """The scan could read and identify the file."""
+    captioned: int
+    """Readable, and with a caption; only such rows are compared with each other."""
     unique: int
-    """Readable, and no kept earlier row is the same picture."""
+    """Captioned, and no kept earlier row is the same picture."""
     decided: int
     """Rows with a decision; fewer than `listed` while `produce` is at work or was interrupted."""
     admitted: int
     """Kept by every filter."""
     encoded: dict[str, int]
     """Latents facet -> admitted rows in it."""
+    too_small: dict[str, int]
+    """Resolution class (px) -> admitted rows that are smaller than its buckets, so not encoded at it."""
     captions: dict[str, int]
     """Text facet -> distinct captions with features, the empty prompt included."""
     reasons: dict[tuple[str, str], int]
@@ -57,10 +61,12 @@ class Funnel:
             "units": self.units,
             "listed": self.listed,
             "readable": self.readable,
+            "captioned": self.captioned,
             "unique": self.unique,
             "decided": self.decided,
             "admitted": self.admitted,
             "encoded": dict(self.encoded),
+            "too_small": dict(self.too_small),
             "captions": dict(self.captions),
             "reasons": [
                 {"status": status, "reason": reason, "rows": n} for (status, reason), n in self.reasons.items()
@@ -69,12 +75,18 @@ class Funnel:
 
     def tables(self) -> list[Table]:
         """The stages; and the reasons, if any row was not admitted."""
-        stages: list[tuple[str, int]] = [("listed", self.listed), ("readable", self.readable), ("unique", self.unique)]
+        stages: list[tuple[str, int]] = [
+            ("listed", self.listed),
+            ("readable", self.readable),
+            ("with a caption", self.captioned),
+            ("unique", self.unique),
+        ]
         if self.decided != self.listed:
             stages.append(("decided so far", self.decided))
         stages.append(("admitted", self.admitted))
         stages += [(f"encoded {label}", self.encoded[name]) for name, label in facet_labels(self.encoded).items()]
         rows = tuple((name, count, show_share(count, self.listed)) for name, count in stages)
+        small = tuple((f"{px} px", count, show_share(count, self.admitted)) for px, count in self.too_small.items())
         tables = [Table(title="Funnel", columns=("stage", "rows", "of listed"), rows=rows)]
         if self.reasons:
             reasons = tuple(
@@ -82,6 +94,9 @@ class Funnel:
                 for (status, reason), count in self.reasons.items()
             )
             tables.append(Table(title="Not admitted", columns=("reason", "status", "rows", "of listed"), rows=reasons))
+        if any(self.too_small.values()):
+            columns = ("class", "rows", "of admitted")
+            tables.append(Table(title="Admitted, but too small for a class", columns=columns, rows=small))
         return tables
 
 
@@ -93,6 +108,7 @@ def funnel(dataset: Dataset) -> Funnel:
     parts = {name: parts_by_unit(dataset, name) for name in (LISTING, SCAN, DEDUP, ROWS, *latents)}
     counts: Counter[str] = Counter()
     encoded: Counter[str] = Counter(dict.fromkeys(latents, 0))
+    too_small: Counter[str] = Counter()
     reasons: Counter[tuple[str, str]] = Counter()
     for unit in sorted(parts[LISTING]):
         tables = {
@@ -102,6 +118,7 @@ def funnel(dataset: Dataset) -> Funnel:
         if ROWS not in tables:
             continue
         reasons.update(_reasons(tables[ROWS]))
+        too_small.update(dataset.meta(parts[ROWS][unit][-1]).get("left_out", {}))
         kept = _rows_where(tables[ROWS], pc.equal(tables[ROWS]["status"], "kept"))
         for name in latents:
             if unit in parts[name]:
@@ -111,10 +128,12 @@ def funnel(dataset: Dataset) -> Funnel:
         units=len(parts[LISTING]),
         listed=counts["listed"],
         readable=counts["readable"],
+        captioned=counts["captioned"],
         unique=counts["unique"],
         decided=counts["decided"],
         admitted=counts["admitted"],
         encoded=dict(encoded),
+        too_small={px: too_small[px] for px in sorted(too_small, key=int)},
         captions={name: count_captions(dataset, name) for name in texts},
         reasons=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
     )
@@ -154,7 +173,7 @@ def latents_order(name: str) -> tuple[int, str]:
 
 
 _COLUMNS = {
-    LISTING: ["row"],
+    LISTING: ["row", "caption_fault"],
     SCAN: ["row", "fault"],
     DEDUP: ["row", "duplicate_of"],
     ROWS: ["row", "status", "reason"],
@@ -166,9 +185,12 @@ def _count_unit(tables: Mapping[str, pa.Table]) -> dict[str, int]:
     if SCAN in tables:
         readable = _rows_where(tables[SCAN], pc.is_null(tables[SCAN]["fault"]))
         counts["readable"] = len(readable)
+        captioned = _rows_where(tables[LISTING], pc.is_null(tables[LISTING]["caption_fault"]))
+        captioned = captioned.filter(pc.is_in(captioned, value_set=readable))
+        counts["captioned"] = len(captioned)
         if DEDUP in tables:
             first = _rows_where(tables[DEDUP], pc.less(tables[DEDUP]["duplicate_of"], 0))
-            counts["unique"] = _true(pc.is_in(first, value_set=readable))
+            counts["unique"] = _true(pc.is_in(first, value_set=captioned))
     if ROWS in tables:
         counts["decided"] = tables[ROWS].num_rows
         counts["admitted"] = _true(pc.equal(tables[ROWS]["status"], "kept"))

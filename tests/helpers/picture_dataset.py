@@ -108,11 +108,15 @@ def _write_unit(made: PictureDataset, unit: int, rows: range, source: bool) -> N
     _commit(dataset, Part(facet=DEDUP, unit=unit, part=0), dedup, DEDUP_COLUMNS)
     kept = [row for row in rows if made.status[row] == "kept"]
     _write_text(dataset, unit, kept)
-    for resolution, facet in made.latents.items():
-        _write_latents(dataset, Part(facet=facet, unit=unit, part=0), resolution, kept)
+    left_out = {
+        str(resolution): len(kept) - _write_latents(dataset, Part(facet=facet, unit=unit, part=0), resolution, kept)
+        for resolution, facet in made.latents.items()
+    }
     inputs = dict.fromkeys([LISTING, SCAN, DEDUP, TEXT, *made.latents.values()], 1)
     schema = ROWS_COLUMNS.append(pa.field("score_aspect", pa.float32()))
-    _commit(dataset, Part(facet=ROWS, unit=unit, part=0), decided, schema, extra={"inputs": inputs})
+    _commit(
+        dataset, Part(facet=ROWS, unit=unit, part=0), decided, schema, extra={"inputs": inputs, "left_out": left_out}
+    )
 
 
 def _write_text(dataset: Dataset, unit: int, rows: list[int]) -> None:
@@ -131,7 +135,8 @@ def _write_text(dataset: Dataset, unit: int, rows: list[int]) -> None:
     dataset.commit(part, table, config_hash="test", tars=tars)
 
 
-def _write_latents(dataset: Dataset, part: Part, resolution: int, rows: list[int]) -> None:
+def _write_latents(dataset: Dataset, part: Part, resolution: int, rows: list[int]) -> int:
+    """Returns the rows that were large enough."""
     random = np.random.default_rng(part.unit)
     index: list[dict[str, Any]] = []
     with ShardWriter(dataset, part, max_shard_bytes=20_000) as writer:
@@ -164,6 +169,7 @@ def _write_latents(dataset: Dataset, part: Part, resolution: int, rows: list[int
             )
         tars = writer.close()
     dataset.commit(part, pa.Table.from_pylist(index, schema=LATENTS_COLUMNS), config_hash="test", tars=tars)
+    return len(index)
 
 
 def _draw(file: Path, row: int, width: int, height: int, bad: bool) -> None:

@@ -198,6 +198,25 @@ def test_a_lost_caption_is_named(made: PictureDataset) -> None:
     assert "lacks the features of" in found[0].what
 
 
+def test_lost_latents_are_named(made: PictureDataset) -> None:
+    """Index and tar agree, but not every kept row that is large enough has latents."""
+    part = Part(facet=made.latents[96], unit=1, part=0)
+    for tar in made.dataset.tars(part):
+        made.dataset.tar(part.facet, tar.name).unlink()
+    table = made.dataset.read(part).slice(0, 0)
+    made.dataset.parquet(part).unlink()
+    made.dataset.commit(part, table, config_hash="test")
+    found = list(problems(made.dataset, Tally()))
+    assert [p.what for p in found] == ["lacks the latents of 2 kept rows that are large enough"]
+
+
+def test_a_gap_in_the_parts_is_named(made: PictureDataset) -> None:
+    rows = made.dataset.read(Part(facet=ROWS, unit=1, part=0))
+    made.dataset.commit(Part(facet=ROWS, unit=1, part=2), rows, config_hash="test")
+    found = list(problems(made.dataset, Tally()))
+    assert any("is one of parts [0, 2]" in p.what for p in found)
+
+
 def test_leftovers_are_noted_and_no_problem(made: PictureDataset) -> None:
     (made.dataset.root / TEXT / ".tmp-unit-000002.000-x-000.tar-1").write_bytes(b"half")
     (made.dataset.root / TEXT / "unit-000002.000-abcd-000.tar").write_bytes(b"whole, not named")

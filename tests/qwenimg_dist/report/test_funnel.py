@@ -16,7 +16,8 @@ def test_counts_every_stage(tmp_path: Path) -> None:
     made = make_picture_dataset(tmp_path, rows=40, resolutions=(64, 96), source=False)
     result = funnel(made.dataset)
     assert (result.units, result.listed, result.decided) == (3, 40, 40)
-    assert (result.readable, result.unique, result.admitted) == (36, 32, 32)
+    assert (result.readable, result.captioned, result.unique, result.admitted) == (36, 36, 32, 32)
+    assert result.too_small == {"64": 0, "96": 0}
     assert result.encoded == {made.latents[64]: 32, made.latents[96]: 32}
     assert result.reasons == {("fault", "unreadable"): 4, ("rejected", "duplicate"): 4}
     # Distinct captions over units, and the empty prompt once.
@@ -36,6 +37,13 @@ def test_later_part_supersedes_and_is_not_counted_twice(tmp_path: Path) -> None:
     assert result.reasons["rejected", "too_small"] == 1
     # The row still has latents, but encoded rows are admitted rows.
     assert set(result.encoded.values()) == {15}
+
+
+def test_rows_too_small_for_a_class_are_told(tmp_path: Path) -> None:
+    made = make_picture_dataset(tmp_path, rows=20, resolutions=(64, 112), source=False)
+    result = funnel(made.dataset)
+    assert result.encoded[made.latents[112]] == result.admitted - result.too_small["112"] < result.admitted
+    assert result.tables()[-1].title == "Admitted, but too small for a class"
 
 
 def test_undecided_rows_show_as_such(tmp_path: Path) -> None:
