@@ -2,8 +2,8 @@
 
 Place in the flow: `demo` writes a folder of these pictures and hands it to `produce` like anybody's photos;
 `rewards.shapes` later reads the pixels of what the trained model drew. Variance is low on purpose (position
-jitter 3 %, radius 0.26-0.30 of the short side, no words): a 2.5 M transformer learns this world in minutes on a
-CPU, and a wider one it does not. Refuses: prompts that do not name exactly one colour, one shape and one
+jitter 3 %, radius 0.26-0.30 of the short side, no words): a 2.5 M transformer learns this world in minutes on
+a CPU, and a wider one it does not. Refuses: prompts that do not name exactly one colour, one shape and one
 background; to write into a folder that holds anything.
 """
 
@@ -150,14 +150,10 @@ def parse(prompt: str) -> Scene:
             )
         return found[0]
 
-    return Scene(
-        only("colour", dict(COLOURS)), only("shape", dict(SHAPES)), only("background", dict(BACKGROUNDS))
-    )
+    return Scene(only("colour", dict(COLOURS)), only("shape", dict(SHAPES)), only("background", dict(BACKGROUNDS)))
 
 
-def coverage(
-    shape: str, *, size_px: tuple[int, int], centre_px: tuple[float, float], radius_px: float
-) -> FloatArray:
+def coverage(shape: str, *, size_px: tuple[int, int], centre_px: tuple[float, float], radius_px: float) -> FloatArray:
     """Share of each pixel that lies inside the shape: (height, width) in [0, 1].
 
     `size_px` is (width, height), `centre_px` is (x, y); sampled on a 4 x 4 grid per pixel.
@@ -187,9 +183,7 @@ def render(scene: Scene, size_px: int | tuple[int, int], rng: np.random.Generato
     ink = np.array(COLOURS[scene.colour], dtype=np.float64) + jitter[0]
     paper = np.array(BACKGROUNDS[scene.background], dtype=np.float64) + jitter[1]
     centre_px = (width / 2 + float(offset[0]), height / 2 + float(offset[1]))
-    alpha = coverage(scene.shape, size_px=(width, height), centre_px=centre_px, radius_px=radius_px)[
-        ..., None
-    ]
+    alpha = coverage(scene.shape, size_px=(width, height), centre_px=centre_px, radius_px=radius_px)[..., None]
     pixels = alpha * ink + (1.0 - alpha) * paper
     return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), mode="RGB")
 
@@ -253,12 +247,12 @@ def _file(kind: str, scene: Scene, size_px: int, rng: np.random.Generator) -> tu
 def write_folder(path: Path, *, num_images: int, seed: int, size_px: int = 160) -> dict[str, int]:
     """Write a Hugging Face imagefolder of seen scenes: pictures, and the junk that real folders have.
 
-    `num_images` good pictures of `size_px` (>= 128; other aspects keep every side >= 0.9 `size_px`), one of them
-    stored sideways with an EXIF orientation; and besides, 2 % each of truncated JPEGs, texts named .jpg, exact
-    duplicates and too small pictures, and one empty file (an empty file equals every other, so a second would be
-    a duplicate). `metadata.jsonl` (file_name, text) names every file. The same arguments give the same bytes.
-    Returns files per kind. The folder appears complete or not at all. Raises FileExistsError if `path` holds
-    anything, ValueError for sizes that make no sense.
+    `num_images` good pictures of `size_px` (>= 128; other aspects keep every side >= 0.9 `size_px`), one of
+    them stored sideways with an EXIF orientation; and besides, 2 % each of truncated JPEGs, texts named .jpg,
+    exact duplicates and too small pictures, and one empty file (an empty file equals every other, so a second
+    would be a duplicate). `metadata.jsonl` (file_name, text) names every file. The same arguments give the
+    same bytes. Returns files per kind. The folder appears complete or not at all. Raises FileExistsError if
+    `path` holds anything, ValueError for sizes that make no sense.
     """
     if num_images < 2 or size_px < 128:
         raise ValueError(f"need num_images >= 2 and size_px >= 128, got {num_images} and {size_px}")

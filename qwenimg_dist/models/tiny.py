@@ -1,9 +1,9 @@
 """The tiny twin of Qwen-Image: real classes, real directory layout, sizes that train on two CPU cores.
 
-Place in the flow: `model=tiny` resolves to `tiny_pipeline_dir()`; everything after that reads a diffusers pipeline
-directory and cannot tell it from a download. The transformer and the text encoder are random (the encoder stays so: two
-random layers carry enough of a sentence), tokenizer and VAE are trained and shipped in `assets/`. Refuses to write into
-a directory that holds anything; never reaches for the hub.
+Place in the flow: `model=tiny` resolves to `tiny_pipeline_dir()`; everything after that reads a diffusers
+pipeline directory and cannot tell it from a download. The transformer and the text encoder are random (the
+encoder stays so: two random layers carry enough of a sentence), tokenizer and VAE are trained and shipped in
+`assets/`. Refuses to write into a directory that holds anything; never reaches for the hub.
 """
 
 import hashlib
@@ -129,11 +129,11 @@ def build_tiny_pipeline(*, seed: int = 0) -> QwenImagePipeline:
 def write_tiny_pipeline(path: Path, *, seed: int = 0) -> Path:
     """Write the tiny twin as a diffusers `QwenImagePipeline` directory and return its path.
 
-    The same seed gives the same bytes of every weight. The directory appears complete or not at all (written beside its
-    place, then renamed). Raises FileExistsError if `path` exists and is not an empty directory.
+    The same seed gives the same bytes of every weight. The directory appears complete or not at all (written
+    beside its place, then renamed). Raises FileExistsError if `path` exists and is not an empty directory.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} is not empty: give a new directory for the tiny pipeline, or remove it")
+        raise FileExistsError(f"{path} is not empty: give a new directory, or remove this one")
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent))
     try:
@@ -161,9 +161,9 @@ def _fingerprint() -> str:
 
 
 def tiny_pipeline_dir(cache: Path | None = None) -> Path:
-    """Directory of the tiny twin (seed 0), made on first use in `cache`, else in the per-user cache directory.
+    """Directory of the tiny twin (seed 0), made on first use in `cache`, else in the per-user cache.
 
-    Safe when several processes ask at once: each may build, one rename wins, all return the same complete directory.
+    Safe when several processes ask at once: each may build, one rename wins, all return that one directory.
     """
     if cache is None:
         cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "qwenimg-dist")

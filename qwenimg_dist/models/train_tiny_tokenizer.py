@@ -1,9 +1,10 @@
-"""Trains the tiny tokenizer that this package ships: `python -m qwenimg_dist.models.train_tiny_tokenizer --out DIR`.
+"""Trains the tiny tokenizer: `python -m qwenimg_dist.models.train_tiny_tokenizer --out DIR`.
 
-Place in the flow: run by hand, once; its result lies in `models/assets/tiny_tokenizer`. A byte-level BPE with the real
-tokenizer's splitting rules, trained until every word of the prompt templates and of the demo's captions is one token.
-So the template's prefix is exactly 34 tokens here as it is for the real vocabulary, and code that drops 34 tokens is
-exercised truthfully. Any other text still encodes, in bytes and fragments. Left out: numbers and words of other domains.
+Place in the flow: run by hand, once; its result lies in `models/assets/tiny_tokenizer`. A byte-level BPE with
+the real tokenizer's splitting rules, trained until every word of the prompt templates and of the demo's
+captions is one token. So the template's prefix is exactly 34 tokens here as it is for the real vocabulary,
+and code that drops 34 tokens is exercised truthfully. Any other text still encodes, in bytes and fragments.
+Left out: numbers and words of other domains.
 """
 
 import argparse
@@ -17,16 +18,18 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from qwenimg_dist.demo.shapes import all_captions
 
 TEXT_TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 """`QwenImagePipeline.prompt_template_encode`; its first 34 tokens are dropped."""
 
 EDIT_TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
-    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
-    "that meets the user's requirements while maintaining consistency with the original input where appropriate."
-    "<|im_end|>\n<|im_start|>user\nPicture 1: <|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n"
+    "background), then explain how the user's text instruction should alter or modify the image. Generate a "
+    "new image that meets the user's requirements while maintaining consistency with the original input where "
+    "appropriate.<|im_end|>\n"
+    "<|im_start|>user\nPicture 1: <|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
 """`QwenImageEditPlusPipeline`'s template with one picture; its first 64 tokens are dropped."""
@@ -61,7 +64,7 @@ def _corpus() -> list[str]:
 
 
 def train_tokenizer() -> Qwen2Tokenizer:
-    """A `Qwen2Tokenizer` whose vocabulary holds all bytes and every word of the templates and the demo's captions."""
+    """A `Qwen2Tokenizer` with all bytes and every word of the templates and of the demo's captions."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False)

@@ -1,11 +1,11 @@
 """The judge of the demo's world: reads from the pixels which shape, in which colour, on which background.
 
-Place in the flow: the demo's report counts its verdicts over sample grids; later it is the rule reward of GRPO and the
-ranking of preference pairs. It looks at pixels only, never at latents or prompts. Refuses to guess: what it
-cannot see clearly is None, so noise and the grids of an untrained model score near zero.
+Place in the flow: the demo's report counts its verdicts over sample grids; later it is the rule reward of
+GRPO and the ranking of preference pairs. It looks at pixels only, never at latents or prompts. Refuses to
+guess: what it cannot see clearly is None, so noise and the grids of an untrained model score near zero.
 
-Method: the border gives the background; pixels far from it are the figure; their median gives the colour; the figure's
-outline is compared by overlap with every known shape, drawn at the same centre and area.
+Method: the border gives the background; pixels far from it are the figure; their median gives the colour; the
+figure's outline is compared by overlap with every known shape, drawn at the same centre and area.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _MIN_CONTRAST = 60.0
 """Distance from the background at which a pixel may belong to the figure."""
 _FIGURE_SHARES = (0.05, 0.45)
 """Smallest and largest area of a figure, in units of the squared short side; true ones have 0.13 to 0.29."""
-_MIN_OVERLAP = 0.80
+_MIN_OVERLAP = 0.70
 """Least soft intersection over union with a shape."""
 
 
@@ -93,7 +93,7 @@ def judge(image: Image.Image) -> Verdict:
     ink = np.median(pixels[figure], axis=0)
     axis = ink - paper
     alpha = np.clip((pixels - paper) @ axis / float(axis @ axis), 0.0, 1.0)
-    alpha[alpha < 0.15] = 0.0  # residues of compression around the figure, which would blur its outline
+    alpha[alpha < 0.25] = 0.0  # residues of compression around the figure, which would blur its outline
     colour = _nearest(ink, COLOURS, _MAX_COLOUR_DISTANCE)
     return Verdict(colour=colour, shape=_best_shape(alpha), background=background)
 
