@@ -25,7 +25,8 @@ from qwenimg_dist.data.buckets import Placement
 MAX_PIXELS: Final = 178_956_970
 """No picture above this is decoded, whatever the filters say (1 GB as RGBA with its copies)."""
 
-FORMATS: Final = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000")
+# MPO comes with JPEG: it has no entry of its own, and naming it makes `Image.open` fail on all that follow.
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000")
 
 _TRANSPOSE: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
