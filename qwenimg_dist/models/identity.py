@@ -10,9 +10,10 @@ from pathlib import Path
 
 from qwenimg_dist.config import Config, stable_hash
 from qwenimg_dist.models.pipeline import fingerprint_component
+from qwenimg_dist.models.template import DROP, TEMPLATE
 from qwenimg_dist.schema import latents_facet, text_facet
 
-# Raise when the same input would give other tensors: resize and crop, colour handling, template, posterior.
+# Raise when the same input would give other tensors for a reason that is not hashed below: resize and crop, colour.
 TEXT_RECIPE = 1
 LATENTS_RECIPE = 1
 
@@ -23,6 +24,8 @@ def text_facet_name(pipeline_dir: Path, config: Config) -> str:
         stable_hash(
             {
                 "recipe": TEXT_RECIPE,
+                "template": TEMPLATE,
+                "drop": DROP,
                 "encoder": fingerprint_component(pipeline_dir / "text_encoder"),
                 "tokenizer": fingerprint_component(pipeline_dir / "tokenizer"),
                 "max_tokens": config.model.max_text_tokens,

@@ -105,14 +105,6 @@ def fingerprint_component(directory: str | Path) -> str:
     return digest.hexdigest()[:ID_LENGTH]
 
 
-def combine_fingerprints(*parts: str) -> str:
-    """One 12-digit id for several ordered parts; lengths are hashed too, so that no two lists collide by
-    joining.
-    """
-    text = "".join(f"{len(part)}:{part}" for part in parts)
-    return hashlib.sha256(text.encode()).hexdigest()[:ID_LENGTH]
-
-
 def _canonical_json(file: Path) -> bytes:
     content = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(content, dict):

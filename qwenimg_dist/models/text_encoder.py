@@ -19,18 +19,8 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2Tokenizer
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from qwenimg_dist.models.pipeline import combine_fingerprints, fingerprint_component
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory, WeightsError
-
-TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
-    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
-    "<|im_start|>assistant\n"
-)
-"""`QwenImagePipeline.prompt_template_encode`. The caption goes in as it is, newlines and braces included."""
-
-DROP = 34
-"""Leading tokens whose features are dropped: the template up to the caption."""
+from qwenimg_dist.models.template import DROP, TEMPLATE
 
 MAX_SEQUENCE_LENGTH = 512
 """The pipeline's default; the model was trained on no more. The hard cap is 1024."""
@@ -42,7 +32,7 @@ LANGUAGE_PREFIXES = ("model.language_model.", "language_model.model.", "language
 class TextEncoder:
     """The frozen language tower with its tokenizer and template."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_sequence_length: int, fingerprint: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, max_sequence_length: int) -> None:
         if not 1 <= max_sequence_length <= 1024:
             raise ValueError(f"max_sequence_length must be in 1..1024, got {max_sequence_length}")
         prefix = TEMPLATE.split("{}")[0]
@@ -55,7 +45,6 @@ class TextEncoder:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.max_sequence_length = max_sequence_length
-        self._fingerprint = fingerprint
 
     @classmethod
     def load(
@@ -75,12 +64,7 @@ class TextEncoder:
             _load_language_tower(folder / "text_encoder", dtype, torch.device(device)),
             Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
             max_sequence_length=max_sequence_length,
-            fingerprint=text_fingerprint(folder, max_sequence_length=max_sequence_length),
         )
-
-    def fingerprint(self) -> str:
-        """12 hex digits of weights, tokenizer, template and maximal length; see `text_fingerprint`."""
-        return self._fingerprint
 
     @property
     def hidden_size(self) -> int:
@@ -121,21 +105,6 @@ class TextEncoder:
         batch = self.tokenizer(texts, max_length=self.max_sequence_length + DROP, truncation=True)
         rows: list[list[int]] = batch.input_ids
         return rows
-
-
-def text_fingerprint(pipeline_dir: str | Path, *, max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> str:
-    """What `TextEncoder.fingerprint` returns, without loading the model: an id of all that decides features.
-
-    The compute dtype is left out: it changes features by rounding only, and a reader cannot know it.
-    """
-    folder = Path(pipeline_dir)
-    return combine_fingerprints(
-        fingerprint_component(folder / "text_encoder"),
-        fingerprint_component(folder / "tokenizer"),
-        TEMPLATE,
-        str(DROP),
-        str(max_sequence_length),
-    )
 
 
 def _load_language_tower(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -16,13 +16,7 @@ from transformers import Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qwenimg_dist.demo.shapes import all_captions
-
-TEXT_TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
-    "spatial relationships of the objects and background:<|im_end|>\n"
-    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-)
-"""`QwenImagePipeline.prompt_template_encode`; its first 34 tokens are dropped."""
+from qwenimg_dist.models.text_encoder import TEMPLATE
 
 EDIT_TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
@@ -57,7 +51,7 @@ _LARGEST_VOCABULARY = 4096
 
 
 def _corpus() -> list[str]:
-    texts = [TEXT_TEMPLATE.format(""), EDIT_TEMPLATE.format(""), *all_captions()]
+    texts = [TEMPLATE.format(""), EDIT_TEMPLATE.format(""), *all_captions()]
     for token in SPECIAL_TOKENS:
         texts = [piece for text in texts for piece in text.split(token) if piece]
     return texts

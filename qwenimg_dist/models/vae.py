@@ -16,18 +16,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage
 
-from qwenimg_dist.models.pipeline import fingerprint_component
-
 SIDE_MULTIPLE = 16
 
 
 class LatentCodec:
     """The frozen VAE with its normalisation. `load` it from a pipeline directory, or wrap a VAE at hand."""
 
-    def __init__(self, vae: Any, *, fingerprint: str) -> None:
+    def __init__(self, vae: Any) -> None:
         self.vae = vae.eval().requires_grad_(False)
-        self.fingerprint = fingerprint
-        """12 hex digits of the VAE's config and weights (`fingerprint_component`)."""
         self._mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32).view(1, -1, 1, 1)
         self._std = torch.tensor(vae.config.latents_std, dtype=torch.float32).view(1, -1, 1, 1)
 

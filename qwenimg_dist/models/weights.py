@@ -5,7 +5,7 @@ pipeline in `pipeline`; everything else in the project imports them from here. N
 anywhere.
 """
 
-from qwenimg_dist.models.pipeline import combine_fingerprints, fingerprint_component, resolve_pipeline
+from qwenimg_dist.models.pipeline import fingerprint_component, resolve_pipeline
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory, TensorEntry, WeightsError, read_header
 from qwenimg_dist.models.safetensors_export import TensorSource, verify, write_sharded
 
@@ -14,7 +14,6 @@ __all__ = [
     "TensorEntry",
     "TensorSource",
     "WeightsError",
-    "combine_fingerprints",
     "fingerprint_component",
     "read_header",
     "resolve_pipeline",

@@ -1,6 +1,5 @@
 """Text features against `QwenImagePipeline.encode_prompt`."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ import torch
 from diffusers import QwenImagePipeline
 from safetensors.torch import load_file, save_file
 
-from qwenimg_dist.models.text_encoder import DROP, TEMPLATE, TextEncoder, text_fingerprint
+from qwenimg_dist.models.template import DROP, TEMPLATE
+from qwenimg_dist.models.text_encoder import TextEncoder
 from qwenimg_dist.models.tiny import tiny_pipeline_dir
 from qwenimg_dist.models.weights import WeightsError
 
@@ -135,16 +135,4 @@ def test_a_tokenizer_with_another_prefix_is_refused(encoder: TextEncoder) -> Non
             return type("Batch", (), {"input_ids": list(text)})
 
     with pytest.raises(ValueError, match="not 34"):
-        TextEncoder(encoder.model, Splitting(), max_sequence_length=512, fingerprint="")
-
-
-def test_fingerprint_covers_tokenizer_weights_and_length(tiny: Path, tmp_path: Path, encoder: TextEncoder) -> None:
-    original = encoder.fingerprint()
-    assert original == text_fingerprint(tiny)
-    assert text_fingerprint(tiny, max_sequence_length=256) != original
-    copy = tmp_path / "pipeline"
-    shutil.copytree(tiny, copy)
-    assert text_fingerprint(copy) == original
-    config = copy / "tokenizer" / "tokenizer_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "add_prefix_space": True}))
-    assert text_fingerprint(copy) != original
+        TextEncoder(encoder.model, Splitting(), max_sequence_length=512)

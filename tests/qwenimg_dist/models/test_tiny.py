@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from qwenimg_dist.demo.shapes import all_captions
 from qwenimg_dist.models import tiny
+from qwenimg_dist.models.text_encoder import TEMPLATE
 from qwenimg_dist.models.tiny import ASSETS, SCHEDULER_CONFIG, tiny_pipeline_dir, write_tiny_pipeline
-from qwenimg_dist.models.train_tiny_tokenizer import EDIT_TEMPLATE, TEXT_TEMPLATE, train_tokenizer
+from qwenimg_dist.models.train_tiny_tokenizer import EDIT_TEMPLATE, train_tokenizer
 
 
 def tree_bytes(path: Path) -> dict[str, str]:
@@ -41,17 +42,17 @@ def pipeline(directory: Path) -> QwenImagePipeline:
 def test_the_template_prefixes_have_the_real_lengths(directory: Path, loader: type) -> None:
     tokenizer = loader.from_pretrained(directory / "tokenizer")
     assert isinstance(tokenizer, Qwen2Tokenizer)
-    prefix = TEXT_TEMPLATE.split("{}")[0]
+    prefix = TEMPLATE.split("{}")[0]
     assert len(tokenizer(prefix).input_ids) == 34
     # The edit pipelines drop the system turn and the opening of the user's: 64 tokens.
     assert len(tokenizer(EDIT_TEMPLATE.split("Picture 1")[0]).input_ids) == 64
-    with_prompt = tokenizer(TEXT_TEMPLATE.format("a red circle")).input_ids
+    with_prompt = tokenizer(TEMPLATE.format("a red circle")).input_ids
     assert tokenizer.decode(with_prompt[34:37]) == "a red circle"
     assert tokenizer.padding_side == "right"
 
 
 def test_the_templates_are_those_of_diffusers(pipeline: QwenImagePipeline) -> None:
-    assert pipeline.prompt_template_encode == TEXT_TEMPLATE
+    assert pipeline.prompt_template_encode == TEMPLATE
     assert pipeline.prompt_template_encode_start_idx == 34
 
 
@@ -71,7 +72,7 @@ def test_any_text_survives_the_tokenizer(pipeline: QwenImagePipeline, text: str)
 def test_the_shipped_tokenizer_is_what_its_script_trains() -> None:
     trained, shipped = train_tokenizer(), Qwen2Tokenizer.from_pretrained(ASSETS / "tiny_tokenizer")
     assert trained.get_vocab() == shipped.get_vocab()
-    texts = [*all_captions(), TEXT_TEMPLATE, EDIT_TEMPLATE, "something else entirely"]
+    texts = [*all_captions(), TEMPLATE, EDIT_TEMPLATE, "something else entirely"]
     assert trained(texts).input_ids == shipped(texts).input_ids
 
 

@@ -14,7 +14,6 @@ from diffusers import (
 
 from qwenimg_dist.models.tiny import tiny_pipeline_dir
 from qwenimg_dist.models.vae import LatentCodec
-from qwenimg_dist.models.weights import fingerprint_component
 
 SIZES = [(64, 64), (48, 96), (96, 48)]
 
@@ -100,7 +99,3 @@ def test_unusable_input_is_named(codec: LatentCodec, tmp_path: Path) -> None:
         codec.decode(torch.zeros(1, 4, 4, 4))
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         LatentCodec.load(tmp_path)
-
-
-def test_fingerprint_is_the_components(codec: LatentCodec, tiny: Path) -> None:
-    assert codec.fingerprint == fingerprint_component(tiny / "vae")
