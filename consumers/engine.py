@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ def start_distributed(device: Literal["cpu", "cuda"]) -> Ranks:
     import deepspeed  # after the environment is set: importing it chooses the accelerator
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by the names that torch 2.13 deprecates; nothing that a user could change.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     # Joining on a CPU would JIT-compile a shared-memory op for 20 s and need a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device == "cuda":

@@ -84,3 +84,11 @@ class Ranks:
         if self.world_size > 1:
             dist.broadcast(tensor, 0)
         return tensor
+
+    def gather_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Equally shaped tensors of all ranks, concatenated along the first axis by rank."""
+        if self.world_size == 1:
+            return tensor
+        everyone = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(everyone, tensor.contiguous())
+        return torch.cat(everyone)

@@ -72,7 +72,7 @@ def draw_sigma(
     uniforms = [
         float(torch.rand((), generator=slot_generator(seed, stream, step, slot), dtype=torch.float64)) for slot in slots
     ]
-    return _from_quantiles(uniforms, density=density, mean=mean, std=std, mu=mu)
+    return sigma_at_quantiles(uniforms, density=density, mean=mean, std=std, mu=mu)
 
 
 def draw_noise(
@@ -95,12 +95,13 @@ def sigma_quantiles(
     if num_quantiles < 1:
         raise ValueError(f"num_quantiles must be at least 1, got {num_quantiles}")
     midpoints = [(i + 0.5) / num_quantiles for i in range(num_quantiles)]
-    return _from_quantiles(midpoints, density=density, mean=mean, std=std, mu=mu)
+    return sigma_at_quantiles(midpoints, density=density, mean=mean, std=std, mu=mu)
 
 
-def _from_quantiles(
+def sigma_at_quantiles(
     quantiles: Sequence[float], *, density: Density, mean: float, std: float, mu: float
 ) -> torch.Tensor:
+    """Sigmas (N,) fp32 at given quantiles, in [0,1], of the training density shifted by `mu`."""
     # In fp64: the inverse normal near 0 and 1 is where fp32 would merge neighbours. The clamp keeps sigma
     # off 0 and 1, where a quantile of exactly 0 (possible, 2^-53) would have no logit.
     tiny = 2.0**-53

@@ -1,0 +1,36 @@
+"""`torchrun --nproc-per-node N -m consumers OVERRIDES`: training without Ray.
+
+`cluster.ranks` is not read here: the ranks are those that torchrun started. Exit codes: 0 done or stopped and saved,
+1 failed, 2 unusable input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from consumers.session import Hooks
+from consumers.trainer import train
+from qwenimg_dist.compose import load_config
+
+
+def main(arguments: list[str]) -> int:
+    """Train with Hydra overrides as arguments; returns the exit code."""
+    rank = os.environ.get("RANK", "0")
+    try:
+        outcome = train(load_config(arguments), Hooks(say=_say))
+    except ValueError as error:
+        _say(f"error: {error}" if rank == "0" else f"rank {rank} stopped, rank 0 says why")
+        return 2
+    if rank == "0":
+        _say(f"training {outcome}")
+    return 0
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,47 @@
+"""What an objective is: one file with a loss over micro-batches.
+
+Place in the flow: the trainer calls `loss` for each micro-batch and knows nothing else. An objective declares which
+samples it reads and how many forwards it makes per micro-batch, equal on all ranks, because under ZeRO-3 a forward is
+collective: a useless sample is multiplied by zero, never dropped. Objectives know neither trainer, stream nor
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from consumers.batch import MicroBatch
+
+
+class Predict(Protocol):
+    """The trained model: velocity (b,16,h,w) fp32 of noisy latents (b,16,h,w) and sigma (b,)."""
+
+    def __call__(
+        self, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """Sums over the micro-batch, weighted: the trainer divides by the global batch's real samples."""
+
+    loss: torch.Tensor
+    """fp32 scalar with a graph."""
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    """fp32 scalars without a graph; logged as `train/NAME`."""
+
+
+class Objective(Protocol):
+    """See the module's docstring."""
+
+    sample_kind: str
+    """Kind of samples in the data set: `image`, `preference`, `prompt`."""
+    forwards_per_batch: int
+    """Forwards of the trained model per micro-batch."""
+
+    def loss(self, predict: Predict, micro: MicroBatch, *, step: int) -> LossOutput:
+        """Loss of one micro-batch at global step `step`. Randomness only from (seed, step, slot)."""
+        ...

@@ -1,0 +1,197 @@
+"""The run directory and everything that is checked before a run may touch it.
+
+Place in the flow: the trainer's rank 0 prepares it, the `train` command calls `preflight` first, so that unusable
+input is named before any process or GPU is started. `preflight` writes nothing. Refuses: a directory that was made
+with other settings that change the numbers, data of another model, a disk without room for one checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import yaml
+
+from consumers.curriculum import plan
+from qwenimg_dist.compose import validate
+from qwenimg_dist.config import Config, training_identity
+from qwenimg_dist.data.catalog import RunFacets
+from qwenimg_dist.data.facets import DataError, Dataset, hold_lock, write_json
+from qwenimg_dist.data.generations import LedgerConfig
+from qwenimg_dist.data.pins import ready_units, why_not_ready
+from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
+from qwenimg_dist.models.pipeline import fingerprint_component, pipeline_dir
+from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
+
+_LOCK_WAIT_S: Final = 60.0
+_PACKAGES: Final = ("torch", "deepspeed", "diffusers", "transformers", "safetensors", "numpy", "ray")
+_MOVED_BY_FRESH: Final = (
+    "checkpoints",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "generations.jsonl",
+    "index",
+    "samples",
+    "start_loss.json",
+    "config.yaml",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run works with, found and checked."""
+
+    run_dir: Path
+    data_dir: Path
+    pipeline: Path
+    facets: RunFacets
+    ledger: LedgerConfig
+    model_fingerprint: str
+    """12 hex digits of the transformer that the run starts from."""
+
+
+def preflight(config: Config) -> Prepared:
+    """Find model and data, and check all that can be checked without writing. Raises ValueError with the way out."""
+    run_dir = Path(_required(config.run.path, "run.path"))
+    data_dir = Path(_required(config.data.path, "data.path"))
+    phases = plan(config)
+    if not config.train.fresh:
+        check_identity(config, run_dir)
+    pipeline = pipeline_dir(config.model)
+    facets = facets_of(config, pipeline)
+    if not config.follow:
+        dataset = Dataset.open(data_dir)
+        if not ready_units(dataset, facets):
+            raise DataError(why_not_ready(dataset, facets))
+    weights = SafetensorsDirectory(pipeline / "transformer")
+    check_space(run_dir, sum(weights.entries[n].numel for n in weights.names), ema=config.optim.ema_decay > 0)
+    return Prepared(
+        run_dir=run_dir,
+        data_dir=data_dir,
+        pipeline=pipeline,
+        facets=facets,
+        ledger=LedgerConfig(
+            phases=phases,
+            seed=config.train.seed,
+            caption_dropout=config.objective.caption_dropout,
+            where=config.data.where,
+            held_out=config.data.held_out,
+            max_held_out=config.data.max_held_out,
+        ),
+        model_fingerprint=fingerprint_component(pipeline / "transformer"),
+    )
+
+
+def facets_of(config: Config, pipeline: Path) -> RunFacets:
+    """The facets that the curriculum reads, for this model."""
+    latents = latents_facet_names(pipeline, config)
+    wanted = {resolution for phase in config.curriculum.phases for resolution in phase.resolutions}
+    missing = sorted(wanted - set(latents))
+    if missing:
+        raise ValueError(
+            f"the curriculum trains at {missing} px, encode.resolutions lacks it: add it and produce again"
+        )
+    return RunFacets(text=text_facet_name(pipeline, config), latents={r: latents[r] for r in sorted(wanted)})
+
+
+def check_identity(config: Config, run_dir: Path) -> None:
+    """Raise ValueError listing the keys in which an existing run differs in a way that changes its numbers."""
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        return
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        there = training_identity(validate(tree))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): restore it, or choose another run.path") from error
+    here = training_identity(config)
+    differing = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+    if differing:
+        listed = "; ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in differing)
+        raise ValueError(
+            f"{run_dir} is the run directory of another config: {listed}. Give the same settings to go on, choose "
+            "another run.path, or start anew here with train.fresh=true"
+        )
+
+
+def check_space(run_dir: Path, num_parameters: int, *, ema: bool) -> None:
+    """Raise ValueError if the disk has no room for one checkpoint (fp32 master, two moments, EMA)."""
+    needed = num_parameters * 4 * (3 + ema) * 1.02
+    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ValueError(
+            f"the disk is too full: one checkpoint in {run_dir} needs {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are "
+            "free; make room or choose another run.path"
+        )
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory. Waits a while, since a rank of a killed gang may live some seconds longer."""
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(hold_lock(run_dir / ".train.lock", f"another `train` is working on {run_dir}"))
+                break
+            except DataError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+        yield
+
+
+def move_aside(run_dir: Path) -> Path | None:
+    """Move an earlier run's results to `previous-NNN`, for `train.fresh=true`. None if there was nothing."""
+    present = [name for name in _MOVED_BY_FRESH if (run_dir / name).exists()]
+    if not present:
+        return None
+    number = next(n for n in range(1, 10_000) if not (run_dir / f"previous-{n:03d}").exists())
+    aside = run_dir / f"previous-{number:03d}"
+    aside.mkdir()
+    for name in present:
+        os.rename(run_dir / name, aside / name)
+    return aside
+
+
+def write_descriptions(run_dir: Path, config: Config, world_size: int) -> None:
+    """`config.yaml`, and `environment.json` of this start."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    temporary = run_dir / ".tmp-config.yaml"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, run_dir / "config.yaml")
+    write_json(run_dir / "environment.json", _environment(world_size))
+
+
+def _environment(world_size: int) -> dict[str, Any]:
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "ranks": world_size,
+        "gpus_of_this_node": [torch.cuda.get_device_name(i) for i in range(num_gpus)],
+        "cpus_of_this_node": os.cpu_count(),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": versions,
+    }
+
+
+def _required(value: str | None, key: str) -> str:
+    if not value:
+        raise ValueError(f"{key} is not set: add {key}=... to the command")
+    return value

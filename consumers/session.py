@@ -1,0 +1,290 @@
+"""Everything a run needs before its first step, built in the one order that works.
+
+Place in the flow: `trainer.train` opens a session and runs the loop on it. Order: checks on rank 0 -> lock -> prompts
+of the grids (frozen models, before `zero.Init`) -> engine and EMA -> newest valid checkpoint -> logs cut back to it ->
+generations of the data. Whatever rank 0 refuses is raised on every rank. Refuses to go on from a directory without a
+valid checkpoint when there are invalid ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import torch
+
+from consumers.checkpoint import Loaded, load_newest
+from consumers.ema import Ema
+from consumers.engine import Engine, build_engine
+from consumers.evaluate import HeldOut, Losses, read_start_losses, start_losses
+from consumers.grids import Grids
+from consumers.objectives import build_objective
+from consumers.objectives.base import Objective
+from consumers.ranks import Ranks
+from consumers.run_directory import Prepared, move_aside, preflight, run_lock, write_descriptions
+from consumers.stream import Stream
+from consumers.throughput import Throughput
+from qwenimg_dist.config import Config, training_identity
+from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.metrics import RunLog, truncate_logs
+from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
+from qwenimg_dist.models.transformer import load_transformer_config
+
+_POLL_S: Final = 1.0
+_Result = TypeVar("_Result")
+
+
+def _never() -> bool:
+    return False
+
+
+def _ignore(*_: object) -> None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What the surroundings (torchrun, Ray Train) hand in, so that the consumers know neither."""
+
+    stop_requested: Callable[[], bool] = _never
+    """Asked on every rank before every step; one yes stops all of them, saved."""
+    heartbeat: Callable[[int], None] = _ignore
+    """Called on every rank after every step with the number of steps done."""
+    say: Callable[[str], None] = _ignore
+    """One line for a person; called on rank 0."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """What changes from step to step besides the weights; saved with them."""
+
+    step: int = 0
+    """Optimiser steps done, skipped ones included: the ledger's next step."""
+    images: int = 0
+    skipped_steps: int = 0
+    consecutive_skips: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A run at work on this rank."""
+
+    config: Config
+    hooks: Hooks
+    ranks: Ranks
+    prepared: Prepared
+    engine: Engine
+    ema: Ema | None
+    objective: Objective
+    generations: Generations
+    stream: Stream
+    held_out: HeldOut
+    start: dict[int, Losses]
+    grids: Grids | None
+    throughput: Throughput
+    log: RunLog | None
+    """Rank 0's."""
+    progress: Progress
+    resolutions: dict[int, list[int]] = field(default_factory=dict)
+    """Phase -> its resolution classes."""
+
+    @property
+    def run_dir(self) -> Path:
+        return self.prepared.run_dir
+
+    def state(self) -> dict[str, Any]:
+        """What `state.json` of a checkpoint holds besides the engine's own."""
+        return {
+            "images": self.progress.images,
+            "skipped_steps": self.progress.skipped_steps,
+            "consecutive_skips": self.progress.consecutive_skips,
+            "generations": self.generations.count,
+            "wandb_id": self.log.wandb_id if self.log else None,
+            "num_ranks": self.ranks.world_size,
+            "model": self.prepared.model_fingerprint,
+            "identity": training_identity(self.config),
+        }
+
+
+@contextlib.contextmanager
+def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session]:
+    """Build everything and take it down again. Collective. Raises ValueError for unusable input, on every rank."""
+    with contextlib.ExitStack() as stack:
+        prepared = preflight(config) if ranks.world_size == 1 else _on_all(ranks, lambda: preflight(config))
+        _on_first(ranks, lambda: stack.enter_context(run_lock(prepared.run_dir)))
+        if config.train.fresh and (aside := _on_first(ranks, lambda: _moved(prepared.run_dir))):
+            _say(ranks, hooks, f"train.fresh: earlier results were moved to {aside}")
+        wants_grids = bool(config.evaluate.grid_every and config.evaluate.prompts)
+        grids = Grids(config, prepared.pipeline, ranks) if wants_grids else None
+
+        transformer = prepared.pipeline / "transformer"
+        model = load_transformer_config(transformer)
+        engine = build_engine(model, config, ranks, SafetensorsDirectory(transformer))
+        stack.callback(engine.close)
+        ema = Ema(engine, config.optim.ema_decay) if config.optim.ema_decay else None
+        loaded = load_newest(engine, ema, prepared.run_dir)
+        progress = _progress(loaded, prepared, ranks, hooks)
+
+        _on_first(ranks, lambda: truncate_logs(prepared.run_dir, progress.step))
+        _on_first(ranks, lambda: write_descriptions(prepared.run_dir, config, ranks.world_size))
+        log = _open_log(config, prepared, loaded) if ranks.is_first else None
+        stack.callback(lambda: log.close() if log else None)
+
+        generations, stream = _open_data(config, prepared, ranks, hooks, progress.step, stack)
+        batches = {phase.index: sorted(phase.weights) for phase in prepared.ledger.phases}
+        held_out = _held_out(config, prepared, generations, stream)
+        objective = build_objective(config)
+        yield Session(
+            config=config,
+            hooks=hooks,
+            ranks=ranks,
+            prepared=prepared,
+            engine=engine,
+            ema=ema,
+            objective=objective,
+            generations=generations,
+            stream=stream,
+            held_out=held_out,
+            start=_start_losses(config, held_out, engine, prepared, progress.step),
+            grids=grids,
+            throughput=Throughput(model, ranks, forwards_per_batch=objective.forwards_per_batch),
+            log=log,
+            progress=progress,
+            resolutions=batches,
+        )
+
+
+class Stopped(Exception):
+    """A stop was asked for while the run was waiting for data; nothing is lost."""
+
+
+def await_batch(generations: Generations, ranks: Ranks, hooks: Hooks, step: int) -> None:
+    """Return when the ledger has the batch of `step` on every rank. Collective. Raises `Stopped` if asked to."""
+    waiting = False
+    while not generations.settled:
+        answer = _on_first(ranks, lambda: [generations.advance(step), generations.count])
+        if answer[0] == "ready":
+            generations.refresh(answer[1])
+            return
+        if ranks.any(hooks.stop_requested()):
+            raise Stopped
+        if not waiting:
+            _say(ranks, hooks, f"step {step}: waiting for producers")
+        waiting = True
+        time.sleep(_POLL_S)
+
+
+def _open_data(
+    config: Config, prepared: Prepared, ranks: Ranks, hooks: Hooks, step: int, stack: contextlib.ExitStack
+) -> tuple[Generations, Stream]:
+    while not _on_first(ranks, lambda: (prepared.data_dir / "dataset.json").is_file()):
+        if ranks.any(hooks.stop_requested()):
+            raise Stopped
+        time.sleep(_POLL_S)
+    dataset = Dataset.open(prepared.data_dir)
+    generations = Generations(prepared.run_dir, dataset, prepared.facets, prepared.ledger, follow=config.follow)
+    _on_first(ranks, generations.verify)
+    await_batch(generations, ranks, hooks, min(step, config.train.steps - 1))
+    stream = Stream(
+        generations.ledger,
+        rank=ranks.rank,
+        world=ranks.world_size,
+        compute_dtype=torch.bfloat16 if config.engine.precision == "bf16" else torch.float32,
+        pin_memory=ranks.device.type == "cuda",
+    )
+    stack.callback(stream.close)
+    return generations, stream
+
+
+def _held_out(config: Config, prepared: Prepared, generations: Generations, stream: Stream) -> HeldOut:
+    if not config.evaluate.every:
+        return HeldOut(config, {})
+    budgets = {r: phase.micro_batch_tokens for phase in prepared.ledger.phases for r in phase.weights}
+    batches = {
+        resolution: stream.held_out_batches(
+            generations.held_out(resolution, config.evaluate.num_samples), micro_batch_tokens=budget
+        )
+        for resolution, budget in budgets.items()
+    }
+    return HeldOut(config, batches)
+
+
+def _start_losses(
+    config: Config, held_out: HeldOut, engine: Engine, prepared: Prepared, step: int
+) -> dict[int, Losses]:
+    if not config.evaluate.every:
+        return {}
+    if step > 0:
+        return read_start_losses(prepared.run_dir)
+    return start_losses(held_out, engine, prepared.run_dir, sorted(prepared.facets.latents))
+
+
+def _progress(loaded: Loaded | None, prepared: Prepared, ranks: Ranks, hooks: Hooks) -> Progress:
+    if loaded is None:
+        _say(ranks, hooks, f"{prepared.run_dir} has no checkpoint: starting fresh from {prepared.pipeline}")
+        return Progress()
+    for line in loaded.skipped:
+        _say(ranks, hooks, f"warning: skipped an invalid checkpoint, {line}")
+    if loaded.state.get("model") != prepared.model_fingerprint:
+        raise ValueError(
+            f"the checkpoints in {prepared.run_dir} belong to a run that started from another transformer than "
+            f"{prepared.pipeline}: restore model.path, or choose another run.path"
+        )
+    _say(ranks, hooks, f"resuming from step {loaded.step} ({loaded.state['num_ranks']} ranks wrote it)")
+    return Progress(
+        step=loaded.step,
+        images=int(loaded.state["images"]),
+        skipped_steps=int(loaded.state["skipped_steps"]),
+        consecutive_skips=int(loaded.state["consecutive_skips"]),
+    )
+
+
+def _open_log(config: Config, prepared: Prepared, loaded: Loaded | None) -> RunLog:
+    return RunLog(
+        config.logger,
+        prepared.run_dir,
+        samples=config.train.log_samples,
+        wandb_id=loaded.state.get("wandb_id") if loaded else None,
+        values=training_identity(config),
+    )
+
+
+def _moved(run_dir: Path) -> str | None:
+    aside = move_aside(run_dir)
+    return str(aside) if aside else None
+
+
+def _say(ranks: Ranks, hooks: Hooks, line: str) -> None:
+    if ranks.is_first:
+        hooks.say(line)
+
+
+def _on_first(ranks: Ranks, action: Callable[[], Any]) -> Any:
+    """Run on rank 0; every rank gets its JSON result, or ValueError with what rank 0 refused."""
+    answer: list[Any] = ["", None]
+    error: Exception | None = None
+    if ranks.is_first:
+        try:
+            result = action()
+            answer[1] = result if isinstance(result, str | int | float | bool | list | dict) else None
+        except Exception as problem:  # told to the others first, else they wait for ever
+            error = problem
+            answer[0] = f"{type(problem).__name__}: {problem}"
+    message, result = ranks.broadcast_json(answer)
+    if error is not None:
+        raise error
+    if message:
+        raise ValueError(f"rank 0 refused: {message}")
+    return result
+
+
+def _on_all(ranks: Ranks, action: Callable[[], _Result]) -> _Result:
+    """Run on every rank, rank 0 first (it may have to build or download what the others then find)."""
+    made: list[_Result] = []
+    _on_first(ranks, lambda: made.append(action()))
+    return made[0] if made else action()

@@ -1,0 +1,234 @@
+"""THE training loop: one for every stage and objective, under torchrun or Ray Train.
+
+Place in the flow: ledger and stream give this rank's cut of the step's global batch, the objective a loss, the engine
+an update. Randomness is derived from (seed, step, slot in the global batch), so that a repeated step is the same step,
+on any number of ranks. A step's number is the count of steps done: line 100 of the logs, checkpoint 100 and grid 100
+belong together. Deliberately left out: a copy of this loop per stage, callbacks, a scheduler with state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final, Literal
+
+import torch
+
+from consumers.batch import RankBatch
+from consumers.checkpoint import save_checkpoint
+from consumers.curriculum import lr_at
+from consumers.engine import StepResult, start_distributed, stop_distributed
+from consumers.evaluate import eval_metrics
+from consumers.session import Hooks, Session, Stopped, await_batch, open_session
+from qwenimg_dist.config import Config
+from qwenimg_dist.debug import fault_point
+
+Outcome = Literal["complete", "stopped"]
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on by itself; the message says what happened and where."""
+
+
+def train(config: Config, hooks: Hooks | None = None) -> Outcome:
+    """Train, or go on training, until `train.steps`, `train.stop_after` or a stop request; saved in each case.
+
+    Every rank calls it, in the environment of torchrun. Raises ValueError for unusable input and `TrainingError` when
+    `engine.max_skipped_steps` steps in a row were not finite.
+    """
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_rank)))
+    ranks = start_distributed(config.cluster.device)
+    try:
+        with _stop_signals(hooks or Hooks()) as hooks, open_session(config, ranks, hooks) as session:
+            return _loop(session)
+    except Stopped:
+        return "stopped"
+    finally:
+        stop_distributed()
+
+
+def _loop(session: Session) -> Outcome:
+    config, ranks, engine, progress = session.config, session.ranks, session.engine, session.progress
+    phases = session.prepared.ledger.phases
+    last_step = min(config.train.steps, config.train.stop_after or config.train.steps)
+    saved_step = progress.step
+    if progress.step == 0:
+        _draw_grid(session)
+
+    while progress.step < last_step:
+        begin = time.perf_counter()
+
+        # ---- Stop if any rank was asked to; saved below the loop.
+        if ranks.any(session.hooks.stop_requested()):
+            break
+
+        # ---- Step -> phase -> this rank's cut of the global batch.
+        try:
+            await_batch(session.generations, ranks, session.hooks, progress.step)
+        except Stopped:
+            break
+        batch = session.stream.get(progress.step)
+
+        # ---- Objective: losses and gradients, or None if a loss was not finite on some rank.
+        losses = _accumulate(session, batch)
+
+        # ---- Clip, step, EMA.
+        lr = lr_at(phases, config.optim, progress.step)
+        if losses is None:
+            engine.discard_gradients()
+            result = StepResult(grad_norm=float("nan"), skipped=True)
+        else:
+            result = engine.step(lr)
+            if session.ema is not None and not result.skipped:
+                session.ema.update()
+        fault_point("train_step")
+        progress.step += 1
+        progress.images += batch.num_real
+        _count_skip(session, batch, result)
+        session.throughput.count(batch, time.perf_counter() - begin)
+
+        # ---- Log; evaluate: held-out losses and grids.
+        _log(session, batch, losses, result, lr, last=progress.step == last_step)
+
+        # ---- Checkpoint if due.
+        if progress.step % config.checkpoint.every == 0:
+            _save(session)
+            saved_step = progress.step
+        session.hooks.heartbeat(progress.step)
+
+    if saved_step < progress.step:
+        _save(session)
+    return "complete" if progress.step >= last_step else "stopped"
+
+
+def _accumulate(session: Session, batch: RankBatch) -> dict[str, float] | None:
+    """Backward of every micro-batch. Sums of loss and metrics on this rank; None, agreed by all, if not finite."""
+    ranks, engine = session.ranks, session.engine
+    scale = ranks.world_size / batch.num_real  # the engine averages over ranks
+    sums: dict[str, float] = {}
+    for index, micro in enumerate(batch.micro_batches):
+        output = session.objective.loss(engine.predict, micro.to(ranks.device), step=session.progress.step)
+        if not ranks.all_finite(output.loss):
+            if not bool(torch.isfinite(output.loss.detach())):
+                where = f"micro-batch {index} of {batch.batch.bucket}, slots {micro.slots.tolist()}"
+                _warn(f"rank {ranks.rank}: step {session.progress.step + 1}: the loss is not finite in {where}")
+            return None
+        engine.backward(output.loss * scale, last=index + 1 == len(batch.micro_batches))
+        for name, value in {"loss": output.loss, **output.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach())
+    return sums
+
+
+def _count_skip(session: Session, batch: RankBatch, result: StepResult) -> None:
+    progress, allowed = session.progress, session.config.engine.max_skipped_steps
+    progress.skipped_steps += result.skipped
+    progress.consecutive_skips = progress.consecutive_skips + 1 if result.skipped else 0
+    if result.skipped and session.ranks.is_first:
+        _warn(f"step {progress.step}: not finite, skipped on all ranks (samples {', '.join(batch.keys[:8])}, ...)")
+    if progress.consecutive_skips > allowed:
+        raise TrainingError(
+            f"{progress.consecutive_skips} steps in a row up to step {progress.step} were not finite, "
+            f"engine.max_skipped_steps={allowed}: look for broken samples or lower optim.lr; the last checkpoint is "
+            "from before or among them"
+        )
+
+
+def _log(
+    session: Session, batch: RankBatch, losses: dict[str, float] | None, result: StepResult, lr: float, *, last: bool
+) -> None:
+    config, step = session.config, session.progress.step
+    if session.log:
+        session.log.samples(step, str(batch.batch.bucket), batch.keys)
+    evaluated = _evaluate(session, batch, last=last)
+    due = step % config.train.log_every == 0 or step == 1 or last or result.skipped or bool(evaluated)
+    if not due:
+        return
+    names = sorted(losses or {"loss": 0.0})
+    totals = session.ranks.sum([losses[name] if losses else float("nan") for name in names])
+    rates = session.throughput.metrics()
+    if session.log is None:
+        return
+    values = {
+        **{f"train/{name}": total / batch.num_real for name, total in zip(names, totals, strict=True)},
+        "train/grad_norm": result.grad_norm,
+        "train/lr": lr,
+        "train/phase": batch.batch.phase,
+        "train/resolution": batch.batch.resolution,
+        "train/bucket_height": batch.batch.bucket.height,
+        "train/bucket_width": batch.batch.bucket.width,
+        "train/epoch": batch.batch.epoch,
+        "train/images": session.progress.images,
+        "train/skipped_steps": session.progress.skipped_steps,
+        **rates,
+        **evaluated,
+    }
+    session.log.metrics(step, values)
+    session.hooks.say(
+        f"step {step}/{config.train.steps}  loss {values['train/loss']:.4f}  lr {lr:.2e}  {batch.batch.bucket}  "
+        f"{rates['train/step_s']:.2f} s/step"
+        + (f"  held-out {evaluated['eval/loss']:.4f}" if "eval/loss" in evaluated else "")
+    )
+
+
+def _evaluate(session: Session, batch: RankBatch, *, last: bool) -> dict[str, float]:
+    evaluate, step = session.config.evaluate, session.progress.step
+    if evaluate.grid_every and (step % evaluate.grid_every == 0 or last):
+        _draw_grid(session)
+    if not evaluate.every or not (step % evaluate.every == 0 or last):
+        return {}
+    resolutions = session.resolutions[batch.batch.phase]
+    now = session.held_out.losses(session.engine, session.ema, resolutions)
+    return eval_metrics(now, session.start, resolutions) if now else {}
+
+
+def _draw_grid(session: Session) -> None:
+    if session.grids is None:
+        return
+    phases, step = session.prepared.ledger.phases, session.progress.step
+    phase = next(phase for phase in reversed(phases) if phase.first_step <= max(0, step - 1) < phase.last_step)
+    resolution = max(phase.weights)
+    batch_size = max(1, phase.micro_batch_tokens // (2 * (resolution // 16) ** 2))
+    file = session.grids.draw(session.engine, session.ema, step=step, resolution=resolution, batch_size=batch_size)
+    if session.log and file:
+        session.log.picture(step, "samples", file)
+
+
+def _save(session: Session) -> None:
+    if session.log:
+        session.log.sync()
+    save_checkpoint(
+        session.engine,
+        session.ema,
+        session.run_dir,
+        step=session.progress.step,
+        state=session.state(),
+        keep=session.config.checkpoint.keep,
+    )
+    if session.ranks.is_first:
+        session.hooks.say(f"saved step {session.progress.step}")
+
+
+@contextlib.contextmanager
+def _stop_signals(hooks: Hooks) -> Iterator[Hooks]:
+    """SIGTERM and SIGINT ask for a stop at the next step. Left alone outside the main thread (Ray's workers)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield hooks
+        return
+    asked = threading.Event()
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in _SIGNALS}
+    try:
+        yield replace(hooks, stop_requested=lambda: asked.is_set() or hooks.stop_requested())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _warn(line: str) -> None:
+    sys.stderr.write(f"warning: {line}\n")
+    sys.stderr.flush()

@@ -1,0 +1,193 @@
+"""Where a run's numbers go: `metrics.jsonl` always, W&B besides; and the peak FLOPs that utilisation is measured by.
+
+Place in the flow: the trainer's rank 0 writes one line per logged step. After a kill, a resume cuts the files back to
+the checkpoint's step, so no step stands there twice. Refuses to fail a run because of W&B: what goes wrong there is
+said once. Deliberately left out: TensorBoard, and any config value in W&B beyond what changes the numbers (a resolved
+config may hold secrets).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from qwenimg_dist.config import LoggerConfig
+from qwenimg_dist.data.facets import fsync_dir, temporary_name
+
+STEP_KEY: Final = "train/global_step"
+
+# Dense bf16 tensor FLOP/s from the vendors' data sheets, by a part of the device's name; longest match wins.
+PEAK_FLOPS: Final[Mapping[str, float]] = {
+    "A100": 312e12,
+    "A800": 312e12,
+    "H100": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H800": 989.4e12,
+    "H200": 989.4e12,
+    "H20": 148e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "L40S": 362e12,
+    "RTX 4090": 165.2e12,
+    "RTX 5090": 209.5e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak dense bf16 FLOP/s of a GPU by its name; None where it is not known (a CPU among others)."""
+    words = f" {device_name} ".replace("-", " ")
+    known = [name for name in PEAK_FLOPS if f" {name} " in words]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+class JsonLines:
+    """An append-only file of JSON objects with a `step`, at most one line per step."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._sink = open(file, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append a line. NaN and infinities become null, which every JSON reader takes."""
+        line = {"step": step, **{key: _plain(value) for key, value in values.items()}}
+        self._sink.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._sink.flush()
+
+    def sync(self) -> None:
+        """Make everything written so far durable; called before a checkpoint is committed."""
+        self._sink.flush()
+        os.fsync(self._sink.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._sink.close()
+
+
+def truncate_after(file: Path, step: int) -> int:
+    """Drop lines of later steps and a torn last line, by writing the file anew. Returns how many were dropped."""
+    if not file.is_file():
+        return 0
+    lines = file.read_bytes().split(b"\n")
+    kept = [line for line in lines if line.strip() and _step_of(line) is not None and (_step_of(line) or 0) <= step]
+    dropped = sum(1 for line in lines if line.strip()) - len(kept)
+    if dropped == 0 and lines[-1] == b"":
+        return 0
+    temporary = temporary_name(file)
+    with open(temporary, "wb") as sink:
+        sink.writelines(line + b"\n" for line in kept)
+        sink.flush()
+        os.fsync(sink.fileno())
+    os.replace(temporary, file)
+    fsync_dir(file.parent)
+    return dropped
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Wandb:
+    """One W&B run. Its own step is never set: the x-axis is `train/global_step`, so a resume may repeat steps."""
+
+    def __init__(self, config: LoggerConfig, run_dir: Path, *, run_id: str | None, values: Mapping[str, Any]) -> None:
+        """`run_id` is the checkpoint's, to continue that run; `values` is what W&B shows as config (no secrets)."""
+        import wandb
+
+        online = config.wandb == "online"
+        self._run = wandb.init(
+            project=config.project,
+            # An offline attempt cannot continue an earlier one; the group holds them together.
+            group=config.group or run_dir.resolve().name,
+            name=config.name,
+            mode="online" if online else "offline",
+            id=run_id if online else None,
+            resume="must" if online and run_id else None,
+            dir=str(run_dir),
+            config=dict(values),
+            settings=wandb.Settings(x_disable_meta=True, console="off", silent=True),
+        )
+        self._run.define_metric(STEP_KEY)
+        self._run.define_metric("train/*", step_metric=STEP_KEY)
+        self._run.define_metric("eval/*", step_metric=STEP_KEY)
+        self._image = wandb.Image
+        self.run_id: str | None = self._run.id if online else None
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._run.log({**values, STEP_KEY: step})
+
+    def log_picture(self, step: int, name: str, file: Path) -> None:
+        self._run.log({f"eval/{name}": self._image(str(file)), STEP_KEY: step})
+
+    def close(self) -> None:
+        self._run.finish(quiet=True)
+
+
+class RunLog:
+    """`metrics.jsonl`, `samples.jsonl` and W&B of one run; only rank 0 has one."""
+
+    def __init__(
+        self,
+        config: LoggerConfig,
+        run_dir: Path,
+        *,
+        samples: bool,
+        wandb_id: str | None,
+        values: Mapping[str, Any],
+    ) -> None:
+        self._metrics = JsonLines(run_dir / "metrics.jsonl")
+        self._samples = JsonLines(run_dir / "samples.jsonl") if samples else None
+        self._wandb = None if config.wandb == "off" else Wandb(config, run_dir, run_id=wandb_id, values=values)
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self._wandb.run_id if self._wandb else None
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._metrics.write(step, values)
+        if self._wandb:
+            self._guard(lambda wandb: wandb.log(step, values))
+
+    def samples(self, step: int, bucket: str, keys: list[str]) -> None:
+        if self._samples:
+            self._samples.write(step, {"bucket": bucket, "keys": keys})
+
+    def picture(self, step: int, name: str, file: Path) -> None:
+        self._guard(lambda wandb: wandb.log_picture(step, name, file))
+
+    def sync(self) -> None:
+        self._metrics.sync()
+        if self._samples:
+            self._samples.sync()
+
+    def close(self) -> None:
+        self._metrics.close()
+        if self._samples:
+            self._samples.close()
+        self._guard(lambda wandb: wandb.close())
+
+    def _guard(self, action: Any) -> None:
+        if self._wandb is None:
+            return
+        try:
+            action(self._wandb)
+        except Exception as error:  # a lost tracker must not cost a training run
+            sys.stderr.write(f"warning: W&B failed and is off from here on ({type(error).__name__}: {error})\n")
+            self._wandb = None
+
+
+def truncate_logs(run_dir: Path, step: int) -> None:
+    """Cut `metrics.jsonl` and `samples.jsonl` back to what a run at `step` had written."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        truncate_after(run_dir / name, step)
