@@ -16,7 +16,7 @@ from transformers import Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qwenimg_dist.demo.shapes import all_captions
-from qwenimg_dist.models.text_encoder import TEMPLATE
+from qwenimg_dist.models.template import TEMPLATE
 
 EDIT_TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "

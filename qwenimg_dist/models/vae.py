@@ -40,7 +40,7 @@ class LatentCodec:
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder}: config.json is missing; expected a diffusers pipeline directory")
         vae = AutoencoderKLQwenImage.from_pretrained(folder, use_safetensors=True)
-        return cls(vae.to(device, dtype), fingerprint=fingerprint_component(folder))
+        return cls(vae.to(device, dtype))
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
