@@ -18,7 +18,8 @@ import torch
 from producers.write import Pixels
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.shards import RawTensor
-from qwenimg_dist.models.text_encoder import DROP, TextEncoder
+from qwenimg_dist.models.template import DROP
+from qwenimg_dist.models.text_encoder import TextEncoder
 from qwenimg_dist.models.vae import LatentCodec
 
 _DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}

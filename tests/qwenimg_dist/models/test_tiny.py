@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from qwenimg_dist.demo.shapes import all_captions
 from qwenimg_dist.models import tiny
-from qwenimg_dist.models.text_encoder import TEMPLATE
+from qwenimg_dist.models.template import TEMPLATE
 from qwenimg_dist.models.tiny import ASSETS, SCHEDULER_CONFIG, tiny_pipeline_dir, write_tiny_pipeline
 from qwenimg_dist.models.train_tiny_tokenizer import EDIT_TEMPLATE, train_tokenizer
 
