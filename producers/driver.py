@@ -63,6 +63,8 @@ class Driver:
     """Asked between tasks; once true, started tasks are finished and no other is begun."""
     _workers: Workers | None = None
     _index: DigestIndex | None = None
+    _watched: set[int] = field(default_factory=set)
+    """Units with rows whose file may turn up."""
 
     def list_source(self, found: Found) -> ListingChange:
         """Commit what is new in the source."""
@@ -70,10 +72,14 @@ class Driver:
             self.dataset, found.rows, config_hash=self.plan.config_hash, before_commit=self._unmark_complete
         )
 
-    def pending(self) -> list[Pending]:
-        """Units with something missing, ascending. Reads one commit record per unit."""
+    def pending(self, units: Sequence[int] | None = None) -> list[Pending]:
+        """Units with something missing, ascending: of all, or of `units` and those watched for files to turn up.
+
+        Reads one commit record per unit.
+        """
+        todo = self.dataset.units(LISTING) if units is None else sorted({*units, *self._watched})
         found = []
-        for unit in self.dataset.units(LISTING):
+        for unit in todo:
             again, retry = self._recovered(unit)
             if again or retry or not is_done(self.dataset, unit, self.plan):
                 found.append(Pending(unit=unit, scan_again=again))
@@ -93,7 +99,7 @@ class Driver:
         if self._workers is None:
             self._workers = self.make_workers()
         workers = self._workers
-        schedule = _Schedule(pending, scan_ahead=workers.num_idle() + 2)
+        schedule = _Schedule(pending, scan_ahead=workers.num_workers + 2)
         while not schedule.finished:
             while not self.stopping() and workers.num_idle() > 0:
                 task = schedule.next_task()
@@ -106,6 +112,7 @@ class Driver:
                 for unit in schedule.done(outcome.task):
                     settle_unit(self.dataset, unit, self._digests(), config_hash=self.plan.config_hash)
                 if outcome.report is not None:
+                    self._watched.add(outcome.report.unit)  # the next look decides whether it needs to stay
                     self.observer.unit_done(outcome.report)
             self.observer.tick()
         return True
@@ -118,7 +125,9 @@ class Driver:
     def _recovered(self, unit: int) -> tuple[tuple[int, ...], bool]:
         """Rows to scan again because their file turned up, and whether a file that failed later did."""
         again, retry = [], False
-        for row, uri, by_scan in passing_faults(self.dataset, unit):
+        faults = passing_faults(self.dataset, unit)
+        (self._watched.add if faults else self._watched.discard)(unit)
+        for row, uri, by_scan in faults:
             place = locate(self.root, uri)
             if "://" in place or "\0" in place or not os.path.isfile(place) or not os.access(place, os.R_OK):
                 continue

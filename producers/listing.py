@@ -32,6 +32,8 @@ class ListingChange:
     """Rows listed in all, now."""
     added: int
     recaptioned: int
+    units: tuple[int, ...]
+    """Units with a further part, ascending."""
 
 
 def sync_listing(
@@ -69,7 +71,7 @@ def sync_listing(
     for unit in sorted(changed):
         table = pa.Table.from_pylist(sorted(changed[unit], key=lambda entry: entry["row"]), schema=LISTING_COLUMNS)
         commit_part(dataset, dataset.next_part(LISTING, unit), table, config_hash=config_hash)
-    return ListingChange(num_rows=next_row, added=added, recaptioned=recaptioned)
+    return ListingChange(num_rows=next_row, added=added, recaptioned=recaptioned, units=tuple(sorted(changed)))
 
 
 def _known(dataset: Dataset) -> dict[bytes, tuple[int, bytes]]:

@@ -44,6 +44,11 @@ class Outcome:
 class Workers(Protocol):
     """Runs tasks, several at a time. Retries are its business: an outcome means done."""
 
+    @property
+    def num_workers(self) -> int:
+        """How many tasks run at a time."""
+        ...
+
     def num_idle(self) -> int:
         """How many more tasks could be started now."""
         ...
@@ -76,6 +81,7 @@ class InlineWorkers:
     root: str
     encoders: Encoders
     _queue: deque[Task] = field(default_factory=deque)
+    num_workers: int = 1
 
     def num_idle(self) -> int:
         return 1 - len(self._queue)

@@ -71,6 +71,8 @@ class Folder:
         if self._captions == "metadata" and not walk.metadata:
             raise ValueError(f"{self._root}: source.captions=metadata, but there is no {METADATA}")
         paths = sorted({*walk.pictures, *described}, key=os.fsencode)
+        stems = {(folder, posixpath.splitext(name)[0]) for folder, name in map(posixpath.split, paths)}
+        walk.ignored[".txt"] += sum(text not in stems for text in walk.texts)
         if not paths:
             raise ValueError(f"{self._root} holds no pictures ({describe(walk.ignored)}); is source.path right?")
         rows = [self._row(path, described, walk.texts) for path in paths]
@@ -140,6 +142,7 @@ class Folder:
 
 def describe(ignored: Counter[str]) -> str:
     """`3 files that are no pictures: 2 .txt, 1 .zip`."""
+    ignored = +ignored
     kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(6))
     return f"{ignored.total()} files that are no pictures: {kinds}" if ignored else "it is empty"
 
@@ -176,7 +179,6 @@ def _sort_file(walk: _Walk, folder: str, entry: os.DirEntry[str], path: str, new
             walk.pictures.append(path)
     elif kind == ".txt":
         walk.texts[folder, stem] = path
-        walk.ignored[kind] += 1
     else:
         walk.ignored[os.fsencode(kind).decode("utf-8", "replace") or "without extension"] += 1
 

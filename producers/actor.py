@@ -1,0 +1,112 @@
+"""The Ray actor of the producers: does one task at a time and answers with a small message, whatever happens.
+
+Place in the flow: `pool.py` makes these. Errors come back as a `Failure` with a kind that the pool acts on, not as
+pickled exceptions. Tensors never leave the process but into shards.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from producers import fence
+from producers.commit import UnitConflictError
+from producers.plan import make_plan
+from producers.sources.base import SourceGoneError
+from producers.unit import UnitReport
+from producers.workers import Task, run_task
+from producers.write import Encoders
+from qwenimg_dist.config import Config
+from qwenimg_dist.data.facets import Dataset
+
+FailureKind = Literal["full_disk", "try_again", "fatal"]
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that an actor is told, once."""
+
+    config_json: str
+    data_path: str
+    """Absolute: another machine has another working directory."""
+    pipeline_dir: str
+    text_facet: str
+    latents_facets: Mapping[int, str]
+    root: str
+    """Of the source."""
+    num_threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    kind: FailureKind
+    message: str
+    trace: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """Exactly one of the two is set; a scan that went well sets none."""
+
+    report: UnitReport | None = None
+    failure: Failure | None = None
+
+
+class UnitActor:
+    """One producer process. Models are loaded at the first unit that is encoded."""
+
+    def __init__(self, job: Job) -> None:
+        # Before torch is imported: it reads the variable once, and a wrong thread count costs up to 40x.
+        os.environ["OMP_NUM_THREADS"] = str(job.num_threads)
+        self._job = job
+        self._config = Config.model_validate_json(job.config_json)
+        self._dataset = Dataset.open(job.data_path)
+        self._fence = fence.enter(self._dataset.root)
+        self._plan = make_plan(self._config, text_facet=job.text_facet, latents_facets=job.latents_facets)
+        self._encoders: Encoders | None = None
+
+    def ready(self) -> bool:
+        """Answers once the actor is placed and made."""
+        return True
+
+    def run(self, task: Task) -> Reply:
+        """Do the task. Never raises for what the task meets."""
+        try:
+            report = run_task(
+                task,
+                self._dataset,
+                self._plan,
+                root=self._job.root,
+                encoders=self._load_encoders,
+                num_threads=self._job.num_threads,
+            )
+        except Exception as error:
+            return Reply(failure=describe_failure(error))
+        return Reply(report=report)
+
+    def _load_encoders(self) -> Encoders:
+        if self._encoders is None:
+            import torch
+
+            from producers.encode import PipelineEncoders
+
+            torch.set_num_threads(self._job.num_threads)
+            self._encoders = PipelineEncoders.load(Path(self._job.pipeline_dir), self._config)
+        return self._encoders
+
+
+def describe_failure(error: Exception) -> Failure:
+    """Which kind it is: a full disk ends everything, what the moment brought is tried again, the rest is a bug or
+    unusable input."""
+    kind: FailureKind = "fatal"
+    if (isinstance(error, OSError) and error.errno in _FULL) or "No space left on device" in str(error):
+        kind = "full_disk"
+    elif isinstance(error, UnitConflictError | SourceGoneError | OSError):
+        kind = "try_again"
+    return Failure(kind=kind, message=f"{type(error).__name__}: {error}", trace=traceback.format_exc())

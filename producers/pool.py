@@ -1,0 +1,205 @@
+"""The pool of Ray actors that do the units' work, and what happens when one of them dies.
+
+Place in the flow: `driver.py` sees it as `Workers`. Ray carries control messages only. Nothing is left to Ray's own
+retries (`max_restarts=0`, `max_task_retries=0`): a dead or silent actor is replaced here, its task is tried again on
+another, and after `cluster.unit_retries` further tries the error names the unit and the cause. Units are safe to
+repeat, also while the first try still runs: only one can commit.
+
+The driver's process reserves no GPU, and must not touch CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import ray
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayError
+
+from producers.actor import Job, Reply, UnitActor
+from producers.workers import Outcome, ProduceError, Task
+from qwenimg_dist.config import ClusterConfig
+
+_OBJECT_STORE_BYTES: Final = 128 * 1024**2
+"""Enough for control messages; nothing large goes through Ray."""
+
+
+@contextlib.contextmanager
+def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+    """Ray, started on 127.0.0.1 and ended with the block, or joined at `cluster.address`; one that runs is used."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
+    if cluster.address is not None:
+        quiet.pop("include_dashboard")
+        ray.init(address=cluster.address, **quiet)
+    else:
+        # More actors than CPUs must still start: the user's figure decides, not the machine's.
+        num_cpus = max(os.cpu_count() or 1, math.ceil(cluster.producers * cluster.cpus_per_producer))
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            **quiet,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass
+class _Slot:
+    """One actor and what it is at."""
+
+    actor: Any
+    pending: Any
+    """The reference waited for: of `ready()` or of a task; None when idle."""
+    task: Task | None = None
+    since: float = 0.0
+
+    @property
+    def idle(self) -> bool:
+        return self.pending is None
+
+
+class RayWorkers:
+    """`Workers` as Ray actors."""
+
+    def __init__(self, job: Job, cluster: ClusterConfig) -> None:
+        self._job = job
+        self._cluster = cluster
+        self._slots = [self._start() for _ in range(cluster.producers)]
+        self._retry: deque[Task] = deque()
+        self._failures: Counter[Task] = Counter()
+        self._deaths_at_start = 0
+
+    @property
+    def num_workers(self) -> int:
+        return len(self._slots)
+
+    def num_idle(self) -> int:
+        """Idle actors that no repeated task waits for."""
+        return max(0, sum(slot.idle for slot in self._slots) - len(self._retry))
+
+    def submit(self, task: Task) -> None:
+        """Start a task on an idle actor."""
+        slot = next(slot for slot in self._slots if slot.idle)
+        slot.task, slot.since = task, time.monotonic()
+        slot.pending = slot.actor.run.remote(task)
+
+    def wait(self, timeout_s: float) -> Sequence[Outcome]:
+        """See `Workers.wait`."""
+        while self._retry and any(slot.idle for slot in self._slots):
+            self.submit(self._retry.popleft())
+        busy = {slot.pending: slot for slot in self._slots if not slot.idle}
+        if not busy:
+            return []
+        ended, _ = ray.wait(list(busy), num_returns=1, timeout=timeout_s)
+        outcomes = [outcome for one in ended if (outcome := self._collect(busy[one])) is not None]
+        self._end_silent()
+        return outcomes
+
+    def close(self) -> None:
+        """End the actors. What they have not committed is done again another time."""
+        for slot in self._slots:
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(slot.actor, no_restart=True)
+        self._slots = []
+
+    def _start(self) -> _Slot:
+        actor = (
+            ray.remote(UnitActor)
+            .options(
+                num_cpus=self._cluster.cpus_per_producer,
+                num_gpus=self._cluster.gpus_per_producer,
+                max_restarts=0,
+                max_task_retries=0,
+                max_concurrency=1,
+            )
+            .remote(self._job)
+        )
+        return _Slot(actor=actor, pending=actor.ready.remote())
+
+    def _collect(self, slot: _Slot) -> Outcome | None:
+        """The outcome of a slot whose reference is there; None if there is nothing to report yet."""
+        task = slot.task
+        try:
+            reply = ray.get(slot.pending)
+        except RayError as error:
+            self._replace(slot, why_died(error), at_start=isinstance(error, ActorDiedError) and error.actor_init_failed)
+            return None
+        slot.pending = slot.task = None
+        if task is None:
+            self._deaths_at_start = 0
+            return None
+        assert isinstance(reply, Reply)
+        if reply.failure is None:
+            return Outcome(task=task, report=reply.report)
+        if reply.failure.kind == "full_disk":
+            raise ProduceError(
+                f"unit {task.unit}: the disk of the data set is full ({reply.failure.message}); what is committed is "
+                "kept: make room and run the same command again"
+            )
+        if reply.failure.kind == "fatal":
+            raise ProduceError(f"unit {task.unit}: {task.kind} failed: {reply.failure.message}\n{reply.failure.trace}")
+        self._again(task, reply.failure.message)
+        return None
+
+    def _end_silent(self) -> None:
+        """Replace actors that have not answered for `cluster.unit_timeout_s`."""
+        for slot in self._slots:
+            if slot.task is not None and time.monotonic() - slot.since > self._cluster.unit_timeout_s:
+                with contextlib.suppress(RayError, ValueError):
+                    ray.kill(slot.actor, no_restart=True)
+                self._replace(slot, f"no answer for cluster.unit_timeout_s={self._cluster.unit_timeout_s:g} s")
+
+    def _replace(self, slot: _Slot, why: str, *, at_start: bool = False) -> None:
+        task = slot.task
+        if task is None:
+            self._deaths_at_start += 1
+            if at_start or self._deaths_at_start > self._cluster.unit_retries:
+                raise ProduceError(f"a producer cannot start: {why}")
+        fresh = self._start()
+        slot.actor, slot.pending, slot.task = fresh.actor, fresh.pending, None
+        if task is not None:
+            self._again(task, why)
+
+    def _again(self, task: Task, why: str) -> None:
+        self._failures[task] += 1
+        if self._failures[task] > self._cluster.unit_retries:
+            raise ProduceError(
+                f"unit {task.unit}: {task.kind} failed {self._failures[task]} times, last: {why}; what is committed is "
+                "kept. Set cluster.unit_retries to try more often"
+            )
+        self._retry.append(task)
+
+
+def why_died(error: RayError) -> str:
+    """What Ray tells about the end of an actor. It calls OOM kills, SIGKILL and SIGSEGV alike "died unexpectedly", and
+    only the words after it tell them apart."""
+    text = str(error)
+    if isinstance(error, OutOfMemoryError) or "memory usage" in text or "OOM" in text:
+        cause = "the producer ran out of memory (ended by Ray or the kernel): lower encode.image_batch_pixels"
+    elif "SIGSEGV" in text or "exit code 139" in text:
+        cause = "the producer crashed in native code (SIGSEGV)"
+    elif isinstance(error, ActorDiedError) and error.preempted:
+        cause = "its machine was taken away"
+    elif "node" in text.lower() and "died" in text.lower() and "node_ip" not in text:
+        cause = "its machine died or lost contact"
+    elif isinstance(error, RayActorError):
+        cause = "the producer was killed or crashed"
+    else:
+        cause = "Ray could not run it"
+    detail = " ".join(text.split())
+    return f"{cause} [{detail[:400]}]"
