@@ -71,7 +71,7 @@ def phase_marks(metrics: Mapping[str, Column]) -> list[Mark]:
 
 def _overview(metrics: Mapping[str, Column]) -> tuple[Piece, ...]:
     if "train/loss" not in metrics:
-        return (Paragraph(text="No step was logged yet."),) if not metrics else ()
+        return (Paragraph(text="No step was logged yet."),)
     loss = metrics["train/loss"]
     figures = [
         KeyFigure(label="steps", value=f"{int(loss.steps[-1]):,}", note=_phases_note(metrics)),

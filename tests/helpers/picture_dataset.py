@@ -6,7 +6,8 @@ Eight of ten pictures are fine; of every ten, one is a duplicate of an earlier r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ class PictureDataset:
     source: Path
     latents: dict[int, str]
     status: dict[int, str] = field(default_factory=dict)
+
+    def copy(self, root: Path) -> PictureDataset:
+        """The same data set in another place, to be damaged there."""
+        shutil.copytree(self.dataset.root, root / "data")
+        return replace(self, dataset=Dataset(root / "data", self.dataset.unit_size))
 
 
 def caption_of(row: int) -> str:

@@ -13,9 +13,14 @@ from qwenimg_dist.schema import ROWS
 from tests.helpers.picture_dataset import PictureDataset, make_picture_dataset
 
 
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> PictureDataset:
+    return make_picture_dataset(tmp_path_factory.mktemp("pristine"), rows=20, source=False)
+
+
 @pytest.fixture
-def made(tmp_path: Path) -> PictureDataset:
-    return make_picture_dataset(tmp_path, rows=20, source=False)
+def made(pristine: PictureDataset, tmp_path: Path) -> PictureDataset:
+    return pristine.copy(tmp_path)
 
 
 @pytest.mark.parametrize(
