@@ -1,0 +1,220 @@
+"""Train the configured stage on the ranks that are here, or go on where an earlier run ended.
+
+    qwenimg-dist train data.path=DATA run.path=RUN [model=... stage=... train.steps=... cluster.ranks=2]
+
+Ray Train hosts one gang of ZeRO-3 ranks and starts it anew when one dies (cluster.max_restarts). Without a checkpoint
+in RUN it starts fresh and says so; with checkpoints of which none is valid it stops (exit code 2). SIGTERM or Ctrl-C
+saves and ends with exit code 0; the same command goes on. `torchrun -m consumers` is the way without Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qwenimg_dist.commands.inputs import required
+from qwenimg_dist.compose import load_config
+from qwenimg_dist.config import Config
+
+SUMMARY: Final = "one stage on a gang of ZeRO-3 ranks; the same command again resumes"
+
+STOP_FILE: Final = ".stop"
+LOG_FILE: Final = "train.log"
+_POLL_S: Final = 0.5
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+_SHOWN_CAUSE_LINES: Final = 12
+
+
+def run(args: list[str]) -> int:
+    """Train. Returns 0 when done or stopped and saved, 1 when the gang failed too often, 2 for unusable input."""
+    config = load_config(args)
+    run_dir = Path(required(config.run.path, "run.path"))
+    required(config.data.path, "data.path")
+    from consumers.run_directory import preflight  # imports torch
+
+    preflight(config)  # bad input is named in seconds, before Ray and with nothing written
+    from producers.pool import ray_session
+
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    # The session counts CPUs for actors; here they are the ranks.
+    cluster = config.cluster.model_copy(
+        update={
+            "producers": max(config.cluster.ranks, config.cluster.producers),
+            "cpus_per_producer": max(config.cluster.cpus_per_rank, config.cluster.cpus_per_producer),
+        }
+    )
+    stop = threading.Event()
+    with ray_session(cluster), _signals(stop):
+        return _train(config, run_dir, stop)
+
+
+def _train(config: Config, run_dir: Path, stop: threading.Event) -> int:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
+    gang = _Gang(config)
+    with Console(soft_wrap=True, stderr=True) as console, _Display(console, config, run_dir) as display:
+        gang.start()
+        while gang.is_alive():
+            if stop.is_set() and not (run_dir / STOP_FILE).exists():
+                console.print("stopping: the ranks save and end", highlight=False)
+                (run_dir / STOP_FILE).touch()
+            display.update()
+            gang.join(_POLL_S)
+        display.update()
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
+    if gang.error is not None:
+        what = f"training failed (restarts allowed: {config.cluster.max_restarts})"
+        print(f"error: {what}: {_cause(gang.error)}", file=sys.stderr)
+        return 1
+    answer: dict[str, Any] = gang.answer or {}
+    if "error" in answer:
+        print(f"error: {answer['error']}", file=sys.stderr)
+        return int(answer["code"])
+    print(f"training {answer.get('outcome', 'ended')}: {run_dir}", file=sys.stderr)
+    return 0
+
+
+class _Gang(threading.Thread):
+    """Ray Train's `fit` in a thread of its own, so that the main thread keeps its signal handlers."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(daemon=True, name="ray-train")
+        self._config = config
+        self.answer: dict[str, Any] | None = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.answer = _trainer(self._config).fit().return_value
+        except Exception as error:  # handed to the main thread, which reports it
+            self.error = error
+
+
+def _trainer(config: Config) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cluster, on_gpu = config.cluster, config.cluster.device == "cuda"
+    threads = str(max(1, int(cluster.cpus_per_rank)))
+    storage = Path(required(config.run.path, "run.path")).resolve() / ".ray"
+    resources = {"CPU": cluster.cpus_per_rank, **({"GPU": 1.0} if on_gpu else {})}
+    return TorchTrainer(
+        _rank,
+        train_loop_config={"config": config.model_dump(mode="json"), "cwd": str(Path.cwd())},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=cluster.ranks, use_gpu=on_gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=cluster.max_restarts),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}},
+        ),
+    )
+
+
+def _rank(job: dict[str, Any]) -> dict[str, Any]:
+    """What each rank runs. Unusable input is returned, not raised: Ray would start the gang again for it."""
+    from consumers.session import Hooks
+    from consumers.trainer import train
+    from qwenimg_dist.compose import validate
+
+    with suppress(OSError):  # relative paths mean what they mean to the command; on another node they may not exist
+        os.chdir(job["cwd"])
+    config = validate(job["config"])
+    run_dir = Path(required(config.run.path, "run.path"))
+    is_first = os.environ.get("RANK", "0") == "0"
+    stop_file = run_dir / STOP_FILE
+
+    def say(line: str) -> None:
+        with open(run_dir / LOG_FILE, "a", encoding="utf-8") as sink:
+            sink.write(line + "\n")
+
+    try:
+        outcome = train(config, Hooks(stop_requested=lambda: is_first and stop_file.exists(), say=say))
+    except ValueError as error:
+        return {"error": str(error), "code": 2}
+    return {"outcome": outcome}
+
+
+class _Display:
+    """What the ranks wrote to `train.log` and how far they are: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console, config: Config, run_dir: Path) -> None:
+        self._console = console
+        self._log = run_dir / LOG_FILE
+        self._position = self._log.stat().st_size if self._log.exists() else 0
+        self._bar = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting the ranks", total=config.train.steps)
+
+    def __enter__(self) -> _Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self) -> None:
+        """Show what is new."""
+        for line in self._new_lines():
+            words = line.split(maxsplit=2)
+            if self._console.is_terminal and words[:1] == ["step"] and "/" in words[1]:
+                self._bar.update(self._task, completed=int(words[1].partition("/")[0]), description=words[2])
+            else:
+                self._console.print(line, highlight=False, markup=False)
+
+    def _new_lines(self) -> Iterator[str]:
+        if not self._log.exists():
+            return
+        with open(self._log, encoding="utf-8", errors="replace") as source:
+            source.seek(self._position)
+            yield from self._whole_lines(source)
+
+    def _whole_lines(self, source: TextIO) -> Iterator[str]:
+        while (line := source.readline()).endswith("\n"):
+            self._position = source.tell()
+            yield line.rstrip("\n")
+
+
+def _cause(error: BaseException) -> str:
+    """The last lines of what the ranks said: Ray nests every rank's whole traceback."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return "\n  ".join(lines[-_SHOWN_CAUSE_LINES:])
+
+
+@contextmanager
+def _signals(stop: threading.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT ask for a stop. Installed after Ray, which puts its own handlers there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in _STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
