@@ -35,6 +35,7 @@ from qwenimg_dist.data.pins import (
     pin_to_json,
     read_part_bytes,
 )
+from qwenimg_dist.debug import fault_point
 from qwenimg_dist.schema import LISTING, ROWS, SCAN, caption_key
 
 PARTS: Final = "parts.json"
@@ -369,6 +370,7 @@ def _commit(out: _Output, pins: Sequence[Pin], folder: Path) -> None:
 
 
 def _write(file: Path, write: Callable[[Any], Any]) -> None:
+    fault_point("catalog_write")
     with open(file, "wb") as sink:
         write(sink)
         sink.flush()

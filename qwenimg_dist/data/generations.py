@@ -31,6 +31,7 @@ from qwenimg_dist.data.order import Segment, Selection
 from qwenimg_dist.data.phases import PlannedPhase, phase_at
 from qwenimg_dist.data.pins import UnitPins, check_pins, pin_from_json, pin_unit, ready_units, why_not_ready
 from qwenimg_dist.data.where import compile_where
+from qwenimg_dist.debug import fault_point
 
 FILE: Final = "generations.jsonl"
 INDEX: Final = "index"
@@ -338,6 +339,7 @@ def append_line(file: Path, line: Generation) -> None:
     """Append durably, over a torn line if there is one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     _, end = read_lines(file)
+    fault_point("generation_write")
     with open(file, "r+b" if file.exists() else "xb") as sink:
         sink.truncate(end)
         sink.seek(end)
