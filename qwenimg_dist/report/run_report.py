@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.report.curves import INK, Line, Mark, Panel, draw
@@ -34,15 +35,16 @@ _ENGINE_PANELS: Final = (
     ("Tokens per second", ("train/tokens_per_s",), False),
     ("Step time (s)", ("train/step_s", "train/data_wait_s"), False),
     ("Padding (share of tokens)", ("train/padding",), False),
+    ("Model TFLOP per second, all ranks", ("train/model_tflops_per_s",), False),
     ("Model FLOPs utilisation", ("train/mfu",), False),
-    ("Peak memory (GB)", ("train/memory_gb", "train/host_memory_gb"), False),
+    ("Peak memory per rank (GB)", ("train/memory_gb", "train/host_memory_gb"), False),
 )
 
 
 def run_sections(run_dir: Path, data: Path | None = None) -> list[Section]:
     """Sections for `write_report`; what is not there is left out. Raises ValueError for damaged metrics."""
     metrics = read_metrics(run_dir / "metrics.jsonl")
-    marks = phase_marks(metrics)
+    marks = phase_marks(metrics, _phase_names(run_dir))
     sections = [
         Section(title="Run", pieces=_overview(metrics)),
         Section(title="Loss", pieces=_losses(metrics, marks)),
@@ -60,13 +62,35 @@ def data_sections(data: Path) -> list[Section]:
     return [Section(title="Data", pieces=(*funnel(dataset).tables(), *stats(dataset).tables()))]
 
 
-def phase_marks(metrics: Mapping[str, Column]) -> list[Mark]:
-    """Where `train/phase` changes."""
+def phase_marks(metrics: Mapping[str, Column], names: Sequence[str] = ()) -> list[Mark]:
+    """Where `train/phase` changes, labelled `high, 128 px` (the class only where a phase has just one)."""
     phase = metrics.get("train/phase")
     if phase is None or len(phase.steps) == 0:
         return []
     changes = np.flatnonzero(np.diff(phase.values)) + 1
-    return [Mark(step=int(phase.steps[i]), label=f"phase {int(phase.values[i])}") for i in changes]
+    return [
+        Mark(step=int(phase.steps[i]), label=_phase_label(metrics, int(phase.values[i]), names))
+        for i in changes.tolist()
+    ]
+
+
+def _phase_label(metrics: Mapping[str, Column], index: int, names: Sequence[str]) -> str:
+    label = names[index] if index < len(names) else f"phase {index}"
+    phase, resolution = metrics["train/phase"], metrics.get("train/resolution")
+    if resolution is not None and len(resolution.values) == len(phase.values):
+        classes = np.unique(resolution.values[phase.values == index])
+        if len(classes) == 1:
+            return f"{label}, {int(classes[0])} px"
+    return label
+
+
+def _phase_names(run_dir: Path) -> list[str]:
+    """The curriculum's names of the phases; none where the run has no readable config."""
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        return []
+    phases = OmegaConf.select(OmegaConf.load(file), "curriculum.phases")
+    return [str(phase.get("name") or f"phase {i}") for i, phase in enumerate(phases or ())]
 
 
 def _overview(metrics: Mapping[str, Column]) -> tuple[Piece, ...]:
@@ -78,10 +102,7 @@ def _overview(metrics: Mapping[str, Column]) -> tuple[Piece, ...]:
         KeyFigure(label="training loss", value=show(_tail(loss)), note="mean of the last tenth"),
     ]
     if "eval/loss" in metrics:
-        held_out = metrics["eval/loss"]
-        start = _start_loss(metrics)
-        note = f"starting model {show(start)}" if start is not None else f"at step {int(held_out.steps[-1]):,}"
-        figures.append(KeyFigure(label="held-out loss", value=show(float(held_out.values[-1])), note=note))
+        figures.append(_held_out_figure(metrics))
     for name, label in (("train/images_per_s", "images per second"), ("train/tokens_per_s", "tokens per second")):
         if name in metrics:
             figures.append(KeyFigure(label=label, value=show(_median(metrics[name])), note="median"))
@@ -89,6 +110,9 @@ def _overview(metrics: Mapping[str, Column]) -> tuple[Piece, ...]:
         figures.append(
             KeyFigure(label="FLOPs utilisation", value=f"{_median(metrics['train/mfu']):.1%}", note="median")
         )
+    if "train/images" in metrics:
+        seen = int(metrics["train/images"].values[-1])
+        figures.insert(1, KeyFigure(label="images seen", value=f"{seen:,}", note=_epochs_note(metrics)))
     skipped = metrics.get("train/skipped_steps")
     if skipped is not None and skipped.values[-1] > 0:
         figures.append(KeyFigure(label="skipped steps", value=show(int(skipped.values[-1])), note="not finite"))
@@ -123,11 +147,8 @@ def _held_out_lines(metrics: Mapping[str, Column]) -> list[Line]:
             lines.append(_line("", start, colour=colour, dashed=True))
     if "eval/loss" in metrics:
         lines.append(_line("mean", metrics["eval/loss"], colour=INK, strong=True))
-        level = _start_loss(metrics)
-        if level is not None:
-            over = metrics["eval/loss"]
-            flat = Column(steps=over.steps, values=np.full(len(over.steps), level))
-            lines.append(_line("starting model", flat, colour=INK, dashed=True))
+        if "eval/start_loss" in metrics:
+            lines.append(_line("starting model", metrics["eval/start_loss"], colour=INK, dashed=True))
     return lines
 
 
@@ -207,9 +228,18 @@ def _phases_note(metrics: Mapping[str, Column]) -> str:
     return f"{count} phases" if count > 1 else ""
 
 
-def _start_loss(metrics: Mapping[str, Column]) -> float | None:
-    start = metrics.get("eval/start_loss")
-    return float(start.values[0]) if start is not None else None
+def _epochs_note(metrics: Mapping[str, Column]) -> str:
+    return f"epoch {int(metrics['train/epoch'].values[-1]) + 1}" if "train/epoch" in metrics else ""
+
+
+def _held_out_figure(metrics: Mapping[str, Column]) -> KeyFigure:
+    """The last held-out loss, beside the starting model's on the same samples."""
+    now = float(metrics["eval/loss"].values[-1])
+    note = f"at step {int(metrics['eval/loss'].steps[-1]):,}"
+    if "eval/start_loss" in metrics:
+        start = float(metrics["eval/start_loss"].values[-1])
+        note = f"starting model {show(start)}" + (": it was better" if start < now else "")
+    return KeyFigure(label="held-out loss", value=show(now), note=note)
 
 
 def _tail(column: Column) -> float:

@@ -28,7 +28,12 @@ def example_lines() -> list[dict[str, Any]]:
     for step in range(1, 61):
         phase = int(step > 40)
         lines.append({"step": step, "train/loss": 1.0 / step, "train/grad_norm": 0.5, "train/lr": 1e-3})
-        lines[-1] |= {"train/phase": phase, "train/images_per_s": 100.0 + step, "train/data_wait_s": 0.0}
+        lines[-1] |= {
+            "train/phase": phase,
+            "train/resolution": 64 * 2**phase,
+            "train/images_per_s": 100.0 + step,
+            "train/data_wait_s": 0.0,
+        }
         if step % 20 == 0:
             held_out = {"eval/loss": 0.5, "eval/loss_q0.1": 0.9, "eval/loss_q0.9": 0.2, "eval/start_loss": 1.25}
             lines.append({"step": step, **held_out})
@@ -41,7 +46,7 @@ def test_a_full_run(tmp_path: Path) -> None:
     (run / "samples").mkdir()
     for step in range(0, 61, 3):
         Image.new("RGB", (32, 16), (step, 0, 0)).save(run / "samples" / f"step-{step:08d}-64x64.png")
-    (run / "config.yaml").write_text("stage: pretrain\n")
+    (run / "config.yaml").write_text("stage: pretrain\ncurriculum: {phases: [{name: low}, {name: high}]}\n")
     made = make_picture_dataset(tmp_path, rows=20, source=False)
     sections = run_sections(run, made.dataset.root)
     assert [section.title for section in sections] == [
@@ -61,7 +66,7 @@ def test_a_full_run(tmp_path: Path) -> None:
     assert isinstance(grids, Pictures)
     assert len(grids.pictures) == 12
     assert grids.pictures[0].caption == "step 0"
-    assert grids.pictures[-1].caption == "step 60, phase 1"
+    assert grids.pictures[-1].caption == "step 60, high, 128 px"
     page = report_html(title="run", sections=sections)
     assert "12 of 21 grids shown" in page
     assert "stage: pretrain" in page
@@ -83,7 +88,18 @@ def test_the_starting_model_and_every_quantile_are_drawn(tmp_path: Path) -> None
 
 def test_phase_changes_are_marked_where_they_happen(tmp_path: Path) -> None:
     write_metrics(tmp_path / "metrics.jsonl", example_lines())
-    assert phase_marks(read_metrics(tmp_path / "metrics.jsonl")) == [Mark(step=41, label="phase 1")]
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
+    assert phase_marks(metrics) == [Mark(step=41, label="phase 1, 128 px")]
+    assert phase_marks(metrics, ["low", "high"]) == [Mark(step=41, label="high, 128 px")]
+    del metrics["train/resolution"]
+    assert phase_marks(metrics, ["low", "high"]) == [Mark(step=41, label="high")]
+
+
+def test_a_degraded_model_is_said_to_be_one(tmp_path: Path) -> None:
+    write_metrics(tmp_path / "metrics.jsonl", [{"step": 9, "train/loss": 1, "eval/loss": 0.6, "eval/start_loss": 0.5}])
+    tiles = run_sections(tmp_path)[0].pieces[0]
+    assert isinstance(tiles, KeyFigures)
+    assert tiles.figures[-1].note == "starting model 0.5: it was better"
 
 
 def test_a_torn_last_line_is_passed_over_other_damage_is_named(tmp_path: Path) -> None:
