@@ -9,6 +9,7 @@ from PIL import Image, ImageFilter
 from qwenimg_dist.demo.photos import generic_picture
 from qwenimg_dist.demo.shapes import Scene, all_scenes, render
 from qwenimg_dist.models.tiny import ASSETS
+from qwenimg_dist.rewards import shapes as judging
 from qwenimg_dist.rewards.shapes import Verdict, judge, score
 
 NOTHING = Verdict(colour=None, shape=None, background=None)
@@ -88,3 +89,11 @@ def test_the_score_counts_colour_and_shape_apart() -> None:
 def test_other_sizes_and_aspects_are_judged_too(size: tuple[int, int]) -> None:
     scene = Scene("purple", "triangle", "black")
     assert score(render(scene, size, np.random.default_rng(2)), scene) == (True, True)
+
+
+@pytest.mark.parametrize("shape", ["circle", "square", "triangle", "cross"])
+def test_a_true_outline_overlaps_almost_wholly(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison is aligned: a true shape would pass a limit far above the one for generated pictures."""
+    monkeypatch.setattr(judging, "_MIN_OVERLAP", 0.92)
+    image = render(Scene("blue", shape, "white"), 128, np.random.default_rng(3))
+    assert judge(image).shape == shape
