@@ -49,7 +49,7 @@ class Line:
     dashed: bool = False
     strong: bool = False
     smooth: float = 0.0
-    """Half-life in points of an exponential mean; the raw values stay behind it, faint. 0 draws the values."""
+    """Half-life in points of an exponential mean, the raw values faint behind it. 0 draws the values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def _draw_line(axes: Axes, line: Line, colour: str) -> None:
     width = 2.0 if line.strong else 1.3
     marker = "o" if len(line.steps) < 25 and not line.smooth and not line.dashed else None
     values = line.values
-    if line.smooth and len(values) > 4:
+    if line.smooth:
         axes.plot(line.steps, values, color=colour, linewidth=0.7, alpha=0.25)
         values = smoothed(values, line.smooth)
     axes.plot(line.steps, values, label=line.label, linewidth=width, marker=marker, markersize=3.2, **style)

@@ -7,6 +7,7 @@ invents none; may be made while the run is at work.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from qwenimg_dist.report.table import show
 _GRID: Final = re.compile(r"^step-(\d+)-?(.*)\.png$")
 _QUANTILE: Final = re.compile(r"^eval/loss_q([0-9.]+)$")
 _GRIDS_SHOWN: Final = 12
+_PAGE_PX: Final = 1032  # width of the report's column
 # Few and cold to many and warm: the quantile is an ordered thing, so its colours are too.
 _SEQUENCE: Final = ("#3b2f6b", "#33568a", "#2a7a8c", "#2f9a78", "#7ab648", "#d8b52b")
 _ENGINE_PANELS: Final = (
@@ -123,7 +125,7 @@ def _losses(metrics: Mapping[str, Column], marks: Sequence[Mark]) -> tuple[Piece
     pieces: list[Piece] = []
     if "train/loss" in metrics:
         loss = metrics["train/loss"]
-        line = _line("loss", loss, smooth=max(3.0, len(loss.steps) / 40))
+        line = _line("loss", loss, smooth=_half_life(loss))
         panel = Panel(title="Training loss", lines=(line,), log=True)
         caption = "Each logged step, faint, and a running mean. A new phase has other sigmas, so its level differs."
         pieces.append(Figure(svg=draw([panel], marks), caption=caption if marks else ""))
@@ -131,7 +133,7 @@ def _losses(metrics: Mapping[str, Column], marks: Sequence[Mark]) -> tuple[Piece
     if lines:
         panel = Panel(title="Held-out loss at fixed sigma quantiles, fixed noise", lines=tuple(lines), log=True)
         dashed = any(line.dashed for line in lines)
-        caption = "Dashed: the model that the run started from, on the same samples." if dashed else ""
+        caption = "Dashed: mean of the model that the run started from, on the same samples." if dashed else ""
         pieces.append(Figure(svg=draw([panel], marks, height_in=3.8), caption=caption))
     return tuple(pieces)
 
@@ -141,15 +143,25 @@ def _held_out_lines(metrics: Mapping[str, Column]) -> list[Line]:
     lines: list[Line] = []
     for position, (quantile, name) in enumerate(quantiles):
         colour = _SEQUENCE[round(position * (len(_SEQUENCE) - 1) / max(len(quantiles) - 1, 1))]
-        lines.append(_line(f"q {quantile:g}", metrics[name], colour=colour))
-        start = metrics.get(name.replace("eval/loss", "eval/start_loss"))
-        if start is not None:
-            lines.append(_line("", start, colour=colour, dashed=True))
+        lines.append(_line(f"q {quantile:g}", _from_start(metrics, name), colour=colour))
     if "eval/loss" in metrics:
-        lines.append(_line("mean", metrics["eval/loss"], colour=INK, strong=True))
-        if "eval/start_loss" in metrics:
-            lines.append(_line("starting model", metrics["eval/start_loss"], colour=INK, dashed=True))
+        lines.append(_line("mean", _from_start(metrics, "eval/loss"), colour=INK, strong=True))
+    if "eval/start_loss" in metrics:
+        lines.append(_line("starting model", _at_zero(metrics["eval/start_loss"]), colour=INK, dashed=True))
     return lines
+
+
+def _from_start(metrics: Mapping[str, Column], name: str) -> Column:
+    """A held-out loss with its value at step 0, which is the starting model's by definition."""
+    start = metrics.get(name.replace("eval/loss", "eval/start_loss"))
+    return metrics[name] if start is None else _at_zero(metrics[name], float(start.values[0]))
+
+
+def _at_zero(column: Column, value: float | None = None) -> Column:
+    if column.steps[0] == 0:
+        return column
+    first = float(column.values[0]) if value is None else value
+    return Column(steps=np.insert(column.steps, 0, 0), values=np.insert(column.values, 0, first))
 
 
 def _engine(metrics: Mapping[str, Column], marks: Sequence[Mark]) -> tuple[Piece, ...]:
@@ -158,13 +170,16 @@ def _engine(metrics: Mapping[str, Column], marks: Sequence[Mark]) -> tuple[Piece
             title=title,
             log=log,
             lines=tuple(
-                _line(name.removeprefix("train/").replace("_", " "), metrics[name], smooth=smooth)
+                _line(
+                    name.removeprefix("train/").replace("_", " "),
+                    metrics[name],
+                    smooth=0.0 if name == "train/lr" else _half_life(metrics[name]),
+                )
                 for name in names
                 if name in metrics
             ),
         )
         for title, names, log in _ENGINE_PANELS
-        for smooth in (0.0 if names == ("train/lr",) else 5.0,)
     ]
     panels = [panel for panel in panels if panel.lines]
     return (Figure(svg=draw(panels, marks, columns=2, height_in=2.5)),) if panels else ()
@@ -184,8 +199,16 @@ def _grids(folder: Path, marks: Sequence[Mark]) -> tuple[Piece, ...]:
         left_out = f" ({len(chosen)} of {len(found)} grids shown)" if len(chosen) < len(found) else ""
         pieces.append(Paragraph(text=f"{kind or 'fixed prompts, fixed seeds'}{left_out}"))
         pictures = tuple(Picture.read(found[i][1], _grid_caption(found[i][0], marks)) for i in chosen)
-        pieces.append(Pictures(pictures=pictures, columns=min(2, len(pictures))))
+        pieces.append(Pictures(pictures=pictures, columns=_columns(pictures)))
     return tuple(pieces)
+
+
+def _columns(pictures: Sequence[Picture]) -> int:
+    """As many side by side as the widest allows at its own size."""
+    from PIL import Image
+
+    widest = max(Image.open(io.BytesIO(picture.data)).width for picture in pictures)
+    return max(1, min(len(pictures), 4, _PAGE_PX // widest))
 
 
 def _grid_caption(step: int, marks: Sequence[Mark]) -> str:
@@ -240,6 +263,11 @@ def _held_out_figure(metrics: Mapping[str, Column]) -> KeyFigure:
         start = float(metrics["eval/start_loss"].values[-1])
         note = f"starting model {show(start)}" + (": it was better" if start < now else "")
     return KeyFigure(label="held-out loss", value=show(now), note=note)
+
+
+def _half_life(column: Column) -> float:
+    """Smoothing that grows with the curve; a short one is shown as it is, since a mean would lag behind it."""
+    return len(column.steps) / 40 if len(column.steps) >= 40 else 0.0
 
 
 def _tail(column: Column) -> float:

@@ -121,7 +121,7 @@ function card(row) {
   file.title = `key ${row.key}`;
   text.append(file);
   const facts = [["size", row.width ? `${row.width}x${row.height}` : "unknown"], ["file", size(row.bytes)]];
-  for (const [name, value] of Object.entries(row.scores)) facts.push([name, Number(value.toPrecision(4))]);
+  for (const [name, value] of Object.entries(row.scores)) facts.push([name, number(value)]);
   for (const [name, p] of Object.entries(row.places)) {
     const cut = p.resized[0] === p.bucket[0] && p.resized[1] === p.bucket[1];
     const crop = cut ? "uncropped" : `at ${p.crop[1]},${p.crop[0]} of ${p.resized[1]}x${p.resized[0]}`;
@@ -158,6 +158,10 @@ function frame(row) {
     box.append(crop);
   }
   return box;
+}
+
+function number(value) {
+  return Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(4)));
 }
 
 function size(bytes) {

@@ -64,7 +64,7 @@ def test_a_full_run(tmp_path: Path) -> None:
     assert told["held-out loss"] == ("0.5", "starting model 1.25")
     grids = sections[2].pieces[1]
     assert isinstance(grids, Pictures)
-    assert len(grids.pictures) == 12
+    assert (len(grids.pictures), grids.columns) == (12, 4)
     assert grids.pictures[0].caption == "step 0"
     assert grids.pictures[-1].caption == "step 60, high, 128 px"
     page = report_html(title="run", sections=sections)
@@ -83,7 +83,9 @@ def test_the_starting_model_and_every_quantile_are_drawn(tmp_path: Path) -> None
     lines = {line.label: line for line in _held_out_lines(read_metrics(tmp_path / "metrics.jsonl"))}
     assert list(lines) == ["q 0.1", "q 0.9", "mean", "starting model"]
     assert lines["starting model"].dashed
-    assert lines["starting model"].values.tolist() == [1.25] * 3
+    assert lines["starting model"].values.tolist() == [1.25] * 4
+    assert lines["mean"].steps.tolist() == [0, 20, 40, 60]
+    assert lines["mean"].values.tolist() == [1.25, 0.5, 0.5, 0.5]
 
 
 def test_phase_changes_are_marked_where_they_happen(tmp_path: Path) -> None:
