@@ -86,7 +86,7 @@ def events(draw: st.DrawFn) -> list[tuple[str, int]]:
 
 
 @settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # files make shrinking slow
     suppress_health_check=[HealthCheck.function_scoped_fixture],

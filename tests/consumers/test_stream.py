@@ -1,0 +1,217 @@
+"""The ranks' cuts together are the global batch, tensors are what was written, and faults arrive where they belong."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fake_dataset import WIDTH, FakeProducer, FakeRow, fake_features, fake_latents, make_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consumers.batch import RankBatch
+from consumers.stream import Stream, cut_for
+from qwenimg_dist.data.facets import DataError
+from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.phases import PlannedPhase
+from qwenimg_dist.schema import caption_key
+
+SIZES = ((256, 256), (64, 130), (150, 70))
+STEPS = 24
+
+
+def make_run(
+    root: Path, *, batch: int = 6, dtype: str = "bfloat16", follow: bool = False, num: int = 30
+) -> tuple[FakeProducer, Generations]:
+    producer = FakeProducer(root / "data", unit_size=8, resolutions=(32, 64), dtype=dtype, max_shard_bytes=20_000)
+    producer.add(make_rows(num, captions=2, sizes=SIZES))
+    producer.produce(complete=not follow)
+    phase = PlannedPhase(
+        index=0,
+        first_step=0,
+        last_step=STEPS,
+        weights={32: 0.5, 64: 0.5},
+        global_batch=batch,
+        micro_batch_tokens=30,
+        lr_scale=1.0,
+        where=None,
+    )
+    config = LedgerConfig(phases=(phase,), seed=1, caption_dropout=0.2, where=None, held_out=0.3, max_held_out=7)
+    run = Generations(root / "run", producer.dataset, producer.facets, config, follow=follow)
+    run.advance(0)
+    return producer, run
+
+
+def captions_by_key(producer: FakeProducer) -> dict[str, str]:
+    return {caption_key(caption): caption for row in producer.rows for caption in ("", *row.captions)}
+
+
+def check(batch: RankBatch, run: Generations, producer: FakeProducer, compute: torch.dtype) -> list[tuple[int, float]]:
+    """Every tensor of a rank's batch against the fake encoders; returns (slot, weight)."""
+    rows = {row.key: row for row in producer.rows}
+    captions = captions_by_key(producer)
+    texts = {
+        int(text): captions[run.ledger.catalogs[0].text_keys[text].decode()] for text in np.unique(batch.batch.texts)
+    }
+    seen = []
+    for micro in batch.micro_batches:
+        size = len(micro.weights)
+        assert micro.latents.dtype == torch.float32
+        assert micro.text.dtype == compute
+        assert micro.bucket == batch.batch.bucket
+        lengths = []
+        for i in range(size):
+            slot = int(micro.slots[i])
+            at = min(slot, len(batch.keys) - 1)
+            row = rows[batch.keys[at]]
+            assert np.array_equal(micro.latents[i].numpy(), fake_latents(row.key, micro.bucket))
+            features = fake_features(texts[int(batch.batch.texts[at])])
+            assert np.array_equal(micro.text[i, : len(features)].float().numpy(), features)
+            assert not micro.text[i, len(features) :].any()
+            lengths.append(len(features))
+            expected = batch.batch.weights[at] if slot < len(batch.keys) else 0.0
+            assert float(micro.weights[i]) == expected
+            seen.append((slot, float(micro.weights[i])))
+        assert micro.text.shape == (size, max(lengths), WIDTH)
+        if len(set(lengths)) == 1:
+            assert micro.text_mask is None
+        else:
+            assert micro.text_mask is not None
+            assert micro.text_mask.dtype == torch.bool
+            assert micro.text_mask.sum(1).tolist() == lengths
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("world", "stored", "compute"),
+    [(1, "bfloat16", torch.float32), (2, "float32", torch.bfloat16), (4, "bfloat16", torch.bfloat16)],
+)
+def test_the_ranks_together_are_the_global_batch(tmp_path: Path, world: int, stored: str, compute: torch.dtype) -> None:
+    producer, run = make_run(tmp_path, dtype=stored)
+    streams = [Stream(run.ledger, rank=rank, world=world, compute_dtype=compute) for rank in range(world)]
+    for step in range(STEPS):
+        batches = [stream.get(step) for stream in streams]
+        assert len({len(batch.micro_batches) for batch in batches}) == 1
+        assert len({tuple(batch.keys) for batch in batches}) == 1
+        seen = [pair for batch in batches for pair in check(batch, run, producer, compute)]
+        assert [slot for slot, _ in seen] == list(range(-(-6 // world) * world))
+        assert sum(weight for _, weight in seen) == batches[0].num_real
+        for batch in batches:
+            budget = max((m.bucket.image_tokens + m.text.shape[1]) * len(m.weights) for m in batch.micro_batches)
+            assert budget <= 30 or all(len(m.weights) == 1 for m in batch.micro_batches)
+            assert 0 <= batch.padding <= 1
+            assert batch.read_bytes > 0
+    for stream in streams:
+        stream.close()
+
+
+def test_any_step_first_and_tensors_outlive_later_reads(tmp_path: Path) -> None:
+    _, run = make_run(tmp_path)
+    walking = Stream(run.ledger, rank=0, world=1, compute_dtype=torch.float32)
+    kept = [walking.get(step) for step in range(STEPS)]
+    for step in (17, 3, 23, 4):
+        jumping = Stream(run.ledger, rank=0, world=1, compute_dtype=torch.float32)
+        fresh = jumping.get(step)
+        assert fresh.keys == kept[step].keys
+        for a, b in zip(fresh.micro_batches, kept[step].micro_batches, strict=True):
+            assert torch.equal(a.latents, b.latents)  # the reader's buffers were used again since
+            assert torch.equal(a.text, b.text)
+        jumping.close()
+    assert walking.get(2).keys == kept[2].keys
+    with pytest.raises(ValueError, match="outside the plan"):
+        walking.get(STEPS)
+    walking.close()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    slots=st.integers(1, 50), world=st.integers(1, 9), image=st.integers(1, 40), text=st.integers(1, 40),
+    budget=st.integers(1, 200),
+)  # fmt: skip
+def test_cuts(slots: int, world: int, image: int, text: int, budget: int) -> None:
+    cuts = [cut_for(slots, image, text, budget, rank=rank, world=world) for rank in range(world)]
+    assert len({tuple(cut.sizes) for cut in cuts}) == 1
+    joined = np.concatenate([cut.slots for cut in cuts])
+    assert joined.tolist() == list(range(-(-slots // world) * world))
+    for cut in cuts:
+        assert sum(cut.sizes) == len(cut.slots)
+        assert max(cut.sizes) * (image + text) <= max(budget, image + text)
+        assert max(cut.sizes) - min(cut.sizes) <= 1
+        assert (cut.source < slots).all()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_held_out_batches_are_the_same_on_any_number_of_ranks(tmp_path: Path, world: int) -> None:
+    producer, run = make_run(tmp_path)
+    held_out = run.held_out(32, 6)
+    keys = [key for group in held_out for key in run.ledger.catalogs.keys(group.rows)]
+    slots = [int(slot) for group in held_out for slot in group.slots]
+    key_of = dict(zip(slots, keys, strict=True))
+    streams = [Stream(run.ledger, rank=rank, world=world, compute_dtype=torch.float32) for rank in range(world)]
+    made = [stream.held_out_batches(held_out, micro_batch_tokens=30) for stream in streams]
+    assert len({len(batches) for batches in made}) == 1
+    assert len({tuple((m.bucket, len(m.weights)) for m in batches) for batches in made}) == 1
+    seen = []
+    rows = {row.key: row for row in producer.rows}
+    for batches in made:
+        for micro in batches:
+            for i, slot in enumerate(micro.slots.tolist()):
+                row: FakeRow = rows[key_of[slot]]
+                assert np.array_equal(micro.latents[i].numpy(), fake_latents(row.key, micro.bucket))
+                features = fake_features(row.captions[0])
+                assert np.array_equal(micro.text[i, : len(features)].numpy(), features)
+                if micro.weights[i]:
+                    seen.append(slot)
+    assert sorted(seen) == sorted(slots)
+    for stream in streams:
+        stream.close()
+
+
+def test_faults_of_the_background_thread_arrive_in_their_step(tmp_path: Path) -> None:
+    producer, run = make_run(tmp_path)
+    stream = Stream(run.ledger, rank=0, world=1, compute_dtype=torch.float32, prefetch=1)
+    stream.get(0)
+    stream.close()
+    for tar in (producer.dataset.root / producer.facets.text).glob("*.tar"):
+        os.truncate(tar, 100)
+    broken = Stream(run.ledger, rank=0, world=1, compute_dtype=torch.float32)
+    for _ in range(2):  # also when asked again
+        with pytest.raises(DataError, match=r"\.tar has 100 bytes.*data verify"):
+            broken.get(1)
+    broken.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")]
+
+
+def test_a_batch_asked_for_ahead_of_its_generation_is_made_when_it_has_come(tmp_path: Path) -> None:
+    producer, run = make_run(tmp_path, follow=True, num=64)
+    stream = Stream(run.ledger, rank=0, world=1, compute_dtype=torch.float32)
+    step = 0
+    while run.advance(step) == "ready":
+        stream.get(step)
+        step += 1
+    with pytest.raises(DataError, match="used up"):
+        stream.get(step)
+    producer.add(make_rows(64, start=64, captions=2, sizes=SIZES))
+    producer.produce()
+    assert run.advance(step) == "ready"
+    assert stream.get(step).batch.step == step
+    stream.close()
+
+
+def test_waiting_is_measured_and_work_is_done_ahead(tmp_path: Path) -> None:
+    _, run = make_run(tmp_path)
+    stream = Stream(run.ledger, rank=0, world=1, compute_dtype=torch.float32)
+    stream.get(0)
+    stream.get(1)
+    done = threading.Event()
+    stream._thread.submit(done.set)  # queued behind what is made ahead
+    assert done.wait(10)
+    assert stream._pending[2].done()
+    batch = stream.get(2)
+    assert batch.wait_s < 0.05
+    assert batch.read_s > 0
+    stream.close()
