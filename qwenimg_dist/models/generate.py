@@ -29,6 +29,7 @@ from qwenimg_dist.models.vae import SIDE_MULTIPLE, LatentCodec
 
 LABEL_SIZE_PX = 12
 MARGIN_PX = 4
+MIN_CELL_PX = 96
 
 
 def load_scheduler_config(pipeline_dir: str | Path) -> dict[str, Any]:
@@ -133,12 +134,14 @@ def to_pictures(images: torch.Tensor) -> list[Image.Image]:
 def save_grid(images: Sequence[Image.Image], labels: Sequence[str], path: str | Path, *, columns: int = 8) -> Path:
     """Writes a PNG of `images` row by row with `labels` under the cells, wrapped to the cell's width.
 
-    Cells take the largest picture's size; smaller ones are not scaled. The built-in font has Latin letters
-    only.
+    Cells take the largest picture's size. Where that is under 96 px, every pixel becomes a square of pixels, so that
+    tiny pictures can be seen and labels fit. The built-in font has Latin letters only.
     """
     if not images or len(labels) != len(images) or columns < 1:
         raise ValueError(f"{len(images)} images, {len(labels)} labels, {columns} columns: nothing to lay out")
     columns = min(columns, len(images))
+    factor = math.ceil(MIN_CELL_PX / max(i.width for i in images))
+    images = [i.resize((i.width * factor, i.height * factor), Image.Resampling.NEAREST) for i in images]
     cell_width, cell_height = max(i.width for i in images), max(i.height for i in images)
     font = ImageFont.load_default(LABEL_SIZE_PX)
     wrapped = [_wrap(label, font, cell_width) for label in labels]

@@ -171,10 +171,11 @@ def test_grid_holds_every_picture_in_place(tmp_path: Path) -> None:
     path = save_grid(images, [f"label {i} with many long words" for i in range(5)], tmp_path / "a" / "g.png", columns=3)
     grid = Image.open(path)
     row_height = (grid.height - 4) // 2
+    width, height = 40 * 3, 24 * 3  # pictures of 40x24 are enlarged by whole pixels
     for i, colour in enumerate(colours):
-        assert grid.getpixel((4 + i % 3 * 44 + 20, 4 + i // 3 * row_height + 12)) == colour
-    assert row_height > 24 + 2 * 12, "wrapped labels need lines of their own"
-    below = grid.crop((4, 28, 44, row_height))
+        assert grid.getpixel((4 + i % 3 * (width + 4) + 20, 4 + i // 3 * row_height + 12)) == colour
+    assert row_height > height + 2 * 12, "wrapped labels need lines of their own"
+    below = grid.crop((4, 4 + height, 4 + width, row_height))
     assert min(below.convert("L").getdata()) < 100, "labels are drawn"
     with pytest.raises(ValueError, match="nothing to lay out"):
         save_grid([], [], tmp_path / "none.png")
