@@ -54,18 +54,10 @@ def _best_shape(alpha: FloatArray) -> str | None:
         float((alpha.sum(axis=1) * (np.arange(height) + 0.5)).sum()) / area,
     )
     overlaps = {}
-    for name in SHAPES:
+    for name in SHAPES:  # each has its centroid at its origin
         unit = coverage(name, size_px=(64, 64), centre_px=(32.0, 32.0), radius_px=20.0)
-        unit_area, unit_rows = float(unit.sum()) / 20.0**2, unit.sum(axis=1)
-        # The triangle's centroid is not its origin: align centroids, not origins.
-        lowered = (float((unit_rows * (np.arange(64) + 0.5)).sum() / unit.sum()) - 32.0) / 20.0
-        radius = float(np.sqrt(area / unit_area))
-        drawn = coverage(
-            name,
-            size_px=(width, height),
-            centre_px=(centre[0], centre[1] - lowered * radius),
-            radius_px=radius,
-        )
+        radius = 20.0 * float(np.sqrt(area / unit.sum()))
+        drawn = coverage(name, size_px=(width, height), centre_px=centre, radius_px=radius)
         overlaps[name] = float(np.minimum(alpha, drawn).sum() / np.maximum(alpha, drawn).sum())
     best = max(overlaps, key=lambda key: overlaps[key])
     return best if overlaps[best] >= _MIN_OVERLAP else None
