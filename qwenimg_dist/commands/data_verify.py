@@ -20,6 +20,7 @@ from qwenimg_dist.commands.data_tar import Place, check_tar
 from qwenimg_dist.commands.data_verify_units import REMAKE, RESTORE, Problem, check_unit, part_name, repeated_keys
 from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.report.funnel import LATENTS_PREFIX, TEXT_PREFIX, parts_by_unit
+from qwenimg_dist.report.stats import size_of
 from qwenimg_dist.report.table import show_bytes
 from qwenimg_dist.schema import (
     DEDUP,
@@ -83,7 +84,8 @@ def notes(dataset: Dataset) -> Iterator[str]:
     except DataError:
         strays = []  # a part without commit record is reported as a problem
     for stray in strays:
-        size = show_bytes(stray.stat().st_size) if stray.exists() else "gone"
+        size_bytes = size_of(stray)
+        size = show_bytes(size_bytes) if size_bytes is not None else "gone by now"
         name = stray.relative_to(dataset.root)
         yield f"{name}: left by a killed or working `produce` ({size}); the next one removes it"
     pending = sorted(set(dataset.units(LISTING)) - set(dataset.units(ROWS)))

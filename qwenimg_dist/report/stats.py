@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,9 +141,17 @@ def _text_lengths(dataset: Dataset, facet: str) -> TextLengths | None:
 
 def _disk(dataset: Dataset, facet: str) -> Disk:
     files = [file for file in (dataset.root / facet).iterdir() if file.is_file()]
-    sizes = [(file.suffix == ".parquet", file.stat().st_size) for file in files if file.exists()]
+    sizes = [(file.suffix == ".parquet", size) for file in files if (size := size_of(file)) is not None]
     return Disk(
         index_bytes=sum(size for is_index, size in sizes if is_index),
         tar_bytes=sum(size for is_index, size in sizes if not is_index),
         files=len(sizes),
     )
+
+
+def size_of(file: Path) -> int | None:
+    """Bytes; None if it is gone (a working `produce` renames its temporaries)."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return None
