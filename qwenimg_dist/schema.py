@@ -31,7 +31,7 @@ SCAN: Final = "scan"
 DEDUP: Final = "dedup"
 ROWS: Final = "rows"
 
-KEY_PATTERN: Final = re.compile(r"^[A-Za-z0-9_-]+$")
+KEY_PATTERN: Final = re.compile(r"^[A-Za-z0-9_-]+\Z")
 
 Status = Literal["kept", "rejected", "fault"]
 

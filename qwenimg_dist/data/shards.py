@@ -7,6 +7,7 @@ never writes a pickle.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -86,9 +87,11 @@ class _HashingFile(io.RawIOBase):
 
     def close(self) -> None:
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            finally:
+                self._file.close()
         super().close()
 
 
@@ -122,7 +125,7 @@ class ShardWriter:
 
         Raises ValueError for a key that is unusable or was written before in this part.
         """
-        if not KEY_PATTERN.match(key):
+        if not KEY_PATTERN.fullmatch(key):
             raise ValueError(f"key {key!r} must match {KEY_PATTERN.pattern}")
         if key in self._keys:
             raise ValueError(f"key {key!r} was already written to {self._part.stem} of {self._part.facet}")
@@ -157,7 +160,9 @@ class ShardWriter:
     def abort(self) -> None:
         """Remove what was not closed. Harmless after `close`."""
         if self._tar is not None and self._file is not None and self._temporary is not None:
-            self._file.close()
+            # On a full disk closing fails too; what counts is the first error, and that the temporary goes.
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
             self._tar = self._file = self._temporary = None
         for temporary, _ in self._pending:
