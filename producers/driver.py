@@ -22,7 +22,8 @@ from producers.sources.base import Found, locate
 from producers.state import is_done, passing_faults
 from producers.unit import UnitReport
 from producers.workers import Task, Workers
-from qwenimg_dist.data.facets import Dataset, fsync_dir, write_json
+from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.files import fsync_dir, write_json
 from qwenimg_dist.schema import LISTING
 
 COMPLETE_FILE: Final = "source-complete.json"

@@ -144,8 +144,13 @@ def _header(data: bytes) -> tuple[Header, Image.Image]:
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
-    """EXIF orientation, 1 where there is none. For PNG, Pillow would decode the whole file to be sure: so only if
-    something in it speaks of EXIF."""
+    """EXIF orientation that is left for us to undo, 1 where there is none.
+
+    Pillow turns TIFF by itself, already in `size`. For PNG it would decode the whole file to be sure: so it is asked
+    only if something in the bytes speaks of EXIF.
+    """
+    if image.format == "TIFF":
+        return 1
     if image.format == "PNG" and not any(word in data for word in (b"eXIf", b"exif", b"Orientation")):
         return 1
     try:

@@ -22,7 +22,7 @@ def score(facts: Facts) -> dict[str, float]:
 def admit(scores: Mapping[str, float], params: Params) -> Rejection | None:
     if scores["min_side"] < params.min_side:
         return Rejection(
-            reason="low_resolution", detail=f"short side {scores['min_side']:.0f} px < min_side={params.min_side}"
+            reason="too_small", detail=f"short side {scores['min_side']:.0f} px < min_side={params.min_side}"
         )
     if scores["pixels"] > params.max_pixels:
         return Rejection(

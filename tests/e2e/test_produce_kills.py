@@ -1,0 +1,172 @@
+"""`produce` is killed with SIGKILL, some of the times inside a tar write, and started again with the same command: rows,
+decisions, keys and tensors are those of an undisturbed run, and stock webdataset reads every tar."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from photo_folder import photo
+from produce_command import TIMEOUT_S, produce, start
+from producer_world import rows_of, tensor_at
+
+from producers.dedup import KEPT
+from producers.driver import Driver
+from producers.encode import PipelineEncoders
+from producers.plan import make_plan
+from producers.sources import open_source
+from producers.workers import InlineWorkers
+from qwenimg_dist.compose import load_config
+from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
+from qwenimg_dist.models.tiny import tiny_pipeline_dir
+from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN
+
+PICTURES = 30
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("kills") / "source"
+    root.mkdir()
+    for number in range(PICTURES):
+        file = root / f"{number:03d}.png"
+        photo(number % 25, 70 + 5 * (number % 5), 80).save(file)
+        file.with_suffix(".txt").write_text(f"picture {number % 9}, seen from {'far ' * (number % 4)}away")
+    (root / "010.png").write_bytes((root / "010.png").read_bytes()[:-500])
+    return root
+
+
+def words(source: Path, data: Path) -> list[str]:
+    return [
+        f"source.path={source}",
+        f"data.path={data}",
+        "data.unit_size=5",
+        "encode.resolutions=[64]",
+        "encode.dtype=float32",
+        "cluster.producers=2",
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source: Path) -> Dataset:
+    """By the same driver and encoders, in this process and without Ray."""
+    config = load_config(words(source, source.parent / "undisturbed"))
+    pipeline = tiny_pipeline_dir()
+    plan = make_plan(
+        config,
+        text_facet=text_facet_name(pipeline, config),
+        latents_facets=latents_facet_names(pipeline, config),
+    )
+    dataset = Dataset.create(source.parent / "undisturbed", 5)
+    opened, encoders = open_source(config.source), PipelineEncoders.load(pipeline, config)
+    workers = InlineWorkers(dataset, plan, opened.root, encoders)
+    driver = Driver(dataset=dataset, plan=plan, root=opened.root, make_workers=lambda: workers)
+    change = driver.list_source(opened.find())
+    assert driver.produce(driver.pending(), change.num_rows)
+    return dataset
+
+
+def kill_in_tar_write(command: list[str], faults: Path, count: int) -> bool:
+    """A worker dies in the middle of a tar, and the driver right after it. False if the run ended before."""
+    faults.mkdir(exist_ok=True)
+    token = faults / f"tar_write@{count}"
+    token.touch()
+    process = start(*command, fault_dir=faults)
+    while token.exists() and process.poll() is None:
+        time.sleep(0.01)
+    return end(process) and not token.exists()
+
+
+def kill_after(command: list[str], data: Path, num_parts: int) -> bool:
+    """The driver dies once this many further parts were committed."""
+    before = len(list(data.glob("*/*.parquet")))
+    process = start(*command)
+    while len(list(data.glob("*/*.parquet"))) < before + num_parts and process.poll() is None:
+        time.sleep(0.01)
+    return end(process)
+
+
+def end(process: object) -> bool:
+    assert hasattr(process, "pid")
+    alive = process.poll() is None
+    if alive:
+        os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=TIMEOUT_S)
+    return alive
+
+
+def assert_as_undisturbed(dataset: Dataset, calm: Dataset) -> None:
+    for facet in (LISTING, SCAN, DEDUP, ROWS):
+        assert rows_of(dataset, facet) == rows_of(calm, facet)
+    assert sum(entry["duplicate_of"] != KEPT for entry in rows_of(calm, DEDUP).values()) == 4
+    assert {entry["reason"] for entry in rows_of(calm, ROWS).values()} == {"", "duplicate", "truncated"}
+    assert not dataset.strays()
+    for facet in calm.facets():
+        if facet in (LISTING, SCAN, DEDUP, ROWS):
+            continue
+        here, there = rows_of(dataset, facet), rows_of(calm, facet)
+        assert here.keys() == there.keys()
+        for key, entry in there.items():
+            # Batches may differ on another machine; here they do not, but the promise is a tolerance.
+            assert np.allclose(tensor_at(dataset, facet, here[key]), tensor_at(calm, facet, entry), atol=1e-4)
+            assert {k: v for k, v in here[key].items() if k not in ("tar", "offset")} == {
+                k: v for k, v in entry.items() if k not in ("tar", "offset")
+            }
+    keys = {entry["key"] for facet in calm.facets() for entry in rows_of(calm, facet).values() if "tar" in entry}
+    read = {
+        sample["__key__"]
+        for tar in dataset.root.rglob("*.tar")
+        for sample in webdataset.WebDataset(str(tar), shardshuffle=False)
+    }
+    assert read == keys
+
+
+def test_two_kills_and_a_worker_that_dies_leave_no_trace(source: Path, undisturbed: Dataset, tmp_path: Path) -> None:
+    command = words(source, tmp_path / "data")
+    assert kill_in_tar_write(command, tmp_path / "faults", 9)
+    assert kill_after(command, tmp_path / "data", 4)
+    # A worker's death alone costs a retry and nothing else.
+    (tmp_path / "faults" / "tar_write@5").touch()
+    done = produce(*command, fault_dir=tmp_path / "faults")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "faults" / "tar_write@5").exists()
+    assert_as_undisturbed(Dataset.open(tmp_path / "data"), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_kills(source: Path, undisturbed: Dataset, tmp_path: Path) -> None:
+    command, data = words(source, tmp_path / "data"), tmp_path / "data"
+    choose = random.Random(0)
+    kills = in_tar = 0
+    while kills < 10:
+        if kills % 2 == 0:
+            killed = kill_in_tar_write(command, tmp_path / "faults", choose.randint(3, 9))
+            in_tar += killed
+        else:
+            killed = kill_after(command, data, choose.randint(1, 3))
+        kills += killed
+        assert killed, f"the run ended after {kills} kills: make it longer"
+    assert in_tar >= 3
+    done = produce(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_as_undisturbed(Dataset.open(data), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_unit_that_always_dies_is_named(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "faults").mkdir()
+    for name in ("unit_start@1",):
+        (tmp_path / "faults" / name).touch()
+    command = [*words(source, tmp_path / "data"), "cluster.producers=1", "cluster.unit_retries=0"]
+    done = produce(*command, fault_dir=tmp_path / "faults")
+    assert done.returncode == 1
+    assert "unit 0: encode failed 1 times" in done.stderr
+    assert "killed" in done.stderr
