@@ -40,8 +40,8 @@ from consumers.checkpoint_reader import CheckpointReader, open_checkpoint, verif
 from consumers.ema import Ema
 from consumers.engine import KINDS, Engine, Share
 from consumers.ranks import Ranks
-from qwenimg_dist.data.facets import fsync_dir
 from qwenimg_dist.debug import fault_point
+from qwenimg_dist.files import fsync_dir
 
 __all__ = [
     "CheckpointError",

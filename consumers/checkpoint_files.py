@@ -22,8 +22,8 @@ from typing import Any, Final, Literal
 
 import torch
 
-from qwenimg_dist.data.facets import write_json
 from qwenimg_dist.debug import fault_point
+from qwenimg_dist.files import write_json
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"

@@ -21,7 +21,7 @@ from consumers.ema import Ema
 from consumers.engine import Engine
 from consumers.objectives.flow_matching import shift_mu, squared_errors
 from qwenimg_dist.config import Config
-from qwenimg_dist.data.facets import write_json
+from qwenimg_dist.files import write_json
 from qwenimg_dist.flow.sigmas import draw_noise, sigma_at_quantiles
 
 START_LOSS: Final = "start_loss.json"

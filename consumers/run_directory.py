@@ -26,9 +26,10 @@ from consumers.curriculum import plan
 from qwenimg_dist.compose import validate
 from qwenimg_dist.config import Config, training_identity
 from qwenimg_dist.data.catalog import RunFacets
-from qwenimg_dist.data.facets import DataError, Dataset, hold_lock, write_json
+from qwenimg_dist.data.facets import DataError, Dataset, hold_lock
 from qwenimg_dist.data.generations import LedgerConfig
 from qwenimg_dist.data.pins import ready_units, why_not_ready
+from qwenimg_dist.files import write_json
 from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
 from qwenimg_dist.models.pipeline import fingerprint_component, pipeline_dir
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qwenimg_dist.config import LoggerConfig
-from qwenimg_dist.data.facets import fsync_dir, temporary_name
+from qwenimg_dist.files import fsync_dir, temporary_name
 
 STEP_KEY: Final = "train/global_step"
 

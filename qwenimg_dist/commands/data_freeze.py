@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from qwenimg_dist.data.facets import DataError, Dataset, write_json
+from qwenimg_dist.data.facets import DataError, Dataset
+from qwenimg_dist.files import write_json
 from qwenimg_dist.schema import SCHEMA_VERSION
 
 _DIGITS: Final = 16

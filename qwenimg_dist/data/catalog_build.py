@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from qwenimg_dist.data.catalog import CATALOG_VERSION, HEAD, ITEM_BYTES, CatalogFolder, Ints, RunFacets
 from qwenimg_dist.data.draws import hash_keys
-from qwenimg_dist.data.facets import DataError, Dataset, Part, fsync_dir, temporary_name
+from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.data.pins import (
     Pin,
     UnitPins,
@@ -36,6 +36,7 @@ from qwenimg_dist.data.pins import (
     read_part_bytes,
 )
 from qwenimg_dist.debug import fault_point
+from qwenimg_dist.files import fsync_dir, temporary_name
 from qwenimg_dist.schema import LISTING, ROWS, SCAN, caption_key
 
 PARTS: Final = "parts.json"

@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import re
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwenimg_dist.debug import fault_point
+from qwenimg_dist.files import fsync_dir, temporary_name, write_json
 from qwenimg_dist.schema import SCHEMA_VERSION
 
 _PART: Final = re.compile(r"^unit-(\d{6,})\.(\d{3,})\.parquet$")
@@ -234,33 +234,3 @@ def hold_lock(file: Path, message: str) -> Iterator[None]:
         except OSError as error:
             raise DataError(f"{message} (lock {file}); wait for it, or end it first") from error
         yield
-
-
-def temporary_name(file: Path) -> Path:
-    """A name beside `file` that no reader looks at. The random part keeps two writers apart."""
-    return file.with_name(f".tmp-{file.name}-{uuid.uuid4().hex[:8]}")
-
-
-def fsync_dir(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON durably: temporary, fsync, rename."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(file)
-    try:
-        with open(temporary, "w", encoding="utf-8") as sink:
-            json.dump(value, sink, indent=1, sort_keys=True)
-            sink.write("\n")
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.replace(temporary, file)
-        fsync_dir(file.parent)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from typing import Any, Final, Literal
 
 from qwenimg_dist.data.catalog import Catalog, CatalogFolder, Catalogs, RunFacets
 from qwenimg_dist.data.catalog_build import PARTS, build_catalog
-from qwenimg_dist.data.facets import DataError, Dataset, fsync_dir
+from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.held_out import HeldOutBucket, held_out_set, held_out_threshold
 from qwenimg_dist.data.ledger import Ledger
 from qwenimg_dist.data.order import Segment, Selection
@@ -32,6 +32,7 @@ from qwenimg_dist.data.phases import PlannedPhase, phase_at
 from qwenimg_dist.data.pins import UnitPins, check_pins, pin_from_json, pin_unit, ready_units, why_not_ready
 from qwenimg_dist.data.where import compile_where
 from qwenimg_dist.debug import fault_point
+from qwenimg_dist.files import fsync_dir
 
 FILE: Final = "generations.jsonl"
 INDEX: Final = "index"
@@ -142,7 +143,8 @@ class Generations:
 
         "wait" means that producers have nothing new yet: ask again later. Raises `DataError` if waiting is of no use.
         """
-        self.refresh()
+        if self._ledger is None:
+            self.refresh()
         while self._ledger is None or not self._ledger.available(step):
             line = self._next(step)
             if line is None:
@@ -154,6 +156,8 @@ class Generations:
     def refresh(self, count: int | None = None) -> None:
         """Read lines that were appended since. With `count`, wait until that many are visible (shared file systems
         may lag). Raises `DataError` if they do not appear within a minute."""
+        if count is not None and count <= len(self.lines):
+            return
         deadline = time.monotonic() + _VISIBLE_S
         lines, _ = read_lines(self.run / FILE)
         while count is not None and len(lines) < count:

@@ -22,8 +22,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from qwenimg_dist.data.facets import Dataset, Part, Tar, fsync_dir, temporary_name
+from qwenimg_dist.data.facets import Dataset, Part, Tar
 from qwenimg_dist.debug import fault_point
+from qwenimg_dist.files import fsync_dir, temporary_name
 from qwenimg_dist.schema import KEY_PATTERN
 
 _BLOCK: Final = 512

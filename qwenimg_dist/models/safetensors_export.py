@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from qwenimg_dist.files import fsync_dir, write_json
 from qwenimg_dist.models.safetensors_directory import DTYPE_NAMES, SafetensorsDirectory, WeightsError
 
 STEM = "diffusion_pytorch_model"
@@ -67,8 +68,8 @@ def write_sharded(
         weight_map = {name: final.name for final, shard in zip(finals, shards, strict=True) for name, *_ in shard}
         total = sum(_num_bytes(source) for source in sources)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_durably(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
-    _fsync_directory(folder)
+        write_json(folder / f"{stem}.safetensors.index.json", index)
+    fsync_dir(folder)
     verify(folder, [(name, shape, dtype) for name, shape, dtype, _ in sources])
     return finals
 
@@ -165,20 +166,3 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     if tensor.dtype.itemsize == 1:  # float8 has no isfinite kernel
         tensor = tensor.float()
     return bool(torch.isfinite(tensor).all())
-
-
-def _write_durably(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-
-
-def _fsync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

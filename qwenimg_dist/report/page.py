@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from qwenimg_dist.data.facets import temporary_name
+from qwenimg_dist.files import temporary_name
 from qwenimg_dist.report.table import Table
 
 _ASSETS: Final = Path(__file__).resolve().parent / "assets"

@@ -1,4 +1,4 @@
-"""The whole chain as a user runs it, with few steps: folder -> shards -> two ZeRO-3 ranks -> export -> grids -> report."""
+"""The whole chain as a user runs it, with few steps: folder -> shards -> two ranks -> export -> grids -> report."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_stock_webdataset_reads_every_tar(demo: Path) -> None:
 
 def test_the_logs_name_every_step_once_and_every_key_is_a_kept_row(demo: Path) -> None:
     samples = lines(demo / "run" / "samples.jsonl")
-    assert [entry["step"] for entry in samples] == list(range(STEPS))
+    assert [entry["step"] for entry in samples] == list(range(1, STEPS + 1))
     rows = Dataset.open(demo / "data").read_unit(ROWS, 0)
     assert rows is not None
     kept = set(rows.filter(pc.equal(rows["status"], "kept"))["key"].to_pylist())

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from qwenimg_dist.data.catalog import RunFacets
-from qwenimg_dist.data.facets import Dataset, write_json
+from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.data.shards import RawTensor, ShardWriter
+from qwenimg_dist.files import write_json
 from qwenimg_dist.schema import (
     DEDUP,
     DEDUP_COLUMNS,

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pytest
 from fake_dataset import FakeProducer, make_rows
 
-from qwenimg_dist.data.facets import DataError, Dataset, Part, write_json
+from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.data.shards import RawTensor, ShardWriter
+from qwenimg_dist.files import write_json
 
 HELPERS = Path(__file__).parents[2] / "helpers"
 WRITER = """
