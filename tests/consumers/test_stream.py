@@ -54,9 +54,10 @@ def check(batch: RankBatch, run: Generations, producer: FakeProducer, compute: t
     """Every tensor of a rank's batch against the fake encoders; returns (slot, weight)."""
     rows = {row.key: row for row in producer.rows}
     captions = captions_by_key(producer)
-    texts = {
-        int(text): captions[run.ledger.catalogs[0].text_keys[text].decode()] for text in np.unique(batch.batch.texts)
-    }
+    texts: dict[int, str] = {}
+    for _, where, places in run.ledger.catalogs.text_places(batch.batch.texts):
+        found = [captions[key.decode()] for key in places.keys]
+        texts.update(zip(batch.batch.texts[where].tolist(), found, strict=True))
     seen = []
     for micro in batch.micro_batches:
         size = len(micro.weights)
@@ -187,7 +188,7 @@ def test_faults_of_the_background_thread_arrive_in_their_step(tmp_path: Path) ->
 
 
 def test_a_batch_asked_for_ahead_of_its_generation_is_made_when_it_has_come(tmp_path: Path) -> None:
-    producer, run = make_run(tmp_path, follow=True, num=64)
+    producer, run = make_run(tmp_path, follow=True, num=64, dtype="float32")
     stream = Stream(run.ledger, rank=0, world=1, compute_dtype=torch.float32)
     step = 0
     while run.advance(step) == "ready":
@@ -197,8 +198,15 @@ def test_a_batch_asked_for_ahead_of_its_generation_is_made_when_it_has_come(tmp_
         stream.get(step)
     producer.add(make_rows(64, start=64, captions=2, sizes=SIZES))
     producer.produce()
-    assert run.advance(step) == "ready"
-    assert stream.get(step).batch.step == step
+    mixed = 0
+    while step < STEPS and run.advance(step) == "ready":
+        batch = stream.get(step)
+        assert batch.batch.step == step
+        check(batch, run, producer, torch.float32)
+        # What the first generation left over shares a batch with rows of the second one's catalog.
+        mixed += len(np.unique(batch.batch.rows < run.ledger.catalogs.row_base(1))) == 2
+        step += 1
+    assert mixed
     stream.close()
 
 
