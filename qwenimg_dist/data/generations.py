@@ -14,59 +14,27 @@ overwritten. Refused: pinned files that are gone or have other content, and line
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from qwenimg_dist.data.catalog import Catalog, CatalogFolder, Catalogs, RunFacets
 from qwenimg_dist.data.catalog_build import PARTS, build_catalog
 from qwenimg_dist.data.facets import DataError, Dataset
+from qwenimg_dist.data.generation_log import FILE, Generation, append_line, read_lines
 from qwenimg_dist.data.held_out import HeldOutBucket, held_out_set, held_out_threshold
 from qwenimg_dist.data.ledger import Ledger
 from qwenimg_dist.data.order import Segment, Selection
 from qwenimg_dist.data.phases import PlannedPhase, phase_at
 from qwenimg_dist.data.pins import UnitPins, check_pins, pin_from_json, pin_unit, ready_units, why_not_ready
 from qwenimg_dist.data.where import compile_where
-from qwenimg_dist.debug import fault_point
-from qwenimg_dist.files import fsync_dir
 
-FILE: Final = "generations.jsonl"
 INDEX: Final = "index"
 COMPLETE: Final = "source-complete.json"
 _VISIBLE_S: Final = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """One line of `generations.jsonl`."""
-
-    generation: int
-    phase: int | None
-    """The phase it belongs to; None serves every phase and epoch (a run without `follow`)."""
-    first_step: int
-    """The step it was made for; a record only, the order does not depend on it."""
-    epoch: int
-    first_unit: int
-    units: int
-    """It covers the units [first_unit, units)."""
-    last: bool
-    """Closes its epoch."""
-    rows_parts: dict[str, int]
-    """Unit -> number of rows parts pinned, where it is not 1."""
-    facets: dict[str, str]
-    """`text`, and each resolution, -> facet."""
-    index: str | None
-    """Folder of its catalog under `RUN/index`; several generations may share one. None: it has no units."""
-    num_rows: int
-    num_texts: int
-    digest: str
-    """sha256 over all pinned parts."""
-    held_out_below: int
-    """The run's held-out threshold, see `held_out.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +117,8 @@ class Generations:
             line = self._next(step)
             if line is None:
                 return "wait"
+            if not self.lines:
+                self._try(line)
             append_line(self.run / FILE, line)
             self.refresh()
         return "ready"
@@ -189,15 +159,31 @@ class Generations:
             )
             catalog = self._catalogs.add(folder)
         if self._ledger is None:
-            self._ledger = Ledger(
-                phases=self.config.phases,
-                seed=self.config.seed,
-                caption_dropout=self.config.caption_dropout,
-                catalogs=self._catalogs,
-                selection=Selection(where=self._where, held_out_below=line.held_out_below),
-            )
+            self._ledger = self._new_ledger(self._catalogs, line.held_out_below)
         self._ledger.append(Segment(catalog=catalog, phase=line.phase, epoch=line.epoch, last=line.last))
         self.lines.append(line)
+
+    def _new_ledger(self, catalogs: Catalogs, held_out_below: int) -> Ledger:
+        return Ledger(
+            phases=self.config.phases,
+            seed=self.config.seed,
+            caption_dropout=self.config.caption_dropout,
+            catalogs=catalogs,
+            selection=Selection(where=self._where, held_out_below=held_out_below),
+        )
+
+    def _try(self, line: Generation) -> None:
+        """Refuse, before anything is recorded, a `where` that names no column, and a phase without a single row
+        (which would otherwise be noticed hours later, when the phase begins)."""
+        assert line.index is not None
+        catalogs = Catalogs(self.dataset.root)
+        folder = self.run / INDEX / line.index
+        catalogs.add(CatalogFolder(folder=folder, num_rows=line.num_rows, num_texts=line.num_texts))
+        ledger = self._new_ledger(catalogs, line.held_out_below)
+        for phase in self.config.phases:
+            ledger.append(Segment(catalog=0, phase=phase.index, epoch=0, last=True))
+        if line.phase is None:
+            ledger.check()
 
     def _next(self, step: int) -> Generation | None:
         """The generation that a step needs; None if there is nothing new to make it of."""
@@ -318,39 +304,6 @@ def source_complete(dataset: Dataset) -> int | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{dataset.root / COMPLETE} is damaged ({error}): run `qwenimg-dist produce` again") from error
-
-
-def read_lines(file: Path) -> tuple[list[Generation], int]:
-    """All whole lines, and the number of bytes they take. A last line without newline is ignored."""
-    try:
-        raw = file.read_bytes()
-    except FileNotFoundError:
-        return [], 0
-    whole = raw[: raw.rfind(b"\n") + 1]
-    lines = []
-    for number, text in enumerate(whole.splitlines()):
-        try:
-            line = Generation(**json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{file} line {number + 1} is damaged ({error}): restore it, or start a new run") from error
-        if line.generation != number:
-            raise DataError(f"{file} line {number + 1} has generation {line.generation}: restore the file")
-        lines.append(line)
-    return lines, len(whole)
-
-
-def append_line(file: Path, line: Generation) -> None:
-    """Append durably, over a torn line if there is one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _, end = read_lines(file)
-    fault_point("generation_write")
-    with open(file, "r+b" if file.exists() else "xb") as sink:
-        sink.truncate(end)
-        sink.seek(end)
-        sink.write(json.dumps(asdict(line), sort_keys=True).encode() + b"\n")
-        sink.flush()
-        os.fsync(sink.fileno())
-    fsync_dir(file.parent)
 
 
 def _facets_json(facets: RunFacets) -> dict[str, Any]:

@@ -135,6 +135,13 @@ class Ledger:
                 weights=weights,
             )
 
+    def check(self) -> None:
+        """Raise `DataError` for the first stream that has steps but no rows."""
+        with self._lock:
+            for stream in self._streams.values():
+                if stream.num_batches == 0 and stream.phase.last_step > stream.phase.first_step:
+                    raise DataError(stream.why_exhausted())
+
     def batches_per_epoch(self, phase: int, resolution: int) -> int:
         """Batches of a stream's first epoch, as far as it is known."""
         with self._lock:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from qwenimg_dist.data.facets import DataError, Dataset
-from qwenimg_dist.data.generations import FILE, Generations, LedgerConfig, read_lines
+from qwenimg_dist.data.generation_log import FILE, read_lines
+from qwenimg_dist.data.generations import Generations, LedgerConfig
 from qwenimg_dist.data.held_out import held_out_threshold
 from qwenimg_dist.data.ledger import GlobalBatch
 from qwenimg_dist.data.phases import PlannedPhase
@@ -261,14 +263,38 @@ def test_a_missing_resolution_and_an_empty_data_set_are_named(tmp_path: Path) ->
         run.advance(0)
 
 
-def test_a_stream_without_rows_ends_the_run_instead_of_waiting_for_ever(tmp_path: Path) -> None:
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_stream_without_rows_ends_the_run_instead_of_waiting_for_ever(tmp_path: Path, follow: bool) -> None:
     producer = FakeProducer(tmp_path / "data", unit_size=4)
     producer.add(make_rows(4, sizes=((16, 16),)))
     producer.produce(complete=True)
-    for follow in (False, True):
-        run = open_run(tmp_path / f"run-{follow}", producer, make_config(), follow=follow)
-        with pytest.raises(DataError, match="nothing to train on: 4 rows were kept, 0 of them have latents"):
-            run.advance(0)
+    run = open_run(tmp_path / "run", producer, make_config(), follow=follow)
+    with pytest.raises(DataError, match="nothing to train on: 4 rows were kept, 0 of them have latents"):
+        run.advance(0)
+
+
+def test_a_later_phase_without_rows_is_refused_at_the_start(tmp_path: Path) -> None:
+    producer = FakeProducer(tmp_path / "data", unit_size=4)
+    producer.add(make_rows(8))
+    producer.produce()
+    config = make_config(phases=2)
+    late = replace(config, phases=(config.phases[0], replace(config.phases[1], where="width > 1000")))
+    run = open_run(tmp_path / "run", producer, late, follow=False)
+    with pytest.raises(DataError, match=r"phase 1 at 32 px has nothing to train on.*width > 1000"):
+        run.advance(0)
+    assert not (tmp_path / "run" / FILE).exists()
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_an_unknown_column_is_refused_before_anything_is_recorded(tmp_path: Path, follow: bool) -> None:
+    producer = FakeProducer(tmp_path / "data", unit_size=4)
+    producer.add(make_rows(8))
+    producer.produce()
+    config = replace(make_config(), where="widht > 3")
+    run = open_run(tmp_path / "run", producer, config, follow=follow)
+    with pytest.raises(ValueError, match="no column 'widht', did you mean 'width'"):
+        run.advance(0)
+    assert not (tmp_path / "run" / FILE).exists()
 
 
 def test_units_behind_a_gap_are_not_ready(tmp_path: Path) -> None:

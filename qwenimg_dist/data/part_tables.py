@@ -1,0 +1,152 @@
+"""Tables of all pinned parts of a facet, one below the other, and checked column access.
+
+Place in the flow: `catalog_build.py` compiles these. Each part is read once, for its digest and its columns; columns
+leave as numpy arrays. Refuses tensors of mixed types, of a shape their bytes do not fit, or outside their tar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from qwenimg_dist.data.catalog import ITEM_BYTES, Ints
+from qwenimg_dist.data.facets import DataError, Dataset, Part
+from qwenimg_dist.data.pins import Pin, UnitPins, parallel, read_part_bytes
+from qwenimg_dist.schema import LISTING, ROWS, SCAN
+
+_PLACE: Final = ("tar", "offset", "nbytes", "dtype", "shape")
+_COLUMNS: Final = {
+    LISTING: ("row", "captions"),
+    SCAN: ("row", "bytes", "format"),
+    ROWS: ("row", "key", "status", "width", "height"),
+}
+_TEXT_COLUMNS: Final = ("key", "num_tokens", *_PLACE)
+_LATENTS_COLUMNS: Final = ("row", "key", "bucket_height", "bucket_width", *_PLACE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FacetTable:
+    """All pinned parts of one facet, one below the other, with `unit` beside each row."""
+
+    name: str
+    table: pa.Table
+    pins: list[Pin]
+    tars: dict[str, int]
+    """Name -> size in bytes, of the committed tars."""
+
+
+def load_facets(dataset: Dataset, units: Sequence[UnitPins]) -> dict[str, FacetTable]:
+    """Read every pinned part once: bytes for the digest, then columns."""
+    parts = [part for unit in units for part in unit.parts()]
+    read = parallel(lambda part: _read(dataset, part), parts)
+    loaded: dict[str, FacetTable] = {}
+    for facet in sorted({part.facet for part in parts}):
+        mine = [(part, result) for part, result in zip(parts, read, strict=True) if part.facet == facet]
+        tars = {tar["name"]: int(tar["size_bytes"]) for _, (_, meta, _) in mine for tar in meta.get("tars", [])}
+        loaded[facet] = FacetTable(
+            name=facet,
+            table=pa.concat_tables([table for _, (_, _, table) in mine], promote_options="default").combine_chunks(),
+            pins=[Pin(part=part, sha256=sha256) for part, (sha256, _, _) in mine],
+            tars=tars,
+        )
+    return loaded
+
+
+def _read(dataset: Dataset, part: Part) -> tuple[str, dict[str, Any], pa.Table]:
+    raw = read_part_bytes(dataset, part)
+    file = dataset.parquet(part)
+    try:
+        # One thread per file: the files themselves are read side by side.
+        parquet = pq.ParquetFile(pa.BufferReader(raw))
+        table = parquet.read(columns=_wanted(part.facet, parquet.schema_arrow.names), use_threads=False)
+        meta = json.loads((parquet.schema_arrow.metadata or {})[b"qwenimg_dist"])
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise DataError(f"{file} cannot be read ({error}): restore it, `data verify` lists all") from error
+    table = table.replace_schema_metadata(None)
+    table = table.append_column("unit", pa.array(np.full(len(table), part.unit, dtype=np.int32)))
+    return hashlib.sha256(raw).hexdigest(), meta, table
+
+
+def _wanted(facet: str, names: Sequence[str]) -> list[str]:
+    if facet == ROWS:
+        return [*_COLUMNS[ROWS], *sorted(name for name in names if name.startswith("score_"))]
+    if facet in _COLUMNS:
+        return list(_COLUMNS[facet])
+    return list(_TEXT_COLUMNS if facet.startswith("text-") else _LATENTS_COLUMNS)
+
+
+def newest(table: pa.Table) -> pa.Table:
+    """One row per listing number, ascending; a later part supersedes an earlier one."""
+    numbers = to_array(table["row"], np.int64)
+    _, from_end = np.unique(numbers[::-1], return_index=True)
+    return table.take(pa.array(len(numbers) - 1 - from_end))
+
+
+def match_rows(facet: str, table: pa.Table, rows: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Where each of `rows` stands in a table made by `newest`, and whether it is there."""
+    there = to_array(table["row"], np.int64)
+    at = np.searchsorted(there, rows)
+    found = np.zeros(len(rows), dtype=np.bool_)
+    inside = at < len(there)
+    found[inside] = there[at[inside]] == rows[inside]
+    return at, found
+
+
+def shapes_of(facet: FacetTable, *, dims: int) -> Ints:
+    """(rows, dims) shapes of the tensors."""
+    column = facet.table["shape"].combine_chunks()
+    require(facet, to_array(pc.list_value_length(column), np.int64) == dims, f"a tensor has not {dims} dimensions")
+    return to_array(pc.list_flatten(column), np.int64).reshape(-1, dims)
+
+
+def one_dtype(facet: FacetTable) -> str:
+    found = pc.unique(facet.table["dtype"]).to_pylist()
+    if len(found) > 1 or (found and found[0] not in ITEM_BYTES):
+        raise DataError(f"{facet.name} has tensors of type {', '.join(found)}; one of {', '.join(ITEM_BYTES)} is read")
+    return str(found[0]) if found else "bfloat16"
+
+
+def check_places(facet: FacetTable, shapes: Ints, dtype: str) -> None:
+    """Every tensor has the bytes its shape needs and lies inside its tar."""
+    nbytes, offset = to_array(facet.table["nbytes"], np.int64), to_array(facet.table["offset"], np.int64)
+    require(facet, nbytes == shapes.prod(axis=1) * ITEM_BYTES[dtype], "nbytes is not what the shape needs")
+    names = pa.array(list(facet.tars), pa.string())
+    number = pc.index_in(facet.table["tar"], names)
+    require(facet, ~to_array(pc.is_null(number), np.bool_), "its tar is not among the tars committed with the part")
+    sizes = np.array([*facet.tars.values(), 0], dtype=np.int64)[to_array(number, np.int64, missing=-1)]
+    require(facet, (offset >= 0) & (offset + nbytes <= sizes), "it lies outside its tar")
+
+
+def require(facet: FacetTable, holds: npt.NDArray[np.bool_], what: str) -> None:
+    if not holds.all():
+        row = int(np.flatnonzero(~holds)[0])
+        key, unit = facet.table["key"][row].as_py(), facet.table["unit"][row].as_py()
+        raise DataError(f"{facet.name}, unit {unit}, key {key}: {what}; check it with `qwenimg-dist data verify`")
+
+
+def tar_numbers(table: pa.Table, numbers: dict[str, int]) -> npt.NDArray[np.int32]:
+    index = pc.index_in(table["tar"], pa.array(list(numbers), pa.string()))
+    array: npt.NDArray[np.int32] = np.array([*numbers.values(), -1], dtype=np.int32)
+    numbered: npt.NDArray[np.int32] = array[to_array(index, np.int64, missing=-1)]
+    return numbered
+
+
+def to_array(column: Any, kind: Any, *, missing: Any = None) -> npt.NDArray[Any]:
+    if missing is not None and column.null_count:
+        column = pc.fill_null(column, missing)
+    return np.asarray(
+        column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
+    ).astype(kind, copy=False)
+
+
+def to_strings(column: Any) -> npt.NDArray[np.bytes_]:
+    return np.array(column.to_pylist(), dtype=np.bytes_) if len(column) else np.zeros(0, dtype="S20")
