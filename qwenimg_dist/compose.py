@@ -108,13 +108,15 @@ def _missing_group(error: MissingConfigException) -> str:
 
 def _composition_hint(error: Exception, overrides: Sequence[str]) -> str:
     """Hydra's own first line, and a hint for the first override whose key is unknown."""
-    known = [*_model_keys(Config), *known_keys_of_groups(), *groups()]
     message = str(error).splitlines()[0]
+    if not overrides:
+        return message  # the shipped files themselves do not compose
+    known = [*_model_keys(Config), *known_keys_of_groups(), *groups(), *flatten(compose_tree([]))]
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~").partition("@")[0]
         if "=" not in override and not override.startswith("~"):
             return f"override {override!r} is not of the form key=value"
-        if key not in known and not override.startswith("+"):
+        if not override.startswith("+") and not any(name == key or name.startswith(f"{key}.") for name in known):
             return f"unknown override {key!r}{did_you_mean(key, known)}"
     cause = f": {error.__cause__}".splitlines()[0] if error.__cause__ else ""
     return message + cause

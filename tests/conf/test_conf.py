@@ -56,6 +56,7 @@ def test_the_config_is_frozen_and_round_trips() -> None:
         (["train.steps=-1"], "greater than 0"),
         (["filters.resolution.min_sid=3"], "did you mean 'filters.resolution.min_side'"),
         (["foo"], "key=value"),
+        (["curriculum.phases.low.setps=3"], "did you mean 'curriculum.phases.low.steps'"),
         (["curriculum.phases.low.steps=5"], "every phase a `share`, or .* every phase `steps`"),
     ],
 )
@@ -84,7 +85,8 @@ def test_the_checkout_wins_over_a_packaged_copy() -> None:
 
 
 def test_phases_can_be_overridden_by_name_dropped_and_listed() -> None:
-    named = load_config(["curriculum.phases.low.global_batch=8", "~curriculum.phases.high"]).curriculum.phases
-    assert [(phase.name, phase.global_batch) for phase in named] == [("low", 8)]
+    overrides = ["curriculum.phases.low.resolutions.64=0.5", "+curriculum.phases.low.resolutions.128=0.5"]
+    named = load_config([*overrides, "~curriculum.phases.high"]).curriculum.phases
+    assert [(phase.name, phase.resolutions) for phase in named] == [("low", {64: 0.5, 128: 0.5})]
     listed = "+curriculum.phases=[{resolutions:{64:1},steps:5,global_batch:1,micro_batch_tokens:1}]"
     assert load_config(["~curriculum.phases", listed]).curriculum.phases[0].steps == 5
