@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,14 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Seat:
+    """Where an actor runs."""
+
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Failure:
     kind: FailureKind
     message: str
@@ -71,9 +80,9 @@ class UnitActor:
         self._plan = make_plan(self._config, text_facet=job.text_facet, latents_facets=job.latents_facets)
         self._encoders: Encoders | None = None
 
-    def ready(self) -> bool:
+    def ready(self) -> Seat:
         """Answers once the actor is placed and made."""
-        return True
+        return Seat(host=socket.gethostname(), pid=os.getpid())
 
     def run(self, task: Task) -> Reply:
         """Do the task. Never raises for what the task meets."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from producers import fence
 from producers.dedup import DigestIndex, load_index, settle_unit
 from producers.listing import ListingChange, sync_listing
 from producers.plan import Plan
@@ -143,6 +144,8 @@ class Driver:
             write_json(self.dataset.root / COMPLETE_FILE, content)
 
     def _unmark_complete(self) -> None:
+        """Before anything is written."""
+        fence.mark(self.dataset.root)
         (self.dataset.root / COMPLETE_FILE).unlink(missing_ok=True)
         fsync_dir(self.dataset.root)
 

@@ -2,7 +2,8 @@
 
 A driver that is killed leaves its workers alive for a moment. They may still commit a part whose tars the next driver
 has just removed as strays. So each worker holds a shared lock for as long as it lives, and strays are removed only when
-nobody holds it. The operating system drops the lock with the process.
+nobody holds it. The operating system drops the lock with the process. A mark says whether there can be strays at all,
+so that a start does not read a large data set for nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final
 
-from qwenimg_dist.data.facets import DataError
+from qwenimg_dist.data.facets import DataError, Dataset
 
 _POLL_S: Final = 0.1
+_MARK: Final = ".writing"
 
 
 def enter(root: Path) -> IO[str]:
@@ -43,3 +45,16 @@ def alone(root: Path, *, timeout_s: float) -> Iterator[None]:
                     ) from error
                 time.sleep(_POLL_S)
         yield
+
+
+def mark(root: Path) -> None:
+    """Say that workers begin to write."""
+    (root / _MARK).touch()
+
+
+def sweep(dataset: Dataset, *, timeout_s: float) -> None:
+    """Remove what killed workers left, once they are gone. Raises `DataError` if they stay."""
+    if (dataset.root / _MARK).exists():
+        with alone(dataset.root, timeout_s=timeout_s):
+            dataset.clean()
+            (dataset.root / _MARK).unlink(missing_ok=True)

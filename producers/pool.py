@@ -14,6 +14,8 @@ import contextlib
 import logging
 import math
 import os
+import signal
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -21,9 +23,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import ray
-from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayActorError, RayError
 
-from producers.actor import Job, Reply, UnitActor
+from producers.actor import Job, Reply, Seat, UnitActor
 from producers.workers import Outcome, ProduceError, Task
 from qwenimg_dist.config import ClusterConfig
 
@@ -67,6 +69,8 @@ class _Slot:
     """The reference waited for: of `ready()` or of a task; None when idle."""
     task: Task | None = None
     since: float = 0.0
+    seat: Seat | None = None
+    """Known once the actor is ready."""
 
     @property
     def idle(self) -> bool:
@@ -113,8 +117,7 @@ class RayWorkers:
     def close(self) -> None:
         """End the actors. What they have not committed is done again another time."""
         for slot in self._slots:
-            with contextlib.suppress(RayError, ValueError):
-                ray.kill(slot.actor, no_restart=True)
+            _end_actor(slot)
         self._slots = []
 
     def _start(self) -> _Slot:
@@ -142,6 +145,7 @@ class RayWorkers:
         slot.pending = slot.task = None
         if task is None:
             self._deaths_at_start = 0
+            slot.seat = reply
             return None
         assert isinstance(reply, Reply)
         if reply.failure is None:
@@ -160,8 +164,7 @@ class RayWorkers:
         """Replace actors that have not answered for `cluster.unit_timeout_s`."""
         for slot in self._slots:
             if slot.task is not None and time.monotonic() - slot.since > self._cluster.unit_timeout_s:
-                with contextlib.suppress(RayError, ValueError):
-                    ray.kill(slot.actor, no_restart=True)
+                _end_actor(slot)
                 self._replace(slot, f"no answer for cluster.unit_timeout_s={self._cluster.unit_timeout_s:g} s")
 
     def _replace(self, slot: _Slot, why: str, *, at_start: bool = False) -> None:
@@ -171,7 +174,7 @@ class RayWorkers:
             if at_start or self._deaths_at_start > self._cluster.unit_retries:
                 raise ProduceError(f"a producer cannot start: {why}")
         fresh = self._start()
-        slot.actor, slot.pending, slot.task = fresh.actor, fresh.pending, None
+        slot.actor, slot.pending, slot.task, slot.seat = fresh.actor, fresh.pending, None, None
         if task is not None:
             self._again(task, why)
 
@@ -185,21 +188,34 @@ class RayWorkers:
         self._retry.append(task)
 
 
+def _end_actor(slot: _Slot) -> None:
+    """Ray asks the process to end itself, which a hung one does not hear; on this machine it is killed besides."""
+    with contextlib.suppress(RayError, ValueError):
+        ray.kill(slot.actor, no_restart=True)
+    if slot.seat is not None and slot.seat.host == socket.gethostname():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(slot.seat.pid, signal.SIGKILL)
+
+
 def why_died(error: RayError) -> str:
-    """What Ray tells about the end of an actor. It calls OOM kills, SIGKILL and SIGSEGV alike "died unexpectedly", and
-    only the words after it tell them apart."""
-    text = str(error)
-    if isinstance(error, OutOfMemoryError) or "memory usage" in text or "OOM" in text:
-        cause = "the producer ran out of memory (ended by Ray or the kernel): lower encode.image_batch_pixels"
-    elif "SIGSEGV" in text or "exit code 139" in text:
-        cause = "the producer crashed in native code (SIGSEGV)"
+    """What Ray tells about the end of an actor, as far as it tells.
+
+    Its own message for any process that is suddenly gone lists OOM, `ray stop` and SIGSEGV as possible causes: that list
+    is cut off, since it says nothing about this case. A kernel OOM kill and another SIGKILL look alike to Ray.
+    """
+    text = " ".join(str(error).split())
+    for guesses in ("Some common causes include", "There are some potential root causes"):
+        text = text.partition(guesses)[0]
+    if isinstance(error, OutOfMemoryError) or "running low on memory" in text:
+        cause = "Ray ended the producer because its machine ran out of memory: lower encode.image_batch_pixels"
     elif isinstance(error, ActorDiedError) and error.preempted:
         cause = "its machine was taken away"
-    elif "node" in text.lower() and "died" in text.lower() and "node_ip" not in text:
+    elif isinstance(error, ActorDiedError) and error.actor_init_failed:
+        cause = "its start failed"
+    elif "node died" in text or "node has died" in text or isinstance(error, NodeDiedError):
         cause = "its machine died or lost contact"
     elif isinstance(error, RayActorError):
-        cause = "the producer was killed or crashed"
+        cause = "the producer was killed (SIGKILL, or the kernel for lack of memory) or crashed in native code"
     else:
         cause = "Ray could not run it"
-    detail = " ".join(text.split())
-    return f"{cause} [{detail[:400]}]"
+    return f"{cause} [{text[:400]}]"

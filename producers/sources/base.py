@@ -7,7 +7,9 @@ guess: a source that gives nothing usable raises ValueError before anything is w
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -93,6 +95,8 @@ def read_bytes(root: str, uri: str) -> bytes:
         with fsspec.open(place, "rb") as remote:
             return bytes(remote.read())
     try:
+        if not stat.S_ISREG(os.stat(place).st_mode):  # reading a pipe or a device would never end
+            raise OSError(errno.EINVAL, "not a regular file", place)
         with open(place, "rb") as file:
             return file.read()
     except FileNotFoundError:

@@ -57,8 +57,8 @@ def run(args: list[str]) -> int:
     console = Console(soft_wrap=True)
     with ExitStack() as stack:
         stack.enter_context(dataset.lock())
-        _clean(dataset)
-        stack.callback(_clean_up, dataset)  # runs after the workers' end
+        fence.sweep(dataset, timeout_s=_WORKERS_GONE_S)
+        stack.callback(_sweep_after, dataset)  # runs after the workers' end
         progress = stack.enter_context(ProduceProgress(console))
         stop = threading.Event()
 
@@ -151,17 +151,10 @@ def _job(config: Config, pipeline_dir: Path, plan: Plan, source: Source) -> Job:
     )
 
 
-def _clean(dataset: Dataset) -> None:
-    """Remove what a killed `produce` left, once its workers are gone. Raises `DataError` if they stay."""
-    if dataset.strays():
-        with fence.alone(dataset.root, timeout_s=_WORKERS_GONE_S):
-            dataset.clean()
-
-
-def _clean_up(dataset: Dataset) -> None:
-    """The same at the end, where it may be left to the next run: nothing is wrong with a stray."""
+def _sweep_after(dataset: Dataset) -> None:
+    """What cannot be removed now is left to the next run: nothing is wrong with a stray."""
     with suppress(DataError, OSError):
-        _clean(dataset)
+        fence.sweep(dataset, timeout_s=_WORKERS_GONE_S)
 
 
 @contextmanager

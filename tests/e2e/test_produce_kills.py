@@ -1,8 +1,9 @@
-"""`produce` is killed with SIGKILL, some of the times inside a tar write, and started again with the same command: rows,
+"""`produce` is killed with SIGKILL, some of the times inside a tar write, and the same command is run again: rows,
 decisions, keys and tensors are those of an undisturbed run, and stock webdataset reads every tar."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import webdataset
 from photo_folder import photo
@@ -28,19 +30,20 @@ from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
 from qwenimg_dist.models.tiny import tiny_pipeline_dir
 from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN
 
-PICTURES = 30
+
+def write_source(root: Path, num_pictures: int, num_different: int) -> Path:
+    root.mkdir(parents=True)
+    for number in range(num_pictures):
+        file = root / f"{number:03d}.png"
+        photo(number % num_different, 70 + 5 * (number % 5), 80).save(file)
+        file.with_suffix(".txt").write_text(f"picture {number % 9}, seen from {'far ' * (number % 4)}away")
+    (root / "010.png").write_bytes((root / "010.png").read_bytes()[:-500])
+    return root
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("kills") / "source"
-    root.mkdir()
-    for number in range(PICTURES):
-        file = root / f"{number:03d}.png"
-        photo(number % 25, 70 + 5 * (number % 5), 80).save(file)
-        file.with_suffix(".txt").write_text(f"picture {number % 9}, seen from {'far ' * (number % 4)}away")
-    (root / "010.png").write_bytes((root / "010.png").read_bytes()[:-500])
-    return root
+    return write_source(tmp_path_factory.mktemp("kills") / "source", 30, 25)
 
 
 def words(source: Path, data: Path) -> list[str]:
@@ -56,15 +59,19 @@ def words(source: Path, data: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(source: Path) -> Dataset:
+    return produce_quietly(source, source.parent / "undisturbed")
+
+
+def produce_quietly(source: Path, data: Path) -> Dataset:
     """By the same driver and encoders, in this process and without Ray."""
-    config = load_config(words(source, source.parent / "undisturbed"))
+    config = load_config(words(source, data))
     pipeline = tiny_pipeline_dir()
     plan = make_plan(
         config,
         text_facet=text_facet_name(pipeline, config),
         latents_facets=latents_facet_names(pipeline, config),
     )
-    dataset = Dataset.create(source.parent / "undisturbed", 5)
+    dataset = Dataset.create(data, 5)
     opened, encoders = open_source(config.source), PipelineEncoders.load(pipeline, config)
     workers = InlineWorkers(dataset, plan, opened.root, encoders)
     driver = Driver(dataset=dataset, plan=plan, root=opened.root, make_workers=lambda: workers)
@@ -105,7 +112,7 @@ def end(process: object) -> bool:
 def assert_as_undisturbed(dataset: Dataset, calm: Dataset) -> None:
     for facet in (LISTING, SCAN, DEDUP, ROWS):
         assert rows_of(dataset, facet) == rows_of(calm, facet)
-    assert sum(entry["duplicate_of"] != KEPT for entry in rows_of(calm, DEDUP).values()) == 4
+    assert sum(entry["duplicate_of"] != KEPT for entry in rows_of(calm, DEDUP).values()) == 5
     assert {entry["reason"] for entry in rows_of(calm, ROWS).values()} == {"", "duplicate", "truncated"}
     assert not dataset.strays()
     for facet in calm.facets():
@@ -142,8 +149,9 @@ def test_two_kills_and_a_worker_that_dies_leave_no_trace(source: Path, undisturb
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_ten_kills(source: Path, undisturbed: Dataset, tmp_path: Path) -> None:
-    command, data = words(source, tmp_path / "data"), tmp_path / "data"
+def test_ten_kills(tmp_path: Path) -> None:
+    source, data = write_source(tmp_path / "source", 300, 295), tmp_path / "data"
+    command = words(source, data)
     choose = random.Random(0)
     kills = in_tar = 0
     while kills < 10:
@@ -157,7 +165,7 @@ def test_ten_kills(source: Path, undisturbed: Dataset, tmp_path: Path) -> None:
     assert in_tar >= 3
     done = produce(*command)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert_as_undisturbed(Dataset.open(data), undisturbed)
+    assert_as_undisturbed(Dataset.open(data), produce_quietly(source, tmp_path / "undisturbed"))
 
 
 @pytest.mark.slow
@@ -170,3 +178,32 @@ def test_a_unit_that_always_dies_is_named(source: Path, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "unit 0: encode failed 1 times" in done.stderr
     assert "killed" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_replaced(source: Path, undisturbed: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "faults").mkdir()
+    command = [*words(source, tmp_path / "data")[:-1], "cluster.producers=1", "cluster.unit_timeout_s=40"]
+    process = start(*command, fault_dir=tmp_path / "faults")
+    stopped = None
+    while stopped is None and process.poll() is None:
+        time.sleep(0.05)
+        if (tmp_path / "data" / ROWS).exists():
+            stopped = next(iter(workers_with(tmp_path / "faults")), None)
+    assert stopped is not None
+    stopped.suspend()
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, out + err
+    assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
+    assert_as_undisturbed(Dataset.open(tmp_path / "data"), undisturbed)
+
+
+def workers_with(fault_dir: Path) -> list[psutil.Process]:
+    """Producer processes of the run with this variable; others may run on this machine."""
+    found = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            ours = process.environ().get("QWENIMG_DIST_FAULT_DIR") == str(fault_dir)
+            if ours and "ray::UnitActor" in " ".join(process.info["cmdline"] or []):
+                found.append(process)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import struct
 import zlib
 from typing import Any
@@ -182,7 +183,9 @@ def test_truncation_is_only_seen_by_the_decode(tmp_path: Any) -> None:
     assert scan_row(str(tmp_path), 1, "gone.jpg", None)["fault"] == "missing_file"
     assert scan_row(str(tmp_path), 2, "a\0b.jpg", None)["fault"] == "missing_file"
     (tmp_path / "folder.jpg").mkdir()
-    assert scan_row(str(tmp_path), 3, "folder.jpg", None)["fault"] == "unreadable"
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name in ("folder.jpg", "pipe.jpg", "/dev/zero"):
+        assert scan_row(str(tmp_path), 3, name, None)["fault"] == "unreadable"
 
 
 def test_the_limit_is_what_the_filters_default_to() -> None:
