@@ -42,7 +42,7 @@ test-all: lint
 	$(BIN)/python -m pytest -m "not gpu and not bench"
 
 bench: install
-	$(BIN)/python -m tests.bench
+	$(BIN)/python tests/bench/all.py --quick
 
 clean:
 	rm -rf .venv demo runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

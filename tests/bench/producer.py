@@ -1,0 +1,265 @@
+"""The unit pipeline against a bare loop that does the same operations, images/s, and what Ray adds per sample.
+
+Pictures are JPEG files of mixed aspect with distinct captions; each goes to 64 and 128 px through the tiny VAE, each
+caption through the tiny text encoder. All variants work through the same pictures of a round, one thread each:
+
+    bare      open, convert, resize, crop, the same VAE batches, the same text encoder, safetensors into two tars and
+              one for text; no hash, no scores, no index, no fsync: what a script would do
+    inline    listing, scan, dedup, filters, decode recipe, encode, shards, parquet, commits, in this process
+    ray       the same units on one Ray actor, driven from here as `produce` does; its start is not counted
+
+Ray's share is also measured by itself: the round trip of one control message, of which a unit costs two.
+
+    python tests/bench/producer.py [--quick] [--repeats 5] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import statistics
+import sys
+import tarfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from harness import Figures, Report, interleaved, num_repeats, parser, scratch, timed
+from PIL import Image
+from safetensors.torch import save as save_safetensors
+
+from producers.actor import Job
+from producers.driver import Driver, Pending
+from producers.encode import PipelineEncoders
+from producers.plan import Plan, make_plan
+from producers.pool import RayWorkers, ray_session
+from producers.sources import open_source
+from producers.workers import InlineWorkers, Workers
+from qwenimg_dist.compose import load_config
+from qwenimg_dist.config import Config
+from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
+from qwenimg_dist.models.pipeline import pipeline_dir
+from qwenimg_dist.models.text_encoder import TextEncoder
+from qwenimg_dist.models.vae import LatentCodec
+
+UNIT: Final = 32
+SIZES: Final = ((800, 600), (600, 800), (700, 700), (960, 540))
+"""(width, height) of the source pictures."""
+MESSAGES_PER_UNIT: Final = 2
+"""Scan and encode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """The pictures of one round, the same for all variants: whole units, in listing order."""
+
+    units: range
+    files: list[Path]
+    captions: list[str]
+
+
+def write_source(folder: Path, num: int) -> None:
+    """Pictures with the statistics of photos (smooth areas, edges, some grain), and a metadata.jsonl."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    lines = []
+    for index in range(num):
+        width, height = SIZES[index % len(SIZES)]
+        coarse = random.integers(0, 256, (6, 8, 3)).astype(np.uint8)
+        smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+        grain = random.normal(0, 6, (height, width, 1))
+        pixels = np.clip(smooth + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:05d}.jpg", quality=90)
+        words = " ".join(random.choice(["red", "green", "blue", "circle", "square", "picture"], 12))
+        lines.append(f'{{"file_name": "{index:05d}.jpg", "text": "{words} {index}"}}\n')
+    (folder / "metadata.jsonl").write_text("".join(lines))
+
+
+class BareLoop:
+    """One process, one loop, nothing but the operations."""
+
+    def __init__(self, pipeline: Path, plan: Plan, out: Path) -> None:
+        self._codec = LatentCodec.load(pipeline)
+        self._text = TextEncoder.load(pipeline, dtype=torch.float32)
+        self._plan, self._out = plan, out
+        out.mkdir(parents=True)
+
+    def __call__(self, work: Round) -> None:
+        for number, begin in enumerate(range(0, len(work.files), UNIT)):
+            chunk = slice(begin, begin + UNIT)
+            self._unit(f"{work.units[number]:05d}", work.files[chunk], work.captions[chunk])
+
+    def _unit(self, name: str, files: Sequence[Path], captions: Sequence[str]) -> None:
+        batches: dict[tuple[int, Any], list[tuple[str, Any]]] = defaultdict(list)
+        for file in files:
+            image = Image.open(io.BytesIO(file.read_bytes())).convert("RGB")
+            for resolution, placed in self._plan.placements(image.height, image.width).items():
+                resized = image.resize(placed.resized[::-1], Image.Resampling.LANCZOS)
+                top, left = placed.crop
+                box = (left, top, left + placed.bucket.width, top + placed.bucket.height)
+                batches[resolution, placed.bucket].append((file.stem, np.asarray(resized.crop(box))))
+        with ExitStack() as stack:
+            tars = {
+                r: stack.enter_context(tarfile.open(self._out / f"{name}-{r}.tar", "w"))
+                for r in self._plan.latents_facets
+            }
+            for (resolution, _), batch in batches.items():
+                pixels = torch.from_numpy(np.stack([array for _, array in batch])).permute(0, 3, 1, 2)
+                mean, _ = self._codec.encode(pixels.float() / 127.5 - 1)
+                for (stem, _), one in zip(batch, mean.to(torch.bfloat16), strict=True):
+                    _add(tars[resolution], f"{stem}.safetensors", save_safetensors({"mean": one.contiguous()}))
+        with tarfile.open(self._out / f"{name}-text.tar", "w") as tar:
+            for index, features in enumerate(self._text.encode(list(captions))):
+                data = save_safetensors({"features": features.to(torch.bfloat16).contiguous()})
+                _add(tar, f"{index:05d}.safetensors", data)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+class Pipeline:
+    """The units of a round through a `Driver`; scan and dedup are among the work."""
+
+    def __init__(self, root: Path, plan: Plan, config: Config, make: Callable[[Dataset], Workers]) -> None:
+        self.dataset = Dataset.create(root, UNIT)
+        source = open_source(config.source)
+        self.workers = make(self.dataset)
+        self._driver = Driver(dataset=self.dataset, plan=plan, root=source.root, make_workers=lambda: self.workers)
+        self._num_rows = self._driver.list_source(source.find()).num_rows
+
+    def __call__(self, work: Round) -> None:
+        if not self._driver.produce([Pending(unit=unit) for unit in work.units], self._num_rows):
+            raise RuntimeError("the driver stopped")
+
+
+def _job(config: Config, pipeline: Path, plan: Plan, data: Path) -> Job:
+    assert config.source.path is not None
+    return Job(
+        config_json=config.model_dump_json(),
+        data_path=str(data),
+        pipeline_dir=str(pipeline),
+        text_facet=plan.text_facet,
+        latents_facets=dict(plan.latents_facets),
+        root=config.source.path,
+        num_threads=1,
+    )
+
+
+def _variant(run: Callable[[Round], None], rounds: Sequence[Round]) -> Callable[[], Figures]:
+    """Each call takes the next round's pictures."""
+    left = iter(rounds)
+
+    def once() -> Figures:
+        work = next(left)
+        with timed() as clock:
+            run(work)
+        return {"images/s": len(work.files) / clock.wall_s, "ms/image": 1000 * clock.wall_s / len(work.files)}
+
+    return once
+
+
+def round_trip_ms(num: int) -> list[float]:
+    """Round trips of the smallest message to an idle actor."""
+    import ray
+
+    class Echo:
+        def ready(self) -> bool:
+            return True
+
+    echo = ray.remote(Echo).remote()
+    ray.get(echo.ready.remote())
+    found = []
+    for _ in range(num):
+        begin = time.perf_counter()
+        ray.get(echo.ready.remote())
+        found.append(1000 * (time.perf_counter() - begin))
+    ray.kill(echo)
+    return found
+
+
+def main() -> int:
+    args = parser(__doc__, repeats=5).parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    repeats, per_round = num_repeats(args), UNIT * (1 if args.quick else 4)
+    report = Report(
+        name="producer",
+        what="the unit pipeline, in process and on a Ray actor, against a bare loop of the same operations",
+        settings={"images_per_round": per_round, "unit": UNIT, "resolutions": "64+128", "model": "tiny"},
+        targets=["none yet (they come with the producers' issue)"],
+        notes=["ray: one actor; scan, dedup and encoding of neighbouring units overlap as far as there are cores"],
+    )
+    with scratch("producer") as folder:
+        write_source(folder / "pictures", per_round * (repeats + 1))
+        config = load_config(
+            [f"source.path={folder / 'pictures'}", f"data.unit_size={UNIT}", "encode.resolutions=[64,128]"]
+        )
+        pipeline = pipeline_dir(config.model)
+        plan = make_plan(
+            config, text_facet=text_facet_name(pipeline, config), latents_facets=latents_facet_names(pipeline, config)
+        )
+        found = open_source(config.source).find().rows
+        rounds = [_round(folder / "pictures", found, index, per_round) for index in range(repeats + 1)]
+        encoders = PipelineEncoders.load(pipeline, config)
+        bare = BareLoop(pipeline, plan, folder / "bare")
+
+        def inline_workers(dataset: Dataset) -> Workers:
+            assert config.source.path is not None
+            return InlineWorkers(dataset, plan, config.source.path, encoders)
+
+        inline = Pipeline(folder / "inline", plan, config, inline_workers)
+        with ray_session(config.cluster):
+            on_ray = Pipeline(
+                folder / "ray",
+                plan,
+                config,
+                lambda dataset: RayWorkers(_job(config, pipeline, plan, dataset.root), config.cluster),
+            )
+            variants = {"bare": bare, "inline": inline, "ray": on_ray}
+            results = interleaved(
+                {name: _variant(run, rounds) for name, run in variants.items()}, repeats=repeats, warmup=1
+            )
+            trips = round_trip_ms(200)
+            assert isinstance(on_ray.workers, RayWorkers)
+            on_ray.workers.close()
+    for name, figures in results.items():
+        report.add(name, figures)
+    _say_overheads(report, trips)
+    return report.finish(args)
+
+
+def _round(folder: Path, found: Sequence[Any], index: int, per_round: int) -> Round:
+    rows = found[index * per_round : (index + 1) * per_round]
+    return Round(
+        units=range(index * per_round // UNIT, (index + 1) * per_round // UNIT),
+        files=[folder / row.uri for row in rows],
+        captions=[row.captions[0] for row in rows],
+    )
+
+
+def _say_overheads(report: Report, trips: Sequence[float]) -> None:
+    report.add_ratio("inline / bare", "images/s", "inline", "bare")
+    report.add_ratio("ray / bare", "images/s", "ray", "bare")
+    report.add_ratio("ray / inline", "images/s", "ray", "inline")
+    quantiles = statistics.quantiles(trips, n=10)
+    middle = statistics.median(trips)
+    report.settings["ray_round_trip_ms"] = round(middle, 3)
+    report.notes.append(
+        f"Ray's control message: {middle:.2f} ms round trip (10th-90th percentile {quantiles[0]:.2f}-"
+        f"{quantiles[-1]:.2f}); {MESSAGES_PER_UNIT} per unit are {1000 * MESSAGES_PER_UNIT * middle / UNIT:.0f} us per "
+        f"sample at {UNIT} rows a unit, {1000 * MESSAGES_PER_UNIT * middle / 512:.1f} us at the default 512"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
