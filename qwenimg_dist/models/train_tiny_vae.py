@@ -254,12 +254,14 @@ def psnr(vae: AutoencoderKLQwenImage, pictures: UInt8Array) -> float:
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKLQwenImage, seed: int) -> tuple[list[float], list[float]]:
+def latent_statistics(
+    vae: AutoencoderKLQwenImage, seed: int, *, num_pictures: int = 288
+) -> tuple[list[float], list[float]]:
     """Per-channel mean and standard deviation (not its inverse) of the posterior mean on demo pictures."""
     latents = []
-    for side_px, num_pictures in ((64, 288), (128, 72)):
-        pictures = demo_pictures(num_pictures, side_px, seed)
-        for i in range(0, num_pictures, 16):
+    for side_px, count in ((64, num_pictures), (128, math.ceil(num_pictures / 4))):  # as many pixels of each
+        pictures = demo_pictures(count, side_px, seed)
+        for i in range(0, count, 16):
             z_BC1HW = vae.encode(to_pixels(pictures[i : i + 16])).latent_dist.mode()
             latents.append(z_BC1HW.transpose(0, 1).flatten(1))
     z_CN = torch.cat(latents, dim=1)
@@ -284,10 +286,13 @@ def main(arguments: list[str] | None = None) -> None:
         seed=options.seed,
     )
     vae = train(config)
-    mean, std = latent_statistics(vae, config.seed + 3)
+    mean, std = latent_statistics(vae, config.seed + 3, num_pictures=min(288, config.num_pictures))
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(options.out)
-    report = {f"psnr_db_{side}": round(psnr(vae, demo_pictures(72, side, config.seed + 4)), 2) for side in (64, 128)}
+    num_judged = min(72, config.num_pictures)
+    report = {
+        f"psnr_db_{side}": round(psnr(vae, demo_pictures(num_judged, side, config.seed + 4)), 2) for side in (64, 128)
+    }
     logger.info("%s", json.dumps({**report, "latents_mean": mean, "latents_std": std}))
 
 

@@ -84,7 +84,7 @@ def test_the_initialisation_passes_the_picture_through() -> None:
 
 
 def test_training_repeats_from_the_seed_and_lowers_the_error() -> None:
-    config = TrainConfig(num_steps=24, num_pictures=12, batch_64=4)
+    config = TrainConfig(num_steps=16, num_pictures=12, batch_64=4)
     first, again = train(config), train(config)
     for name, value in first.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
