@@ -31,6 +31,7 @@ from consumers.checkpoint_files import (
     list_checkpoints,
     rank_file,
     read_manifest,
+    space_fault,
     step_name,
     write_manifest,
     write_rank_file,
@@ -48,7 +49,6 @@ __all__ = [
     "CheckpointInfo",
     "CheckpointReader",
     "Loaded",
-    "check_disk",
     "list_checkpoints",
     "load_newest",
     "open_checkpoint",
@@ -71,23 +71,6 @@ class Loaded:
     """Newer checkpoints that are not valid, and why."""
 
 
-def checkpoint_bytes(engine: Engine, ema: Ema | None) -> int:
-    """Size of one checkpoint over all ranks, without headers."""
-    return engine.num_parameters * 4 * (len(KINDS) + (ema is not None))
-
-
-def check_disk(engine: Engine, ema: Ema | None, run_dir: Path) -> None:
-    """Raise `CheckpointError` on every rank if one more checkpoint does not fit. `run_dir` must exist."""
-    ranks = engine.ranks
-    needed = checkpoint_bytes(engine, ema) * 1.02
-    free = ranks.broadcast_json(shutil.disk_usage(run_dir).free if ranks.is_first else None)
-    if free < needed:
-        raise CheckpointError(
-            f"the disk is too full for a checkpoint: {checkpoints_dir(run_dir)} needs {needed / 1e9:.2f} GB, "
-            f"{free / 1e9:.2f} GB are free; make room, lower checkpoint.keep, or choose another run.path"
-        )
-
-
 def save_checkpoint(
     engine: Engine, ema: Ema | None, run_dir: Path, *, step: int, state: Mapping[str, Any], keep: int
 ) -> Path:
@@ -96,7 +79,9 @@ def save_checkpoint(
     Collective. Raises `CheckpointError` on every rank if one of them could not write; nothing is visible then.
     """
     ranks = engine.ranks
-    check_disk(engine, ema, run_dir)
+    fault = space_fault(run_dir, engine.num_parameters, ema=ema is not None) if ranks.is_first else None
+    if fault := ranks.broadcast_json(fault):
+        raise CheckpointError(fault)
     folder = checkpoints_dir(run_dir)
     # Drawn anew each time: a rank of a killed gang that still lives cannot write into this directory.
     token = ranks.broadcast_json(uuid.uuid4().hex[:8])

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,19 @@ def step_name(step: int) -> str:
 
 def rank_file(rank: int, num_ranks: int) -> str:
     return f"rank-{rank:05d}-of-{num_ranks:05d}.safetensors"
+
+
+def space_fault(run_dir: Path, num_parameters: int, *, ema: bool) -> str | None:
+    """None, or that the disk has no room for one checkpoint: fp32 masters, two moments, EMA."""
+    needed = num_parameters * 4 * (3 + ema) * 1.02
+    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free >= needed:
+        return None
+    return (
+        f"the disk is too full: one checkpoint in {run_dir} needs {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; "
+        "make room, lower checkpoint.keep, or choose another run.path"
+    )
 
 
 def write_rank_file(file: Path, pieces: Sequence[Piece]) -> FileRecord:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from typing import Any, Final
 import torch
 import yaml
 
+from consumers.checkpoint_files import space_fault
 from consumers.curriculum import plan
 from qwenimg_dist.compose import validate
 from qwenimg_dist.config import Config, training_identity
@@ -75,7 +75,9 @@ def preflight(config: Config) -> Prepared:
         if not ready_units(dataset, facets):
             raise DataError(why_not_ready(dataset, facets))
     weights = SafetensorsDirectory(pipeline / "transformer")
-    check_space(run_dir, sum(weights.entries[n].numel for n in weights.names), ema=config.optim.ema_decay > 0)
+    num_parameters = sum(weights.entries[name].numel for name in weights.names)
+    if fault := space_fault(run_dir, num_parameters, ema=config.optim.ema_decay > 0):
+        raise ValueError(fault)
     return Prepared(
         run_dir=run_dir,
         data_dir=data_dir,
@@ -122,18 +124,6 @@ def check_identity(config: Config, run_dir: Path) -> None:
         raise ValueError(
             f"{run_dir} is the run directory of another config: {listed}. Give the same settings to go on, choose "
             "another run.path, or start anew here with train.fresh=true"
-        )
-
-
-def check_space(run_dir: Path, num_parameters: int, *, ema: bool) -> None:
-    """Raise ValueError if the disk has no room for one checkpoint (fp32 master, two moments, EMA)."""
-    needed = num_parameters * 4 * (3 + ema) * 1.02
-    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ValueError(
-            f"the disk is too full: one checkpoint in {run_dir} needs {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are "
-            "free; make room or choose another run.path"
         )
 
 

@@ -1,0 +1,49 @@
+"""One pipeline, one data set and one two-rank gang for all tests of the consumers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gang_checks import SCRIPT
+from small_run import run_gang, write_input
+
+CHECKS = ("parity", "skip", "ema_swap", "bf16", "save", "damage")
+Results = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def small_input(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `pipeline` and `data`, not to be changed."""
+    root = tmp_path_factory.mktemp("input")
+    write_input(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def gang_out(small_input: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the two-rank gang left its results."""
+    out = tmp_path_factory.mktemp("gang")
+    ended = run_gang([SCRIPT, str(small_input / "pipeline"), str(out), *CHECKS], 2, out / "logs")
+    for rank, end in enumerate(ended):
+        if end.code != 0:
+            print(f"rank {rank} ended with {end.code}:\n{end.output[-3000:]}")
+    return out
+
+
+@pytest.fixture(scope="session")
+def results(gang_out: Path) -> Results:
+    """What a check of the gang found; fails where the gang did not come so far."""
+
+    def read(name: str) -> dict[str, Any]:
+        file = gang_out / f"{name}.json"
+        if not file.exists():
+            logs = "\n".join(log.read_text()[-2000:] for log in sorted((gang_out / "logs").glob("*.log")))
+            pytest.fail(f"the gang ended before or in check {name!r}:\n{logs}")
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+
+    return read

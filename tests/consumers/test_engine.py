@@ -1,0 +1,82 @@
+"""ZeRO-3 on two ranks is a plain PyTorch loop; what is not finite changes nothing; the EMA comes and goes exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from consumers.engine import deepspeed_config, parameter_group
+from consumers.ranks import Ranks
+from qwenimg_dist.compose import load_config
+
+Results = Callable[[str], dict[str, Any]]
+
+
+def test_two_fp32_ranks_equal_a_plain_loop(results: Results) -> None:
+    found = results("parity")
+    assert found["at_start"] == 0.0
+    assert found["moved"] > 1e-3
+    for name in ("weights", "ema", "loss", "norm"):
+        assert found[name] < 1e-6, name
+
+
+def test_weights_without_gradient_do_not_decay(results: Results) -> None:
+    found = results("parity")
+    assert found["num_unused"] == 6
+    assert found["unused_moved"] == 0.0
+
+
+def test_not_finite_on_one_rank_updates_nothing_anywhere(results: Results) -> None:
+    found = results("skip")
+    assert not found["finite"]
+    assert found["skipped"]
+    assert found["unchanged"]
+    assert found["steps"] == 0
+    assert found["next_is_clean"]
+
+
+def test_ema_answers_inside_and_is_gone_afterwards(results: Results) -> None:
+    assert results("ema_swap") == {"differs": True, "restored": True}
+
+
+def test_bf16_keeps_fp32_masters_and_stock_rope(results: Results) -> None:
+    found = results("bf16")
+    assert found["masters"] == 0.0
+    assert found["rope"]
+    assert found["dtype"] == "torch.bfloat16"
+    assert found["loss"] < 8e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "group"),
+    [
+        ("img_in.weight", (3072, 64), "decay"),
+        ("img_in.bias", (3072,), "no_decay"),
+        ("transformer_blocks.3.attn.norm_q.weight", (128,), "no_decay"),
+        ("transformer_blocks.3.txt_mlp.net.2.weight", (8, 8), "decay"),
+        ("transformer_blocks.59.txt_mlp.net.2.weight", (8, 8), "no_decay"),
+        ("transformer_blocks.59.attn.to_add_out.weight", (8, 8), "no_decay"),
+        ("transformer_blocks.59.attn.add_q_proj.weight", (8, 8), "no_decay"),
+        ("transformer_blocks.59.attn.add_k_proj.weight", (8, 8), "decay"),
+        ("transformer_blocks.59.txt_mod.1.weight", (8, 8), "decay"),
+    ],
+)
+def test_parameter_groups(name: str, shape: tuple[int, ...], group: str) -> None:
+    assert parameter_group(name, shape, 60) == group
+
+
+def test_sizes_follow_the_model() -> None:
+    import torch
+
+    block = 340_000_000
+    shapes: dict[str, tuple[int, ...]] = {
+        f"transformer_blocks.{i}.w{j}": (block // 6,) for i in range(60) for j in range(6)
+    }
+    ranks = Ranks(rank=0, world_size=64, device=torch.device("cpu"))
+    zero = deepspeed_config(load_config(["model=qwen_image_2512"]), shapes, ranks)["zero_optimization"]
+    assert zero["stage3_prefetch_bucket_size"] == pytest.approx(block, rel=1e-6)
+    assert block // 6 <= zero["reduce_bucket_size"] < block
+    assert zero["stage3_max_live_parameters"] < 4 * block
+    assert zero["sub_group_size"] < 60 * block / 64 / 4

@@ -1,0 +1,331 @@
+"""What needs several ranks, run on them: `python gang_checks.py PIPELINE OUT CHECK...` in torchrun's environment.
+
+One gang runs many checks, since starting it costs more than they do. Each check writes `OUT/CHECK.json` (rank 0);
+the tests read them. An exception ends the gang, and the test of the check says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from fake_dataset import WIDTH
+
+import consumers.checkpoint as checkpoint
+from consumers.ema import Ema
+from consumers.engine import KINDS, Engine, build_engine, parameter_group, start_distributed, stop_distributed
+from consumers.ranks import Ranks
+from qwenimg_dist.compose import load_config
+from qwenimg_dist.config import Config
+from qwenimg_dist.models import transformer as qwen
+from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
+
+SCRIPT = str(Path(__file__).resolve())
+GLOBAL_BATCH = 8
+EMA_DECAY = 0.9
+SETTINGS = ["engine.precision=fp32", "optim.weight_decay=0.1", "optim.clip_grad_norm=0.5"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What the checks share."""
+
+    ranks: Ranks
+    pipeline: Path
+    out: Path
+
+    @property
+    def source(self) -> SafetensorsDirectory:
+        return SafetensorsDirectory(self.pipeline / "transformer")
+
+    def engine(self, *settings: str) -> tuple[Engine, Config]:
+        config = load_config([*SETTINGS, *settings])
+        model = qwen.load_transformer_config(self.pipeline / "transformer")
+        return build_engine(model, config, self.ranks, self.source), config
+
+    def plain(self) -> Any:
+        return QwenImageTransformer2DModel.from_pretrained(self.pipeline / "transformer").train()
+
+
+def samples(step: int) -> tuple[torch.Tensor, ...]:
+    """The global batch of a step: noisy latents, sigma, text, target."""
+    generator = torch.Generator().manual_seed(step)
+    height, width = ((8, 8), (8, 16))[step % 2]
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(GLOBAL_BATCH, *shape, generator=generator)
+
+    noisy, target = draw(16, height, width), draw(16, height, width)
+    return noisy, torch.rand(GLOBAL_BATCH, generator=generator), draw(5 + step % 3, WIDTH), target
+
+
+def errors(predict: Callable[..., torch.Tensor], part: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    noisy, sigma, text, target = part
+    return (predict(noisy, sigma, text, None) - target).square().mean(dim=(1, 2, 3)).sum()
+
+
+def engine_step(engine: Engine, ema: Ema | None, step: int, lr: float) -> tuple[float, float]:
+    """One step on this rank's cut, in as many micro-batches as the step says; (loss, gradient norm)."""
+    ranks = engine.ranks
+    size = GLOBAL_BATCH // ranks.world_size
+    cut = [tensor[ranks.rank * size : (ranks.rank + 1) * size] for tensor in samples(step)]
+    num_micro = min(size, 1 + step % 3)
+    bounds = [size * i // num_micro for i in range(num_micro + 1)]
+    total = 0.0
+    for index in range(num_micro):
+        part = tuple(tensor[bounds[index] : bounds[index + 1]] for tensor in cut)
+        loss = errors(engine.predict, part)
+        total += float(loss.detach())
+        engine.backward(loss * ranks.world_size / GLOBAL_BATCH, last=index + 1 == num_micro)
+    result = engine.step(lr)
+    if ema is not None:
+        ema.update()
+    return ranks.sum([total])[0] / GLOBAL_BATCH, result.grad_norm
+
+
+def check_parity(world: World) -> dict[str, Any]:
+    """Two fp32 ranks against a plain PyTorch loop: clipping, accumulation, two groups, EMA, a forgotten gradient."""
+    engine, config = world.engine()
+    ema = Ema(engine, EMA_DECAY)
+    plain = world.plain()
+    initial = {name: value.detach().clone() for name, value in plain.named_parameters()}
+    at_start = max_difference(engine, lambda share: engine.state("master", share), initial)
+    layers = int(plain.config.num_layers)
+    groups: dict[str, list[torch.nn.Parameter]] = {"decay": [], "no_decay": []}
+    for name, parameter in plain.named_parameters():
+        groups[parameter_group(name, tuple(parameter.shape), layers)].append(parameter)
+    adam = torch.optim.AdamW(
+        [{"params": groups["decay"], "weight_decay": 0.1}, {"params": groups["no_decay"], "weight_decay": 0.0}],
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+    )
+    average = {name: value.clone() for name, value in initial.items()}
+    worst = {"weights": 0.0, "ema": 0.0, "loss": 0.0, "norm": 0.0}
+    for step in range(20):
+        if step == 5:  # as after a loss that was not finite: nothing of it may remain
+            engine.backward(errors(engine.predict, tuple(t[:1] for t in samples(999))), last=False)
+            engine.discard_gradients()
+        lr = 1e-3 * (step + 1) / 20
+        loss, norm = engine_step(engine, ema, step, lr)
+        adam.zero_grad()
+        expected = errors(lambda *args: qwen.predict_velocity(plain, *args), samples(step)) / GLOBAL_BATCH
+        expected.backward()
+        expected_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        for group in adam.param_groups:
+            group["lr"] = lr
+        adam.step()
+        present = dict(plain.named_parameters())
+        for name, value in present.items():
+            average[name].lerp_(value.detach(), 1 - EMA_DECAY)
+        found = {
+            "weights": max_difference(engine, lambda share: engine.state("master", share), present),
+            "ema": max_difference(engine, ema.state, average),
+            "loss": abs(loss - float(expected.detach())),
+            "norm": abs(norm - float(expected_norm)),
+        }
+        worst = {key: max(worst[key], value) for key, value in found.items()}
+    last = f"transformer_blocks.{layers - 1}."
+    unused = [s for s in engine.shares if s.name.startswith((f"{last}txt_mlp.", f"{last}attn.to_add_out."))]
+    moved = max_difference(engine, lambda share: engine.state("master", share), initial, unused)
+    trained = max_difference(engine, lambda share: engine.state("master", share), initial)
+    engine.close()
+    return {"at_start": at_start, **worst, "unused_moved": moved, "num_unused": len(unused), "moved": trained}
+
+
+def max_difference(engine: Engine, state: Callable[..., torch.Tensor], expected: Any, shares: Any = None) -> float:
+    found = 0.0
+    for share in engine.shares if shares is None else shares:
+        if share.stop > share.start:
+            wanted = expected[share.name].detach().flatten()[share.start : share.stop]
+            found = max(found, float((state(share) - wanted).abs().max()))
+    return engine.ranks.max([found])[0]
+
+
+def check_skip(world: World) -> dict[str, Any]:
+    """A gradient that is not finite on one rank: no update anywhere, and the next step is as if nothing had been."""
+    engine, _ = world.engine()
+    untouched, _ = world.engine()
+    before = snapshot(engine, None)
+    loss = errors(engine.predict, tuple(t[:1] for t in samples(0)))
+    finite = world.ranks.all_finite(loss * (float("nan") if world.ranks.rank == 1 else 1.0))
+    engine.backward(loss * (float("inf") if world.ranks.rank == 1 else 1.0), last=True)
+    result = engine.step(1e-3)
+    same = equal(before, snapshot(engine, None))
+    steps = engine.optimizer_steps
+    engine_step(engine, None, 1, 1e-3)
+    engine_step(untouched, None, 1, 1e-3)
+    after = equal(snapshot(engine, None), snapshot(untouched, None))
+    engine.close()
+    untouched.close()
+    return {"finite": finite, "skipped": result.skipped, "unchanged": same, "steps": steps, "next_is_clean": after}
+
+
+def check_ema_swap(world: World) -> dict[str, Any]:
+    """Inside `applied` the averaged weights answer; afterwards everything is back bit for bit. In bf16."""
+    engine, _ = world.engine("engine.precision=bf16")
+    ema = Ema(engine, EMA_DECAY)
+    for step in range(3):
+        engine_step(engine, ema, step, 1e-2)
+    noisy, sigma, text, _ = samples(7)
+    with torch.no_grad():
+        before, raw = snapshot(engine, ema), engine.predict(noisy, sigma, text, None)
+        with ema.applied():
+            averaged = engine.predict(noisy, sigma, text, None)
+        again = engine.predict(noisy, sigma, text, None)
+    found = {
+        "differs": not torch.equal(raw, averaged),
+        "restored": equal(before, snapshot(engine, ema)) and torch.equal(raw, again),
+    }
+    engine.close()
+    return found
+
+
+def check_bf16(world: World) -> dict[str, Any]:
+    """Masters are the source's fp32 values, RoPE tables are stock's, the loss is near that of fp32."""
+    engine, _ = world.engine("engine.precision=bf16", "engine.activation_checkpointing=true")
+    plain = world.plain()
+    masters = max_difference(engine, lambda s: engine.state("master", s), dict(plain.named_parameters()))
+    ours, stock = engine.transformer.module.pos_embed, plain.pos_embed
+    rope = torch.equal(ours.pos_freqs, stock.pos_freqs) and torch.equal(ours.neg_freqs, stock.neg_freqs)
+    loss, _ = engine_step(engine, None, 0, 1e-3)
+    expected = errors(lambda *args: qwen.predict_velocity(plain, *args), samples(0)) / GLOBAL_BATCH
+    dtype = str(next(engine.transformer.parameters()).dtype)
+    engine.close()
+    return {"masters": masters, "rope": rope, "loss": abs(loss - float(expected.detach())), "dtype": dtype}
+
+
+def check_save(world: World) -> dict[str, Any]:
+    """Saved after 4 steps, loaded into another engine: bitwise the same, and so are the next steps."""
+    run_dir = world.out / "run"
+    run_dir.mkdir(exist_ok=True)
+    engine, _ = world.engine()
+    ema = Ema(engine, EMA_DECAY)
+    fresh = checkpoint.load_newest(engine, ema, run_dir)
+    for step in range(4):
+        engine_step(engine, ema, step, 1e-3)
+    checkpoint.save_checkpoint(engine, ema, run_dir, step=4, state={"note": "kept"}, keep=2)
+    other, _ = world.engine()
+    other_ema = Ema(other, EMA_DECAY)
+    loaded = checkpoint.load_newest(other, other_ema, run_dir)
+    same = equal(snapshot(engine, ema), snapshot(other, other_ema))
+    after = [engine_step(engine, ema, step, 1e-3) for step in range(4, 10)]
+    other_after = [engine_step(other, other_ema, step, 1e-3) for step in range(4, 10)]
+    end = equal(snapshot(engine, ema), snapshot(other, other_ema))
+    checkpoint.save_checkpoint(engine, ema, world.out / "end", step=10, state={}, keep=1)
+    engine.close()
+    other.close()
+    return {
+        "fresh": fresh is None,
+        "step": loaded.step if loaded else None,
+        "note": loaded.state["note"] if loaded else None,
+        "same": same,
+        "same_later": end and after == other_after,
+        "losses": after,
+    }
+
+
+def check_damage(world: World) -> dict[str, Any]:
+    """Newest valid wins, the others are named; none valid is an error; a rank that cannot write fails all."""
+    run_dir = world.out / "damaged"
+    ranks = world.ranks
+    engine, _ = world.engine()
+    for step in (1, 2, 3, 4):
+        checkpoint.save_checkpoint(engine, None, run_dir, step=step, state={}, keep=4)
+    if ranks.is_first:
+        flip(rank_file_of(run_dir, 4), -1000)
+        truncate(rank_file_of(run_dir, 3))
+        (run_dir / "checkpoints" / "step-00000002" / "manifest.json").unlink()
+    ranks.barrier()
+    loaded = checkpoint.load_newest(engine, None, run_dir)
+    found: dict[str, Any] = {"step": loaded.step if loaded else None, "skipped": loaded.skipped if loaded else None}
+
+    original = checkpoint.write_rank_file
+    if ranks.rank == 1:
+        checkpoint.write_rank_file = full_disk
+    try:
+        checkpoint.save_checkpoint(engine, None, run_dir, step=5, state={}, keep=4)
+        found["write_error"] = None
+    except checkpoint.CheckpointError as error:
+        found["write_error"] = str(error)
+    checkpoint.write_rank_file = original
+    found["visible"] = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+    if ranks.is_first:
+        shutil.rmtree(run_dir / "checkpoints" / "step-00000001" / "state.json", ignore_errors=True)
+        flip(run_dir / "checkpoints" / "step-00000001" / "state.json", 10)
+    ranks.barrier()
+    try:
+        checkpoint.load_newest(engine, None, run_dir)
+        found["none_valid"] = None
+    except checkpoint.CheckpointError as error:
+        found["none_valid"] = str(error)
+    checkpoint.save_checkpoint(engine, None, run_dir, step=4, state={}, keep=1)  # over the invalid one
+    found["kept"] = [[info.step, info.fault] for info in checkpoint.list_checkpoints(run_dir)]
+    engine.close()
+    return found
+
+
+def check_continue(world: World) -> dict[str, Any]:
+    """Go on from the newest checkpoint of OUT/other for three steps and save: for gangs of another size."""
+    run_dir = world.out / "other"
+    engine, _ = world.engine()
+    ema = Ema(engine, EMA_DECAY)
+    loaded = checkpoint.load_newest(engine, ema, run_dir)
+    assert loaded is not None
+    losses = [engine_step(engine, ema, step, 1e-3) for step in range(loaded.step, loaded.step + 3)]
+    checkpoint.save_checkpoint(engine, ema, run_dir, step=loaded.step + 3, state={}, keep=9)
+    engine.close()
+    return {"from": loaded.step, "losses": losses}
+
+
+def full_disk(file: Path, pieces: Any) -> Any:
+    raise OSError(28, "No space left on device", str(file))
+
+
+def rank_file_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}" / "rank-00001-of-00002.safetensors"
+
+
+def flip(file: Path, offset: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 1
+    file.write_bytes(data)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-17])
+
+
+def snapshot(engine: Engine, ema: Ema | None) -> list[torch.Tensor]:
+    """Copies of all state of this rank."""
+    state = [engine.flat(kind, i).clone() for kind in KINDS for i in range(engine.num_sub_groups)]
+    state += [copy.deepcopy(ema.state(share)) for share in engine.shares] if ema else []
+    return [*state, torch.tensor(engine.optimizer_steps)]
+
+
+def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def main(arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    pipeline, out, *checks = arguments
+    world = World(ranks=start_distributed("cpu"), pipeline=Path(pipeline), out=Path(out))
+    for name in checks:
+        found = globals()[f"check_{name}"](world)
+        verdicts = {key: not world.ranks.any(not value) for key, value in found.items() if isinstance(value, bool)}
+        if world.ranks.is_first:
+            (world.out / f"{name}.json").write_text(json.dumps({**found, **verdicts}))
+    stop_distributed()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
