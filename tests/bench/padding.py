@@ -12,8 +12,10 @@ The spread is over batches: median, and the 10th and 90th percentile as one valu
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -101,7 +103,7 @@ def micro_batches(tokens: Ints, image_tokens: int, ranks: int, budget: int) -> l
 
 
 def cost(batch: GlobalBatch, tokens: Ints, ranks: int, budget: int) -> Figures:
-    """Share of FLOPs lost to text padding and to slots of weight zero, and of micro-batches that need no mask."""
+    """Share of FLOPs lost to text padding (fill slots are not padding), and of micro-batches that need no mask."""
     image = batch.bucket.image_tokens
     cut = micro_batches(tokens, image, ranks, budget)
     computed = useful = filled = 0.0
@@ -117,7 +119,6 @@ def cost(batch: GlobalBatch, tokens: Ints, ranks: int, budget: int) -> Figures:
         free += int(mine.min() == mine.max())
     return {
         "padding %": 100 * (1 - (useful + filled) / computed),
-        "fill %": 100 * filled / computed,
         "mask-free %": 100 * free / len(cut),
         "samples/forward": len(tokens) / len(cut),
     }
@@ -161,7 +162,15 @@ def measure(report: Report, config: Config, catalogs: Catalogs, num_batches: int
     random = np.random.default_rng(0)
     for phase in plan(config):
         for resolution in sorted(phase.weights):
-            steps = _steps(ledgers["ledger"], phase.index, resolution, num_batches)
+            begin = time.perf_counter()
+            epoch = _epoch(ledgers["ledger"], phase.index, resolution)
+            real = sum(ledgers["ledger"].batch(step).num_real for step in epoch)
+            report.notes.append(
+                f"phase {phase.index} {resolution} px: an epoch is {len(epoch)} batches, "
+                f"{100 * (1 - real / (len(epoch) * phase.global_batch)):.2f} % of their slots are fill; ordered and "
+                f"walked in {time.perf_counter() - begin:.1f} s"
+            )
+            steps = [epoch[i] for i in np.unique(np.linspace(0, len(epoch) - 1, num_batches).astype(int))]
             found: dict[str, list[Figures]] = {"ledger": [], "dropout after grouping": [], "unsorted": []}
             for step in steps:
                 batch = ledgers["ledger"].batch(step)
@@ -190,12 +199,11 @@ def _ledger(config: Config, catalogs: Catalogs, dropout: float) -> Ledger:
     return ledger
 
 
-def _steps(ledger: Ledger, phase: int, resolution: int, num: int) -> list[int]:
-    """Up to `num` steps of this resolution, evenly over the phase's first epoch (or the phase, where it is shorter)."""
+def _epoch(ledger: Ledger, phase: int, resolution: int) -> list[int]:
+    """Steps of this resolution in the phase's first epoch (or in the phase, where it is shorter)."""
     planned = ledger.phases[phase]
-    steps = [s for s in range(planned.first_step, planned.last_step) if ledger.resolution_at(s) == resolution]
-    steps = steps[: ledger.batches_per_epoch(phase, resolution)]
-    return [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, num).astype(int))]
+    steps = (s for s in range(planned.first_step, planned.last_step) if ledger.resolution_at(s) == resolution)
+    return list(itertools.islice(steps, ledger.batches_per_epoch(phase, resolution)))
 
 
 if __name__ == "__main__":
