@@ -131,7 +131,7 @@ class Wandb:
         self._run.log({f"eval/{name}": self._image(str(file)), STEP_KEY: step})
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class RunLog:
@@ -148,7 +148,9 @@ class RunLog:
     ) -> None:
         self._metrics = JsonLines(run_dir / "metrics.jsonl")
         self._samples = JsonLines(run_dir / "samples.jsonl") if samples else None
-        self._wandb = None if config.wandb == "off" else Wandb(config, run_dir, run_id=wandb_id, values=values)
+        self._wandb: Wandb | None = None
+        if config.wandb != "off":
+            self._wandb = _start_wandb(config, run_dir, wandb_id, values)
 
     @property
     def wandb_id(self) -> str | None:
@@ -185,6 +187,18 @@ class RunLog:
         except Exception as error:  # a lost tracker must not cost a training run
             sys.stderr.write(f"warning: W&B failed and is off from here on ({type(error).__name__}: {error})\n")
             self._wandb = None
+
+
+def _start_wandb(config: LoggerConfig, run_dir: Path, wandb_id: str | None, values: Mapping[str, Any]) -> Wandb | None:
+    """A first start says what is wrong (ValueError); a run that was tracked before goes on without."""
+    try:
+        return Wandb(config, run_dir, run_id=wandb_id, values=values)
+    except Exception as error:
+        what = f"W&B does not start ({type(error).__name__}: {error})"
+        if wandb_id is None:
+            raise ValueError(f"{what}: log in, or choose logger=offline or logger=off") from error
+        sys.stderr.write(f"warning: {what}; the run goes on without it\n")
+        return None
 
 
 def truncate_logs(run_dir: Path, step: int) -> None:
