@@ -55,14 +55,15 @@ def resolution_at(phases: tuple[PlannedPhase, ...], step: int) -> int:
 
 
 def lr_at(phases: tuple[PlannedPhase, ...], optim: OptimConfig, step: int) -> float:
-    """Learning rate of a step: linear warm-up to `lr` over `warmup_steps`, then constant or half a cosine down to
-    `min_lr_ratio * lr` at the last step, times the phase's `lr_scale`."""
+    """Learning rate of a step: linear warm-up to `lr` over `warmup_steps`; then constant, with a linear way down to
+    `min_lr_ratio * lr` in the last `cooldown_steps`, or half a cosine down to it; times the phase's `lr_scale`."""
     phase = phase_at(phases, step)
     total = phases[-1].last_step
     if step < optim.warmup_steps:
         factor = (step + 1) / optim.warmup_steps
     elif optim.schedule == "constant":
-        factor = 1.0
+        cooled = max(0, step + 1 - (total - optim.cooldown_steps))
+        factor = 1.0 - (1.0 - optim.min_lr_ratio) * cooled / max(1, optim.cooldown_steps)
     else:
         done = (step - optim.warmup_steps) / max(1, total - 1 - optim.warmup_steps)
         factor = optim.min_lr_ratio + (1 - optim.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))

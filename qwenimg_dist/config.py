@@ -166,11 +166,20 @@ class OptimConfig(Section):
     weight_decay: NonNegativeFloat = 0.01
     warmup_steps: NonNegativeInt = 0
     schedule: Literal["constant", "cosine"] = "constant"
+    cooldown_steps: NonNegativeInt = 0
+    """Last steps of a run with `schedule=constant` in which the rate falls linearly to `min_lr_ratio`."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     clip_grad_norm: NonNegativeFloat = 1.0
     """0 turns clipping off."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     """0 turns the EMA off."""
+
+
+    @model_validator(mode="after")
+    def _one_way_down(self) -> OptimConfig:
+        if self.schedule == "cosine" and self.cooldown_steps:
+            raise ValueError("`cooldown_steps` belongs to `schedule=constant`: a cosine comes down by itself")
+        return self
 
 
 class EngineConfig(Section):

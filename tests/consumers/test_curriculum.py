@@ -83,6 +83,10 @@ def test_learning_rate() -> None:
     constant = optim.model_copy(update={"schedule": "constant"})
     assert lr_at(phases, constant, 40) == pytest.approx(1e-3)
     assert lr_at(phases, constant, 99) == pytest.approx(5e-4)
+    cooled = constant.model_copy(update={"cooldown_steps": 20})
+    assert [lr_at(phases, cooled, step) for step in range(80)] == [lr_at(phases, constant, step) for step in range(80)]
+    assert lr_at(phases, cooled, 89) == pytest.approx(0.5 * 1e-3 * 0.55)
+    assert lr_at(phases, cooled, 99) == pytest.approx(0.5 * 1e-3 * 0.1)
     # A run shorter than its warm-up, or exactly as long, is no division by zero.
     short = plan(with_phases([{"share": 1.0}], 10))
     assert lr_at(short, optim, 9) == pytest.approx(1e-3)
