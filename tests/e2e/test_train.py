@@ -1,0 +1,193 @@
+"""Training as a user starts it, without Ray: killed, stopped, resumed on other ranks, and given what it must refuse."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_run import lines, numbers, overrides, run_gang, write_input
+
+from consumers.checkpoint_files import list_checkpoints
+from qwenimg_dist.commands.main import main
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    write_input(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(root: Path) -> Path:
+    """The run directory of two ranks that nothing happened to."""
+    ended = run_gang(["-m", "consumers", *fp32(root, "reference")], 2, root / "logs-reference")
+    assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
+    return root / "reference"
+
+
+def fp32(root: Path, run: str, *extra: str) -> list[str]:
+    return overrides(root, run, "engine.precision=fp32", *extra)
+
+
+def one_rank(root: Path, *extra: str, run: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "consumers", *fp32(root, run, *extra)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_every_step_is_logged_once(reference: Path) -> None:
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert [line["step"] for line in lines(reference / name)] == list(range(1, STEPS + 1))
+    last = lines(reference / "metrics.jsonl")[-1]
+    assert {"eval/loss", "eval/loss_q0.5", "eval/start_loss", "train/padding", "train/data_wait_s"} <= last.keys()
+    assert [info.step for info in list_checkpoints(reference) if info.fault is None] == [4, 8, 12]
+    assert "resolution" in (reference / "config.yaml").read_text()
+    assert json.loads((reference / "environment.json").read_text())["ranks"] == 2
+
+
+def test_killed_inside_a_checkpoint_and_resumed_is_the_same_run(root: Path, reference: Path) -> None:
+    faults = root / "faults"
+    faults.mkdir()
+    (faults / "checkpoint_write@2").touch()  # one of the two ranks dies in the middle of the second checkpoint
+    command = ["-m", "consumers", *fp32(root, "killed")]
+    ended = run_gang(command, 2, root / "logs-killed", env={"QWENIMG_DIST_FAULT_DIR": str(faults)})
+    assert -signal.SIGKILL in [end.code for end in ended]
+    assert [info.step for info in list_checkpoints(root / "killed")] == [4]
+    assert lines(root / "killed" / "metrics.jsonl")[-1]["step"] == 8  # logged, but never saved
+    ended = run_gang(command, 2, root / "logs-resumed")
+    assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
+    assert "resuming from step 4" in ended[0].output
+    assert numbers(root / "killed") == numbers(reference)
+    assert lines(root / "killed" / "samples.jsonl") == lines(reference / "samples.jsonl")
+
+
+def test_stopped_by_sigterm_and_resumed_on_one_rank(root: Path, reference: Path) -> None:
+    run_dir = root / "stopped"
+    process = subprocess.Popen([sys.executable, "-m", "consumers", *fp32(root, "stopped")], stderr=subprocess.PIPE)
+    wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len(lines(run_dir / "metrics.jsonl")) >= 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    saved = list_checkpoints(run_dir)[-1]
+    assert saved.fault is None
+    assert saved.step == lines(run_dir / "metrics.jsonl")[-1]["step"]
+    assert one_rank(root, run="stopped").returncode == 0
+    assert lines(run_dir / "samples.jsonl") == lines(reference / "samples.jsonl")
+    for mine, theirs in zip(numbers(run_dir), numbers(reference), strict=True):
+        assert mine == pytest.approx(theirs, abs=2e-5)
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-6)
+
+
+def test_no_valid_checkpoint_is_no_fresh_start_unless_asked(root: Path, reference: Path) -> None:
+    run_dir = root / "broken"
+    shutil.copytree(reference, run_dir)
+    for info in list_checkpoints(run_dir):
+        (info.path / "manifest.json").write_text("{")
+    before = {path: digest(run_dir / path) for path in ("checkpoints", "metrics.jsonl", "samples.jsonl")}
+    refused = one_rank(root, run="broken")
+    assert refused.returncode == 2
+    for words in ("none of them valid", "step 4", "step 12", "train.fresh=true"):
+        assert words in refused.stderr
+    assert {path: digest(run_dir / path) for path in before} == before
+    fresh = one_rank(root, "train.fresh=true", "train.stop_after=2", run="broken")
+    assert fresh.returncode == 0, fresh.stderr
+    assert "previous-001" in fresh.stderr
+    assert (run_dir / "previous-001" / "checkpoints" / "step-00000012").is_dir()
+    assert [info.step for info in list_checkpoints(run_dir)] == [2]
+
+
+def no_run_path(root: Path) -> list[str]:
+    return [word for word in overrides(root) if not word.startswith("run.path")]
+
+
+def other_config(root: Path) -> list[str]:
+    return [*fp32(root, "reference"), "optim.lr=0.5", "train.seed=3"]
+
+
+def no_data(root: Path) -> list[str]:
+    return [*overrides(root), f"data.path={root / 'nowhere'}"]
+
+
+def other_encoder(root: Path) -> list[str]:
+    pipeline = root / "other-pipeline"
+    if not pipeline.exists():
+        shutil.copytree(root / "pipeline", pipeline)
+        (pipeline / "text_encoder" / "config.json").write_text('{"_class_name": "another"}')
+    return [*overrides(root), f"model.path={pipeline}"]
+
+
+def no_model(root: Path) -> list[str]:
+    return [*overrides(root), f"model.path={root / 'no-model'}"]
+
+
+def not_encoded(root: Path) -> list[str]:
+    return [*overrides(root), "encode.resolutions=[64]"]
+
+
+def mistyped(root: Path) -> list[str]:
+    return [*overrides(root), "optim.lrr=1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (no_run_path, ["run.path", "add run.path="]),
+        (other_config, ["another config", "optim.lr is 0.002 there, 0.5 here", "train.seed", "train.fresh=true"]),
+        (no_data, ["nowhere", "produce"]),
+        (other_encoder, ["text-", "another encoder", "produce"]),
+        (no_model, ["no-model", "no such directory"]),
+        (not_encoded, ["128", "encode.resolutions"]),
+        (mistyped, ["optim.lrr", "did you mean 'optim.lr'"]),
+    ],
+)
+def test_unusable_input_is_refused_and_nothing_changes(
+    root: Path,
+    reference: Path,
+    arguments: Callable[[Path], list[str]],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = arguments(root)
+    before = digest(root / "data"), digest(reference)
+    assert main(["train", *given]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    for word in words:
+        assert word in message
+    assert (digest(root / "data"), digest(reference)) == before
+    assert not (root / "run").exists()
+
+
+def test_full_disk_is_refused_before_anything_is_written(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert main(["train", *overrides(root)]) == 2
+    assert "the disk is too full" in capsys.readouterr().err
+    assert not (root / "run").exists()
+
+
+def digest(path: Path) -> str:
+    """Of names and contents of a file or folder."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    found = hashlib.sha256()
+    for file in files:
+        found.update(f"{file.relative_to(path)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
