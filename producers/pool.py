@@ -200,8 +200,8 @@ def _end_actor(slot: _Slot) -> None:
 def why_died(error: RayError) -> str:
     """What Ray tells about the end of an actor, as far as it tells.
 
-    Its own message for any process that is suddenly gone lists OOM, `ray stop` and SIGSEGV as possible causes: that list
-    is cut off, since it says nothing about this case. A kernel OOM kill and another SIGKILL look alike to Ray.
+    Its message for any process that is suddenly gone lists OOM, `ray stop` and SIGSEGV as possible causes: that list is
+    cut off, since it says nothing about this case. A kernel OOM kill and another SIGKILL look alike to Ray.
     """
     text = " ".join(str(error).split())
     for guesses in ("Some common causes include", "There are some potential root causes"):
