@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 
@@ -21,7 +21,6 @@ from consumers.checkpoint import Loaded, load_newest
 from consumers.ema import Ema
 from consumers.engine import Engine, build_engine
 from consumers.evaluate import HeldOut, Losses, read_start_losses, start_losses
-from consumers.grids import Grids
 from consumers.objectives import build_objective
 from consumers.objectives.base import Objective
 from consumers.ranks import Ranks
@@ -34,6 +33,9 @@ from qwenimg_dist.data.generations import Generations
 from qwenimg_dist.metrics import RunLog, truncate_logs
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 from qwenimg_dist.models.transformer import load_transformer_config
+
+if TYPE_CHECKING:
+    from consumers.grids import Grids
 
 _POLL_S: Final = 1.0
 _Result = TypeVar("_Result")
@@ -119,8 +121,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         _on_first(ranks, lambda: stack.enter_context(run_lock(prepared.run_dir)))
         if config.train.fresh and (aside := _on_first(ranks, lambda: _moved(prepared.run_dir))):
             _say(ranks, hooks, f"train.fresh: earlier results were moved to {aside}")
-        wants_grids = bool(config.evaluate.grid_every and config.evaluate.prompts)
-        grids = Grids(config, prepared.pipeline, ranks) if wants_grids else None
+        grids = _grids(config, prepared, ranks)
 
         transformer = prepared.pipeline / "transformer"
         model = load_transformer_config(transformer)
@@ -157,6 +158,14 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             progress=progress,
             resolutions=batches,
         )
+
+
+def _grids(config: Config, prepared: Prepared, ranks: Ranks) -> Grids | None:
+    if not config.evaluate.grid_every or not config.evaluate.prompts:
+        return None
+    from consumers.grids import Grids  # brings text encoder and VAE, which most starts do not need
+
+    return Grids(config, prepared.pipeline, ranks)
 
 
 class Stopped(Exception):
