@@ -63,7 +63,8 @@ def _train(config: Config, run_dir: Path, stop: threading.Event) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / STOP_FILE).unlink(missing_ok=True)
     gang = _Gang(config)
-    with Console(soft_wrap=True, stderr=True) as console, _Display(console, config, run_dir) as display:
+    console = Console(soft_wrap=True, stderr=True)  # not as a context: that would hold every line back to its end
+    with _Display(console, config, run_dir) as display:
         gang.start()
         while gang.is_alive():
             if stop.is_set() and not (run_dir / STOP_FILE).exists():
