@@ -35,15 +35,19 @@ _OBJECT_STORE_BYTES: Final = 128 * 1024**2
 
 @contextlib.contextmanager
 def ray_session(cluster: ClusterConfig) -> Iterator[None]:
-    """Ray, started on 127.0.0.1 and ended with the block, or joined at `cluster.address`; one that runs is used."""
+    """Ray, started on 127.0.0.1 and ended with the block, or joined at `cluster.address`; one that runs is used.
+
+    Inside a submitted job Ray itself names the address (`RAY_ADDRESS`), and that cluster is joined.
+    """
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
-    if cluster.address is not None:
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address is not None:
         quiet.pop("include_dashboard")
-        ray.init(address=cluster.address, **quiet)
+        ray.init(address=address, **quiet)
     else:
         # More actors than CPUs must still start: the user's figure decides, not the machine's.
         num_cpus = max(os.cpu_count() or 1, math.ceil(cluster.producers * cluster.cpus_per_producer))

@@ -174,7 +174,6 @@ class OptimConfig(Section):
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     """0 turns the EMA off."""
 
-
     @model_validator(mode="after")
     def _one_way_down(self) -> OptimConfig:
         if self.schedule == "cosine" and self.cooldown_steps:
@@ -218,7 +217,8 @@ class EvaluateConfig(Section):
     grid_every: NonNegativeInt = 0
     """Steps between sample grids; 0 turns them off."""
     prompts: tuple[str, ...] = ()
-    negative_prompt: str = " "
+    negative_prompt: str = ""
+    """The empty prompt, as dropped captions in training."""
     num_steps: PositiveInt = 20
     guidance: PositiveFloat = 4.0
     height: PositiveInt | None = None
@@ -346,10 +346,10 @@ class Config(Section):
 
 
 # What changes a training run's numbers; the rest (where it runs, how often it logs or saves) may differ on resume.
+# Model and data are held to by fingerprint and digest, so that a path may change.
 _IDENTITY_SECTIONS = ("stage", "curriculum", "objective", "optim")
 _IDENTITY_KEYS = {
-    "model": ("name", "path", "revision"),
-    "data": ("path", "where", "held_out", "max_held_out"),
+    "data": ("where", "held_out", "max_held_out"),
     "engine": ("precision",),
     "train": ("steps", "seed"),
 }
@@ -361,6 +361,13 @@ def training_identity(config: Config) -> dict[str, Any]:
     picked: dict[str, Any] = {name: tree[name] for name in _IDENTITY_SECTIONS}
     for section, keys in _IDENTITY_KEYS.items():
         picked[section] = {key: tree[section][key] for key in keys}
+    phases = [
+        {**phase, "resolutions": dict(sorted(phase["resolutions"].items()))} for phase in tree["curriculum"]["phases"]
+    ]
+    for phase in phases:
+        # How a batch is cut moves rounding only, and must be free to change when a phase does not fit into memory.
+        del phase["micro_batch_tokens"], phase["name"]
+    picked["curriculum"] = {str(index): phase for index, phase in enumerate(phases)}
     return flatten(picked)
 
 

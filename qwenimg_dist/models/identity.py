@@ -1,7 +1,7 @@
 """Fingerprints of what makes a facet: encoder weights, template, preprocessing. Part of the facet's name.
 
 Producers name facets by them and consumers ask for facets by them, so data made for another model is never read.
-What changes tensors only within the stated tolerance (batch sizes, compute dtype) is left out.
+What changes tensors only within rounding (batch sizes, threads) is left out.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def text_facet_name(pipeline_dir: Path, config: Config) -> str:
                 "tokenizer": fingerprint_component(pipeline_dir / "tokenizer"),
                 "max_tokens": config.model.max_text_tokens,
                 "dtype": config.encode.dtype,
+            "compute_dtype": config.encode.compute_dtype,
+                "compute_dtype": config.encode.compute_dtype,
             },
             digits=12,
         )
@@ -46,6 +48,7 @@ def latents_facet_names(pipeline_dir: Path, config: Config) -> dict[int, str]:
             "upscale": config.encode.upscale,
             "posterior": config.encode.posterior,
             "dtype": config.encode.dtype,
+            "compute_dtype": config.encode.compute_dtype,
         },
         digits=12,
     )

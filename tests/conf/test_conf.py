@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from qwenimg_dist.compose import ConfigError, compose_tree, conf_dir, groups, load_config
-from qwenimg_dist.config import Config, flatten, stable_hash, training_identity
+from qwenimg_dist.config import Config, Phase, flatten, stable_hash, training_identity
 
 GROUPS = groups()
 
@@ -29,9 +29,10 @@ def test_every_choice_of_every_group_composes(group: str) -> None:
 def test_every_key_of_the_models_stands_in_the_yaml_so_that_no_plus_is_needed() -> None:
     tree = flatten(compose_tree([]))
     dumped = flatten(load_config([]).model_dump(mode="json"))
-    in_yaml = {key.split("phases")[0] for key in tree}
-    missing = {key for key in dumped if key.split("phases")[0] not in in_yaml}
+    missing = {key for key in dumped if key != "curriculum.phases" and key not in tree}
     assert not missing, f"add to conf/: {sorted(missing)}"
+    phase_keys = {key.rpartition(".")[2] for key in tree if key.startswith("curriculum.phases.low.")}
+    assert set(Phase.model_fields) - {"name", "resolutions"} <= phase_keys
 
 
 def test_the_config_is_frozen_and_round_trips() -> None:

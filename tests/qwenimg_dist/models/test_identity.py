@@ -47,7 +47,7 @@ def test_a_changed_vae_changes_every_latents_facet_and_no_text_facet(copy: Path)
         ("encode.upscale=true", False, True),
         ("encode.posterior=mean_logvar", False, True),
         ("encode.image_batch_pixels=4096", False, False),
-        ("encode.compute_dtype=bfloat16", False, False),
+        ("encode.compute_dtype=bfloat16", True, True),
     ],
 )
 def test_what_moves_the_names(override: str, text_moves: bool, latents_move: bool) -> None:
