@@ -64,11 +64,11 @@ class DigestIndex:
 def load_index(dataset: Dataset) -> DigestIndex:
     """Everything settled so far. Raises `DataError` if a dedup part has no scan."""
     index = DigestIndex()
-    for unit in dataset.units(DEDUP):
-        dedup = dataset.read_unit(DEDUP, unit)
-        scan = dataset.read_unit(SCAN, unit, ["row", "sha256"])
-        if dedup is None or scan is None:
+    scans = dataset.parts_by_unit(SCAN)
+    for unit, parts in dataset.parts_by_unit(DEDUP).items():
+        if unit not in scans:
             raise DataError(f"unit {unit} of {dataset.root} has a dedup part but no scan: a file was removed")
+        dedup, scan = dataset.merge(parts), dataset.merge(scans[unit], ["row", "sha256"])
         sha = dict(zip(scan["row"].to_pylist(), scan["sha256"].to_pylist()))
         for row, original in zip(dedup["row"].to_pylist(), dedup["duplicate_of"].to_pylist()):
             if original == KEPT:

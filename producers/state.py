@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from producers.plan import Plan
 from producers.scan import PASSING
-from qwenimg_dist.data.facets import Dataset, Part
+from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN
 
 SCORE_PREFIX: Final = "score_"
@@ -76,7 +76,7 @@ def read_state(dataset: Dataset, unit: int, plan: Plan) -> UnitState:
     """Read the unit's parts. Raises `DataError` naming a file that cannot be read."""
     record = read_record(dataset, unit)
     facets = [LISTING, SCAN, DEDUP, *plan.facets, *(f for f in record.get("inputs", {}) if f.startswith("latents-"))]
-    parts = {facet: unit_parts(dataset, facet, unit) for facet in dict.fromkeys(facets)}
+    parts = {facet: dataset.unit_parts(facet, unit) for facet in dict.fromkeys(facets)}
 
     def merged(facet: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = dataset.merge(parts[facet], columns).to_pylist() if parts[facet] else []
@@ -98,19 +98,9 @@ def read_state(dataset: Dataset, unit: int, plan: Plan) -> UnitState:
     )
 
 
-def unit_parts(dataset: Dataset, facet: str, unit: int) -> list[Part]:
-    """Committed parts 0, 1, ... of a unit. Asks for names one by one: a folder of a million files is never listed."""
-    parts: list[Part] = []
-    while True:
-        part = Part(facet=facet, unit=unit, part=len(parts))
-        if not dataset.parquet(part).exists():
-            return parts
-        parts.append(part)
-
-
 def read_record(dataset: Dataset, unit: int) -> dict[str, Any]:
     """Commit meta of the newest rows part, or nothing."""
-    parts = unit_parts(dataset, ROWS, unit)
+    parts = dataset.unit_parts(ROWS, unit)
     return dataset.meta(parts[-1]) if parts else {}
 
 
@@ -121,7 +111,7 @@ def is_done(dataset: Dataset, unit: int, plan: Plan) -> bool:
     return (
         record.get("plan") == plan.digest
         and all(inputs.get(facet, 0) >= 1 for facet in plan.facets)
-        and all(inputs.get(facet) == len(unit_parts(dataset, facet, unit)) for facet in (LISTING, SCAN, DEDUP))
+        and all(inputs.get(facet) == len(dataset.unit_parts(facet, unit)) for facet in (LISTING, SCAN, DEDUP))
     )
 
 
@@ -140,7 +130,7 @@ def passing_faults(dataset: Dataset, unit: int) -> list[tuple[int, str, bool]]:
 
 
 def _read_decisions(dataset: Dataset, unit: int) -> dict[int, Decision]:
-    parts = unit_parts(dataset, ROWS, unit)
+    parts = dataset.unit_parts(ROWS, unit)
     if not parts:
         return {}
     table = dataset.merge(parts)

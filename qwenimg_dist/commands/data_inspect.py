@@ -33,7 +33,7 @@ from producers.sources.base import OUTSIDE_ROOT, read_bytes
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.report.contact_sheet import Cut, SheetRow, write_contact_sheet
-from qwenimg_dist.report.funnel import facet_labels, funnel, parts_by_unit
+from qwenimg_dist.report.funnel import facet_labels, funnel
 from qwenimg_dist.report.stats import stats
 from qwenimg_dist.report.table import show_bytes
 from qwenimg_dist.schema import LISTING, ROWS, SCAN
@@ -108,7 +108,7 @@ def inspect(dataset: Dataset, config: Config, console: Console) -> int:
 def choose(dataset: Dataset, max_rows: int) -> Choice:
     """All decided rows, or a sample. Memory: 8 bytes per row of the data set."""
     found: defaultdict[Group, list[npt.NDArray[np.int64]]] = defaultdict(list)
-    for _, parts in sorted(parts_by_unit(dataset, ROWS).items()):
+    for _, parts in sorted(dataset.parts_by_unit(ROWS).items()):
         table = dataset.merge(parts, ["row", "status", "reason"])
         for group in table.group_by(["status", "reason"]).aggregate([]).to_pylist():
             same = pc.and_(pc.equal(table["status"], group["status"]), pc.equal(table["reason"], group["reason"]))
@@ -133,7 +133,7 @@ def allot(there: Mapping[Group, int], places: int) -> dict[Group, int]:
 
 def read_rows(dataset: Dataset, rows: npt.NDArray[np.int64], labels: Mapping[str, str]) -> list[SheetRow]:
     """What the parts say of these rows (ascending); `labels` names the latents facets' classes."""
-    parts = {facet: parts_by_unit(dataset, facet) for facet in (LISTING, SCAN, ROWS, *labels)}
+    parts = {facet: dataset.parts_by_unit(facet) for facet in (LISTING, SCAN, ROWS, *labels)}
     shown: list[SheetRow] = []
     for unit in np.unique(rows // dataset.unit_size).tolist():
         wanted = pa.array(rows[rows // dataset.unit_size == unit])

@@ -19,7 +19,7 @@ from rich.console import Console
 from qwenimg_dist.commands.data_tar import Place, check_tar
 from qwenimg_dist.commands.data_verify_units import REMAKE, RESTORE, Problem, check_unit, part_name, repeated_keys
 from qwenimg_dist.data.facets import DataError, Dataset, Part
-from qwenimg_dist.report.funnel import LATENTS_PREFIX, TEXT_PREFIX, parts_by_unit
+from qwenimg_dist.report.funnel import LATENTS_PREFIX, TEXT_PREFIX
 from qwenimg_dist.report.stats import size_of
 from qwenimg_dist.report.table import show_bytes
 from qwenimg_dist.schema import (
@@ -130,7 +130,7 @@ def _check_part(dataset: Dataset, part: Part, tally: Tally) -> Iterator[Problem]
 
 def _check_units(dataset: Dataset, broken: set[Part], tally: Tally) -> Iterator[Problem]:
     """The facets against each other, unit by unit; units with a broken part are passed over."""
-    facets = {facet: parts_by_unit(dataset, facet) for facet in dataset.facets()}
+    facets = {facet: dataset.parts_by_unit(facet) for facet in dataset.facets()}
     broken_units = {part.unit for part in broken}
     keys: list[npt.NDArray[np.int64]] = []
     listing = facets.get(LISTING, {})

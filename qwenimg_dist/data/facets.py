@@ -59,7 +59,7 @@ class Part:
 
 
 class Dataset:
-    """A data set directory. Cheap to make; every listing reads the directory anew."""
+    """A data set directory. Cheap to make; nothing is remembered, every question is put to the file system anew."""
 
     def __init__(self, root: Path, unit_size: int) -> None:
         self.root = root
@@ -113,10 +113,26 @@ class Dataset:
         """Units of a facet that have at least one part, ascending."""
         return sorted({part.unit for part in self.parts(facet)})
 
+    def parts_by_unit(self, facet: str) -> dict[int, list[Part]]:
+        """A facet's committed parts by unit, ascending. Lists the folder once: for whoever walks all units."""
+        by_unit: dict[int, list[Part]] = {}
+        for part in self.parts(facet):
+            by_unit.setdefault(part.unit, []).append(part)
+        return by_unit
+
+    def unit_parts(self, facet: str, unit: int) -> list[Part]:
+        """Committed parts 0, 1, ... of one unit.
+
+        Asks for names one by one: a unit's work must not cost more the more units there are.
+        """
+        parts: list[Part] = []
+        while self.parquet(part := Part(facet=facet, unit=unit, part=len(parts))).exists():
+            parts.append(part)
+        return parts
+
     def next_part(self, facet: str, unit: int) -> Part:
         """The name of the part that would be committed next for this unit."""
-        taken = [part.part for part in self.parts(facet) if part.unit == unit]
-        return Part(facet=facet, unit=unit, part=max(taken, default=-1) + 1)
+        return Part(facet=facet, unit=unit, part=len(self.unit_parts(facet, unit)))
 
     def parquet(self, part: Part) -> Path:
         return self.root / part.facet / f"{part.stem}.parquet"
@@ -147,7 +163,7 @@ class Dataset:
 
     def read_unit(self, facet: str, unit: int, columns: Sequence[str] | None = None) -> pa.Table | None:
         """All parts of a unit merged (a later part supersedes earlier rows of the same key column); None if absent."""
-        parts = [part for part in self.parts(facet) if part.unit == unit]
+        parts = self.unit_parts(facet, unit)
         return self.merge(parts, columns) if parts else None
 
     def merge(self, parts: Sequence[Part], columns: Sequence[str] | None = None) -> pa.Table:

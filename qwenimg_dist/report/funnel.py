@@ -13,7 +13,7 @@ counts as decided when it has a `rows` part.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qwenimg_dist.data.facets import Dataset, Part
+from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.report.table import Table, show_share
 from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN
 
@@ -105,7 +105,7 @@ def funnel(dataset: Dataset) -> Funnel:
     facets = dataset.facets()
     latents = sorted((name for name in facets if name.startswith(LATENTS_PREFIX)), key=latents_order)
     texts = [name for name in facets if name.startswith(TEXT_PREFIX)]
-    parts = {name: parts_by_unit(dataset, name) for name in (LISTING, SCAN, DEDUP, ROWS, *latents)}
+    parts = {name: dataset.parts_by_unit(name) for name in (LISTING, SCAN, DEDUP, ROWS, *latents)}
     counts: Counter[str] = Counter()
     encoded: Counter[str] = Counter(dict.fromkeys(latents, 0))
     too_small: Counter[str] = Counter()
@@ -137,14 +137,6 @@ def funnel(dataset: Dataset) -> Funnel:
         captions={name: count_captions(dataset, name) for name in texts},
         reasons=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
     )
-
-
-def parts_by_unit(dataset: Dataset, facet: str) -> dict[int, list[Part]]:
-    """A facet's committed parts, listed once, by unit."""
-    by_unit: defaultdict[int, list[Part]] = defaultdict(list)
-    for part in dataset.parts(facet):
-        by_unit[part.unit].append(part)
-    return dict(by_unit)
 
 
 def count_captions(dataset: Dataset, facet: str) -> int:

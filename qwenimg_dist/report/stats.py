@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.report.funnel import LATENTS_PREFIX, TEXT_PREFIX, facet_labels, latents_order, parts_by_unit
+from qwenimg_dist.report.funnel import LATENTS_PREFIX, TEXT_PREFIX, facet_labels, latents_order
 from qwenimg_dist.report.table import Table, show_bytes, show_share
 from qwenimg_dist.schema import LISTING, ROWS, Bucket
 
@@ -108,7 +108,7 @@ def stats(dataset: Dataset) -> Stats:
 
 
 def _count_rows(dataset: Dataset, latents: list[str]) -> tuple[dict[str, Counter[Bucket]], Counter[int]]:
-    parts = {facet: parts_by_unit(dataset, facet) for facet in (LISTING, ROWS, *latents)}
+    parts = {facet: dataset.parts_by_unit(facet) for facet in (LISTING, ROWS, *latents)}
     buckets: dict[str, Counter[Bucket]] = {facet: Counter() for facet in latents}
     captions: Counter[int] = Counter()
     for unit in sorted(parts[ROWS]):

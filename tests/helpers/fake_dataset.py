@@ -225,7 +225,7 @@ class FakeProducer:
         ]
         schema = ROWS_COLUMNS.append(pa.field("score_sharpness", pa.float32()))
         facets = (LISTING, SCAN, DEDUP, *self.facets.names)
-        inputs = {facet: len([p for p in self.dataset.parts(facet) if p.unit == unit]) for facet in facets}
+        inputs = {facet: len(self.dataset.unit_parts(facet, unit)) for facet in facets}
         self._simple(ROWS, unit, _table(schema, records), extra={"inputs": inputs, "counts": {}})
 
     def _simple(self, facet: str, unit: int, table: pa.Table, extra: dict[str, object] | None = None) -> None:

@@ -101,6 +101,25 @@ def test_committing_twice_changes_nothing(tmp_path: Path) -> None:
     assert dataset.next_part("rows", 0) == Part(facet="rows", unit=0, part=1)
 
 
+def test_the_cost_of_a_unit_does_not_grow_with_the_number_of_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Dataset.create(tmp_path / "data", 4)
+    for unit in range(3):
+        dataset.commit(dataset.next_part("rows", unit), table([unit]), config_hash="")
+    dataset.commit(dataset.next_part("rows", 1), table([9]), config_hash="")
+    listed = []
+    real = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or real(folder))
+    assert dataset.next_part("rows", 1).part == 2
+    assert dataset.next_part("rows", 7).part == 0
+    assert [part.part for part in dataset.unit_parts("rows", 1)] == [0, 1]
+    assert len(dataset.read_unit("rows", 1) or []) == 2
+    assert listed == []
+    assert dataset.parts_by_unit("rows") == {unit: dataset.unit_parts("rows", unit) for unit in range(3)}
+    assert len(listed) == 1
+
+
 def test_two_writers_at_once_and_only_one_wins(tmp_path: Path) -> None:
     dataset = Dataset.create(tmp_path, 4)
     part = dataset.next_part("rows", 0)
