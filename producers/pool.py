@@ -18,7 +18,7 @@ import signal
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,6 +31,9 @@ from qwenimg_dist.config import ClusterConfig
 
 _OBJECT_STORE_BYTES: Final = 128 * 1024**2
 """Enough for control messages; nothing large goes through Ray."""
+_PLACED_S: Final = 600.0
+"""After this long without a single actor running, waiting for one is of no use. Not about loading models: an actor
+answers before it does."""
 
 
 @contextlib.contextmanager
@@ -71,8 +74,9 @@ class _Slot:
     actor: Any
     pending: Any
     """The reference waited for: of `ready()` or of a task; None when idle."""
+    since: float
+    """When that wait began (monotonic seconds)."""
     task: Task | None = None
-    since: float = 0.0
     seat: Seat | None = None
     """Known once the actor is ready."""
 
@@ -82,9 +86,10 @@ class _Slot:
 
 
 class RayWorkers:
-    """`Workers` as Ray actors."""
+    """`Workers` as Ray actors. Raises ValueError if no machine of the cluster could ever hold one."""
 
     def __init__(self, job: Job, cluster: ClusterConfig) -> None:
+        check_room(cluster)
         self._job = job
         self._cluster = cluster
         self._slots = [self._start() for _ in range(cluster.producers)]
@@ -115,6 +120,7 @@ class RayWorkers:
             return []
         ended, _ = ray.wait(list(busy), num_returns=1, timeout=timeout_s)
         outcomes = [outcome for one in ended if (outcome := self._collect(busy[one])) is not None]
+        self._check_placed()
         self._end_silent()
         return outcomes
 
@@ -136,7 +142,7 @@ class RayWorkers:
             )
             .remote(self._job)
         )
-        return _Slot(actor=actor, pending=actor.ready.remote())
+        return _Slot(actor=actor, pending=actor.ready.remote(), since=time.monotonic())
 
     def _collect(self, slot: _Slot) -> Outcome | None:
         """The outcome of a slot whose reference is there; None if there is nothing to report yet."""
@@ -164,6 +170,17 @@ class RayWorkers:
         self._again(task, reply.failure.message)
         return None
 
+    def _check_placed(self) -> None:
+        """Some actors may wait for room as long as others work; if all do, nothing will ever happen."""
+        waited = time.monotonic() - max(slot.since for slot in self._slots)
+        if waited > _PLACED_S and all(slot.seat is None for slot in self._slots):
+            raise ProduceError(
+                f"no producer could be placed for {_PLACED_S:g} s: each needs {_show(needs(self._cluster))}, and of "
+                f"{_show(ray.cluster_resources())} only {_show(ray.available_resources())} is free: wait for what runs "
+                "there (a training holds its GPUs until it ends), or lower cluster.cpus_per_producer or "
+                "cluster.gpus_per_producer"
+            )
+
     def _end_silent(self) -> None:
         """Replace actors that have not answered for `cluster.unit_timeout_s`."""
         for slot in self._slots:
@@ -178,7 +195,7 @@ class RayWorkers:
             if at_start or self._deaths_at_start > self._cluster.unit_retries:
                 raise ProduceError(f"a producer cannot start: {why}")
         fresh = self._start()
-        slot.actor, slot.pending, slot.task, slot.seat = fresh.actor, fresh.pending, None, None
+        slot.actor, slot.pending, slot.since, slot.task, slot.seat = fresh.actor, fresh.pending, fresh.since, None, None
         if task is not None:
             self._again(task, why)
 
@@ -190,6 +207,31 @@ class RayWorkers:
                 "kept. Set cluster.unit_retries to try more often"
             )
         self._retry.append(task)
+
+
+def needs(cluster: ClusterConfig) -> dict[str, float]:
+    """Ray resources that one producer reserves."""
+    return {"CPU": cluster.cpus_per_producer, "GPU": cluster.gpus_per_producer}
+
+
+def check_room(cluster: ClusterConfig) -> None:
+    """Raise ValueError unless some machine of the cluster is large enough for one producer, were it free.
+
+    Ray itself would wait for such a machine for ever, without a word.
+    """
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    need = needs(cluster)
+    if not any(all(machine.get(name, 0.0) >= amount for name, amount in need.items()) for machine in machines):
+        there = "; ".join(_show(machine) for machine in machines) or "no machine"
+        raise ValueError(
+            f"a producer needs {_show(need)} on one machine (cluster.cpus_per_producer, cluster.gpus_per_producer), "
+            f"Ray has {there}: lower these (gpus_per_producer=0 with cluster.device=cpu needs no GPU), or set "
+            "cluster.address to a cluster that has them"
+        )
+
+
+def _show(resources: Mapping[str, float]) -> str:
+    return f"{resources.get('CPU', 0.0):g} CPUs and {resources.get('GPU', 0.0):g} GPUs"
 
 
 def _end_actor(slot: _Slot) -> None:
