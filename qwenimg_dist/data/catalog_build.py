@@ -172,25 +172,21 @@ def _captions(loaded: dict[str, FacetTable], kept: _Kept, facet: FacetTable) -> 
     at, found = match_rows(LISTING, listing, kept.rows)
     if not found.all():
         raise DataError(f"row {int(kept.rows[~found][0])} is kept but not in the listing: the data set is damaged")
-    captions = listing["captions"].combine_chunks()
-    captions = captions.take(pa.array(at))
+    captions = listing["caption_keys"].combine_chunks().take(pa.array(at))
     counts = to_array(pc.fill_null(pc.list_value_length(captions), 0), np.int64)
     if not (counts > 0).all():
         key = kept.keys[counts == 0][0].decode()
         raise DataError(f"row {key} is kept without a caption: run `qwenimg-dist produce` again")
-    encoded = pc.list_flatten(captions).dictionary_encode()
-    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
-    keys = pa.array([caption_key(text) for text in encoded.dictionary.to_pylist()], pa.string())
+    keys = pc.list_flatten(captions)
     units = np.repeat(kept.units, counts)
-    wanted = _unit_key(pa.array(units), keys.take(encoded.indices))
+    wanted = _unit_key(pa.array(units), keys)
     texts = pc.index_in(wanted, _unit_key(facet.table["unit"], facet.table["key"]))
     if texts.null_count:
         flat = int(np.flatnonzero(to_array(texts.is_null(), np.bool_))[0])
         row = int(np.searchsorted(np.cumsum(counts), flat, side="right"))
-        caption = encoded.dictionary[encoded.indices[flat].as_py()].as_py()
         raise DataError(
-            f"caption {caption[:60]!r} of row {kept.keys[row].decode()} (unit {int(units[flat])}) has no features in "
-            f"{facet.name}: run `qwenimg-dist produce` again"
+            f"caption {keys[flat].as_py()} of row {kept.keys[row].decode()} (unit {int(units[flat])}) has no features "
+            f"in {facet.name}: run `qwenimg-dist produce` again"
         )
     starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
     return starts, to_array(texts, np.int32)
@@ -230,7 +226,7 @@ def _add_latents(facet: FacetTable, kept: _Kept, resolution: int, out: _Output) 
 
 
 def _unit_key(units: pa.Array, keys: pa.Array) -> pa.Array:
-    return pc.binary_join_element_wise(pc.cast(units, pa.string()), keys, ":")
+    return pc.binary_join_element_wise(pc.cast(units, pa.large_string()), keys, pa.scalar(":", pa.large_string()))
 
 
 def _commit(out: _Output, pins: Sequence[Pin], folder: Path) -> None:

@@ -2,6 +2,9 @@
 
 Place in the flow: `catalog_build.py` compiles these. Each part is read once, for its digest and its columns; columns
 leave as numpy arrays. Refuses tensors of mixed types, of a shape their bytes do not fit, or outside their tar.
+
+Arrow's `string` ends at 2 GiB per array, which the captions of some 10 M rows would reach: they are hashed to their
+keys unit by unit, and all other text is `large_string`.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import pyarrow.parquet as pq
 from qwenimg_dist.data.catalog import ITEM_BYTES, Ints
 from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.data.pins import Pin, UnitPins, parallel, read_part_bytes
-from qwenimg_dist.schema import LISTING, ROWS, SCAN
+from qwenimg_dist.schema import LISTING, ROWS, SCAN, caption_key
 
 _PLACE: Final = ("tar", "offset", "nbytes", "dtype", "shape")
 _COLUMNS: Final = {
@@ -71,9 +74,28 @@ def _read(dataset: Dataset, part: Part) -> tuple[str, dict[str, Any], pa.Table]:
         meta = json.loads((parquet.schema_arrow.metadata or {})[b"qwenimg_dist"])
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise DataError(f"{file} cannot be read ({error}): restore it, `data verify` lists all") from error
-    table = table.replace_schema_metadata(None)
+    table = _without_limits(table.replace_schema_metadata(None))
     table = table.append_column("unit", pa.array(np.full(len(table), part.unit, dtype=np.int32)))
     return hashlib.sha256(raw).hexdigest(), meta, table
+
+
+def _without_limits(table: pa.Table) -> pa.Table:
+    """`captions` become `caption_keys`; text columns get 64-bit offsets."""
+    for index, field in enumerate(table.schema):
+        if field.name == "captions":
+            table = table.set_column(index, "caption_keys", caption_keys(table["captions"]))
+        elif field.type == pa.string():
+            table = table.set_column(index, field.name, table[field.name].cast(pa.large_string()))
+    return table
+
+
+def caption_keys(captions: pa.ChunkedArray) -> pa.LargeListArray:
+    """list<string> of one part -> large_list<large_string> of the keys of their text features."""
+    lists = captions.combine_chunks()
+    counts = to_array(pc.fill_null(pc.list_value_length(lists), 0), np.int64)
+    keys = [caption_key(text) for text in pc.list_flatten(lists).to_pylist()]
+    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(keys, pa.large_string()))
 
 
 def _wanted(facet: str, names: Sequence[str]) -> list[str]:
@@ -119,7 +141,7 @@ def check_places(facet: FacetTable, shapes: Ints, dtype: str) -> None:
     """Every tensor has the bytes its shape needs and lies inside its tar."""
     nbytes, offset = to_array(facet.table["nbytes"], np.int64), to_array(facet.table["offset"], np.int64)
     require(facet, nbytes == shapes.prod(axis=1) * ITEM_BYTES[dtype], "nbytes is not what the shape needs")
-    names = pa.array(list(facet.tars), pa.string())
+    names = pa.array(list(facet.tars), pa.large_string())
     number = pc.index_in(facet.table["tar"], names)
     require(facet, ~to_array(pc.is_null(number), np.bool_), "its tar is not among the tars committed with the part")
     sizes = np.array([*facet.tars.values(), 0], dtype=np.int64)[to_array(number, np.int64, missing=-1)]
@@ -134,7 +156,7 @@ def require(facet: FacetTable, holds: npt.NDArray[np.bool_], what: str) -> None:
 
 
 def tar_numbers(table: pa.Table, numbers: dict[str, int]) -> npt.NDArray[np.int32]:
-    index = pc.index_in(table["tar"], pa.array(list(numbers), pa.string()))
+    index = pc.index_in(table["tar"], pa.array(list(numbers), pa.large_string()))
     array: npt.NDArray[np.int32] = np.array([*numbers.values(), -1], dtype=np.int32)
     numbered: npt.NDArray[np.int32] = array[to_array(index, np.int64, missing=-1)]
     return numbered

@@ -13,6 +13,7 @@ from fake_dataset import FakeProducer, bucket_of, facets_for, make_rows, num_tok
 from qwenimg_dist.data.catalog import Catalog, CatalogFolder, Catalogs
 from qwenimg_dist.data.catalog_build import build_catalog
 from qwenimg_dist.data.facets import DataError, Dataset, Part, Tar
+from qwenimg_dist.data.part_tables import caption_keys, load_facets
 from qwenimg_dist.data.pins import digest_of, pin_from_json, pin_to_json, ready_units
 from qwenimg_dist.data.where import compile_where
 from qwenimg_dist.schema import (
@@ -191,7 +192,7 @@ def tiny_parts(root: Path, change: str) -> FakeProducer:
     [
         ("no caption", "row k is kept without a caption"),
         ("not listed", "row 0 is kept but not in the listing"),
-        ("no features", "caption 'a' of row k (unit 0) has no features in text-"),
+        ("no features", f"caption {caption_key('a')} of row k (unit 0) has no features in text-"),
         ("no empty prompt", "no features of the empty prompt"),
         ("num_tokens", f"key {caption_key('a')}: num_tokens differs"),
         ("outside", "lies outside its tar"),
@@ -211,6 +212,21 @@ def test_contradictions_are_named(tmp_path: Path, change: str, message: str) -> 
 
 def test_the_hand_written_parts_are_otherwise_sound(tmp_path: Path) -> None:
     assert build(tiny_parts(tmp_path / "data", ""), tmp_path / "index").num_rows == 1
+
+
+def test_no_column_ends_at_two_gib(tmp_path: Path) -> None:
+    """Captions themselves are never put one below the other, and the rest has 64-bit offsets."""
+    producer = FakeProducer(tmp_path / "data", unit_size=4)
+    rows = make_rows(6, captions=2)
+    producer.add(rows)
+    producer.produce()
+    loaded = load_facets(producer.dataset, ready_units(producer.dataset, producer.facets))
+    limited = {pa.string(), pa.list_(pa.string()), pa.large_list(pa.string())}
+    assert not [field for facet in loaded.values() for field in facet.table.schema if field.type in limited]
+    keys = loaded[LISTING].table["caption_keys"].to_pylist()
+    assert keys == [[caption_key(caption) for caption in row.captions] for row in rows]
+    lists = pa.chunked_array([pa.array([["a", "b"], None, []], pa.list_(pa.string())), pa.array([["c"]])])
+    assert caption_keys(lists).to_pylist() == [[caption_key("a"), caption_key("b")], [], [], [caption_key("c")]]
 
 
 def test_ten_thousand_rows_take_a_moment(tmp_path: Path) -> None:
