@@ -3,8 +3,9 @@
 Place in the flow: rank 0 calls `advance(step)` before each step; it pins ready units, compiles their catalog and
 appends a line to `RUN/generations.jsonl` (fsynced). All ranks `refresh`, which hands the line to the ledger as a
 segment. Without `follow`, one generation pins everything that is ready at the start and serves all phases and epochs.
-With it, a phase begins with what is ready, and grows by what became ready whenever its batches are used up; when the
-source is complete the epoch closes, and the next one covers all units again.
+With it, a phase begins with what is ready, and grows by what became ready whenever its batches are used up, by a tenth
+at least, so that slow producers give a hundred generations and not one per unit; when the source is complete the epoch
+closes, and the next one covers all units again.
 
 The order of samples depends on the lines alone, not on the steps they were written at: a run killed and resumed reads
 its lines and goes on. A torn last line (the process died while writing it) was never used; it is ignored and
@@ -35,6 +36,8 @@ from qwenimg_dist.data.where import compile_where
 INDEX: Final = "index"
 COMPLETE: Final = "source-complete.json"
 _VISIBLE_S: Final = 60.0
+_GROWTH: Final = 10
+"""A generation that continues an epoch adds at least 1 / this of the epoch's units so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +213,9 @@ class Generations:
             raise DataError(why_not_ready(self.dataset, self.facets))
         if closed and mine and complete and self._empty_epoch(step, mine):
             self.ledger.batch(step)  # raises, saying what is missing
-        if not units and not (complete and mine and not closed):
+        if not complete and len(units) < max(1, -(-first_unit // _GROWTH)):
+            return None
+        if not units and (closed or not mine):
             return None
         return self._make(step, phase=phase, epoch=epoch, first_unit=first_unit, units=units, last=complete)
 

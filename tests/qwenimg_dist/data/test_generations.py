@@ -154,6 +154,24 @@ def test_follow_uses_every_sample_once_per_epoch_and_then_all_again(tmp_path: Pa
     assert len(set(indices)) == 1
 
 
+def test_slow_producers_do_not_give_a_generation_per_unit(tmp_path: Path) -> None:
+    producer = FakeProducer(tmp_path / "data", unit_size=4)
+    run = open_run(tmp_path / "run", producer, make_config(), follow=True)
+    seen: list[tuple[object, ...]] = []
+    for _ in range(32):
+        produce_units(producer, 1)
+        seen += train(run, len(seen), 100)
+    # The first unit starts the run; an epoch of n units then grows by n / 10 at least, rounded up.
+    assert [line.units for line in run.lines] == [*range(1, 12), 13, 15, 17, 19, 21, 24, 27, 30]
+    resumed = open_run(tmp_path / "run", producer, make_config(), follow=True)
+    assert resumed.advance(len(seen)) == "wait"
+    producer.complete()
+    seen += train(resumed, len(seen), 128 // 3 + 2 - len(seen))
+    assert [(line.units, line.last) for line in resumed.lines[-2:]] == [(30, False), (32, True)]
+    keys = sorted(key for batch in seen for key, w in zip(batch[3], batch[5]) if w)  # type: ignore[call-overload]
+    assert keys == sorted(row.key for row in producer.rows)
+
+
 def test_without_follow_one_generation_pins_everything_and_later_data_is_not_seen(tmp_path: Path) -> None:
     producer = FakeProducer(tmp_path / "data", unit_size=4)
     produce_units(producer, 3)
