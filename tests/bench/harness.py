@@ -14,6 +14,7 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -171,6 +172,8 @@ def timed() -> Iterator[Clock]:
 def scratch(name: str) -> Iterator[Path]:
     """A folder for the benchmark's files, removed at the end. `TMPDIR` says where."""
     folder = Path(tempfile.mkdtemp(prefix=f"bench-{name}-"))
+    # So that the ranks and the folder go too when the benchmark is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield folder
     finally:
