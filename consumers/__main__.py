@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
+from consumers.errors import TrainingError
 from consumers.session import Hooks
 from consumers.trainer import train
 from qwenimg_dist.compose import load_config
@@ -18,13 +19,21 @@ def main(arguments: list[str]) -> int:
     """Train with Hydra overrides as arguments; returns the exit code."""
     rank = os.environ.get("RANK", "0")
     try:
-        outcome = train(load_config(arguments), Hooks(say=_say))
+        outcome = train(load_config(arguments), Hooks(say=_say, command_id=_command_id()))
     except ValueError as error:
         _say(f"error: {error}" if rank == "0" else f"rank {rank} stopped, rank 0 says why")
         return 2
+    except TrainingError as error:
+        _say(f"error: {error}" if rank == "0" else f"rank {rank} stopped, rank 0 says why")
+        return 1
     if rank == "0":
         _say(f"training {outcome}")
     return 0
+
+
+def _command_id() -> str:
+    """The same for every start of the gang by one torchrun: its own process."""
+    return f"torchrun-{os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
 
 
 def _say(line: str) -> None:

@@ -13,6 +13,7 @@ flipped bit is never trained on. Refuses to start anew when checkpoints exist an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -29,6 +30,7 @@ from consumers.checkpoint_files import (
     checkpoints_dir,
     content_fault,
     list_checkpoints,
+    no_valid_checkpoint,
     rank_file,
     read_manifest,
     space_fault,
@@ -40,6 +42,7 @@ from consumers.checkpoint_files import (
 from consumers.checkpoint_reader import CheckpointReader, open_checkpoint, verify_checkpoint
 from consumers.ema import Ema
 from consumers.engine import KINDS, Engine, Share
+from consumers.errors import TrainingError
 from consumers.ranks import Ranks
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir
@@ -76,12 +79,12 @@ def save_checkpoint(
 ) -> Path:
     """Write and commit `checkpoints/step-NNNNNNNN`; then keep only the newest `keep` valid ones.
 
-    Collective. Raises `CheckpointError` on every rank if one of them could not write; nothing is visible then.
+    Collective. Raises `TrainingError` on every rank if one of them could not write; nothing is visible then.
     """
     ranks = engine.ranks
     fault = space_fault(run_dir, engine.num_parameters, ema=ema is not None) if ranks.is_first else None
     if fault := ranks.broadcast_json(fault):
-        raise CheckpointError(fault)
+        raise TrainingError(fault)
     folder = checkpoints_dir(run_dir)
     # Drawn anew each time: a rank of a killed gang that still lives cannot write into this directory.
     token = ranks.broadcast_json(uuid.uuid4().hex[:8])
@@ -106,10 +109,11 @@ def save_checkpoint(
         try:
             records.append(write_state(temporary, whole))
             _commit(temporary, folder / step_name(step), step=step, num_ranks=ranks.world_size, records=records)
-            _retain(run_dir, keep)
         except OSError as problem:
             error = problem
     _agree(error, ranks, temporary, step)
+    if ranks.is_first:
+        _retain(run_dir, step, keep)
     return folder / step_name(step)
 
 
@@ -131,20 +135,19 @@ def load_newest(engine: Engine, ema: Ema | None, run_dir: Path) -> Loaded | None
             _restore(engine, ema, reader)
             return Loaded(step=step, state=reader.state, skipped=skipped)
         skipped.append(f"step {step}: {problem}")
-    raise CheckpointError(
-        f"{run_dir} has {len(found)} checkpoint(s), none of them valid: {'; '.join(skipped)}. Restore one from a "
-        "backup, or start anew with train.fresh=true (they are moved aside)"
-    )
+    raise no_valid_checkpoint(run_dir, skipped)
 
 
 def _agree(error: OSError | None, ranks: Ranks, temporary: Path, step: int) -> None:
     """Raise on every rank if one of them failed; a rank that went on alone would wait for ever."""
-    if not ranks.any(error is not None):
+    told = ranks.first_problem(f"rank {ranks.rank}: {error}" if error is not None else "")
+    if not told:
         return
     if ranks.is_first:
         shutil.rmtree(temporary, ignore_errors=True)
-    why = f": {error}" if error is not None else " (another rank says why)"
-    raise CheckpointError(f"rank {ranks.rank}: checkpoint of step {step} was not committed{why}") from error
+    raise TrainingError(
+        f"checkpoint of step {step} was not committed: {told}. Make room; the same command goes on from the one before"
+    ) from error
 
 
 def _share_of_faults(path: Path, ranks: Ranks) -> str | None:
@@ -156,9 +159,7 @@ def _share_of_faults(path: Path, ranks: Ranks) -> str | None:
         problem = next((fault for record in mine if (fault := content_fault(path, record))), "")
     except (CheckpointError, OSError) as error:
         problem = str(error)
-    width = 512  # characters of a message that travel; equal on all ranks
-    told = [text.decode(errors="replace").strip() for text in ranks.gather_bytes(problem.encode()[:width].ljust(width))]
-    return next((text for text in told if text), None)
+    return ranks.first_problem(problem) or None
 
 
 def _restore(engine: Engine, ema: Ema | None, reader: CheckpointReader) -> None:
@@ -224,17 +225,22 @@ def _commit(temporary: Path, final: Path, *, step: int, num_ranks: int, records:
     fsync_dir(final.parent)
 
 
-def _retain(run_dir: Path, keep: int) -> None:
-    """Remove what is older than the newest `keep` valid checkpoints, and temporaries of the dead."""
+def _retain(run_dir: Path, step: int, keep: int) -> None:
+    """Remove what is older than the newest `keep` valid checkpoints up to `step`, and temporaries of the dead.
+
+    Checkpoints above the step just committed were found unusable, else the run would have gone on from them: they are
+    of an abandoned future and go too, or a later start would try them first.
+    """
     found = list_checkpoints(run_dir)
-    valid = [info.step for info in found if info.fault is None]
+    valid = [info.step for info in found if info.fault is None and info.step <= step]
     oldest_kept = min(valid[-keep:], default=0)
     folder = checkpoints_dir(run_dir)
-    for info in found:
-        if info.step < oldest_kept:
-            # Renamed first: half-removed it must not look like a checkpoint.
-            aside = folder / f"{_TEMPORARY}removed-{info.path.name}-{uuid.uuid4().hex[:8]}"
-            os.rename(info.path, aside)
+    with contextlib.suppress(OSError):  # the checkpoint is committed; what cannot be removed now is tried next time
+        for info in found:
+            if not oldest_kept <= info.step <= step:
+                # Renamed first: half-removed it must not look like a checkpoint.
+                aside = folder / f"{_TEMPORARY}removed-{info.path.name}-{uuid.uuid4().hex[:8]}"
+                os.rename(info.path, aside)
     for name in os.listdir(folder):
         if name.startswith(_TEMPORARY):
             shutil.rmtree(folder / name, ignore_errors=True)

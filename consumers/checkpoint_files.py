@@ -38,6 +38,14 @@ class CheckpointError(ValueError):
     """No checkpoint can be used, or one cannot be written; the message names each and the way out."""
 
 
+def no_valid_checkpoint(run_dir: Path, faults: Sequence[str]) -> CheckpointError:
+    """The refusal to start over where checkpoints are, each of them named with its fault."""
+    return CheckpointError(
+        f"{run_dir} has {len(faults)} checkpoint(s), none of them valid: {'; '.join(faults)}. Restore one from a "
+        "backup, or start anew with train.fresh=true (they are moved aside)"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Piece:
     """One tensor to write: elements [start, stop) of a flattened parameter."""

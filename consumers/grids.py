@@ -31,7 +31,7 @@ class Grids:
         self._ranks = ranks
         self._scheduler = load_scheduler_config(pipeline)
         prompts = [*config.evaluate.prompts, config.evaluate.negative_prompt]
-        features = _encode(config, pipeline, ranks.device, prompts) if ranks.is_first else None
+        features = ranks.together(lambda: _encode(config, pipeline, ranks.device, prompts) if ranks.is_first else None)
         *self._text, self._negative = _broadcast(features, ranks)
         self._codec = LatentCodec.load(pipeline, device=ranks.device) if ranks.is_first else None
 

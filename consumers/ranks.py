@@ -8,12 +8,16 @@ the same order.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
+
+_TOLD_BYTES: Final = 1024
+"""Of a message that travels; equal on all ranks."""
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +33,6 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            self.sum([0.0])  # an all-reduce is a barrier, and needs no device guess under nccl
-
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over the ranks, in fp64."""
         return self._reduce(values, dist.ReduceOp.SUM)
@@ -43,6 +43,28 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
         return bool(self.max([float(flag)])[0])
+
+    def first_problem(self, problem: str) -> str:
+        """The first rank's problem that is not empty, on every rank; empty if no rank has one."""
+        if not self.any(bool(problem)):
+            return ""
+        told = self.gather_bytes(problem.encode()[:_TOLD_BYTES].ljust(_TOLD_BYTES))
+        return next(text for data in told if (text := data.decode(errors="replace").strip()))
+
+    def together(self, action: Callable[[], _Result]) -> _Result:
+        """Run a local action on every rank. What one rank refuses is raised on all of them, as ValueError.
+
+        A rank that raised alone would leave the others waiting in their next collective, and its reason unheard.
+        """
+        made: list[_Result] = []
+        problem = ""
+        try:
+            made.append(action())
+        except (ValueError, OSError) as error:
+            problem = str(error) or type(error).__name__
+        if told := self.first_problem(problem):
+            raise ValueError(told)
+        return made[0]
 
     def all_finite(self, value: torch.Tensor) -> bool:
         """Whether a scalar is finite on every rank; the check that precedes each backward."""

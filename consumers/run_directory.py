@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 import yaml
 
-from consumers.checkpoint_files import space_fault
+from consumers.checkpoint_files import list_checkpoints, no_valid_checkpoint, space_fault
 from consumers.curriculum import plan
 from qwenimg_dist.compose import validate
 from qwenimg_dist.config import Config, training_identity
@@ -68,6 +68,7 @@ def preflight(config: Config) -> Prepared:
     phases = plan(config)
     if not config.train.fresh:
         check_identity(config, run_dir)
+        check_checkpoints(run_dir)
     pipeline = pipeline_dir(config.model)
     facets = facets_of(config, pipeline)
     if not config.follow:
@@ -125,6 +126,13 @@ def check_identity(config: Config, run_dir: Path) -> None:
             f"{run_dir} is the run directory of another config: {listed}. Give the same settings to go on, choose "
             "another run.path, or start anew here with train.fresh=true"
         )
+
+
+def check_checkpoints(run_dir: Path) -> None:
+    """Raise ValueError if there are checkpoints and each is visibly damaged, before anything is started or written."""
+    found = list_checkpoints(run_dir)
+    if found and all(info.fault for info in found):
+        raise no_valid_checkpoint(run_dir, [f"step {info.step}: {info.fault}" for info in found])
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ from consumers.stream import Stream
 from consumers.throughput import Throughput
 from qwenimg_dist.config import Config, training_identity
 from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.data.generation_log import FILE as GENERATIONS_FILE
+from qwenimg_dist.data.generation_log import read_lines
 from qwenimg_dist.data.generations import Generations
 from qwenimg_dist.metrics import RunLog, truncate_logs
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
@@ -58,7 +60,9 @@ class Hooks:
     heartbeat: Callable[[int], None] = _ignore
     """Called on every rank after every step with the number of steps done."""
     say: Callable[[str], None] = _ignore
-    """One line for a person; called on rank 0."""
+    """One line for a person; called on rank 0, and by any rank for a warning of its own."""
+    command_id: str = ""
+    """The same for all starts of the gang by one command, so that a restart does not start afresh again."""
 
 
 @dataclass(kw_only=True)
@@ -119,7 +123,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
     with contextlib.ExitStack() as stack:
         prepared = preflight(config) if ranks.world_size == 1 else _on_all(ranks, lambda: preflight(config))
         _on_first(ranks, lambda: stack.enter_context(run_lock(prepared.run_dir)))
-        if config.train.fresh and (aside := _on_first(ranks, lambda: _moved(prepared.run_dir))):
+        if config.train.fresh and (aside := _on_first(ranks, lambda: _moved(prepared.run_dir, hooks.command_id))):
             _say(ranks, hooks, f"train.fresh: earlier results were moved to {aside}")
         grids = _grids(config, prepared, ranks)
 
@@ -133,12 +137,13 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
 
         _on_first(ranks, lambda: truncate_logs(prepared.run_dir, progress.step))
         _on_first(ranks, lambda: write_descriptions(prepared.run_dir, config, ranks.world_size))
-        log = _open_log(config, prepared, loaded) if ranks.is_first else None
+        log = ranks.together(lambda: _open_log(config, prepared, loaded) if ranks.is_first else None)
         stack.callback(lambda: log.close() if log else None)
 
-        generations, stream = _open_data(config, prepared, ranks, hooks, progress.step, stack)
+        known = int(loaded.state["generations"]) if loaded else 0
+        generations, stream = _open_data(config, prepared, ranks, hooks, progress.step, known, stack)
         batches = {phase.index: sorted(phase.weights) for phase in prepared.ledger.phases}
-        held_out = _held_out(config, prepared, generations, stream)
+        held_out = ranks.together(lambda: _held_out(config, prepared, generations, stream))
         objective = build_objective(config)
         yield Session(
             config=config,
@@ -189,15 +194,25 @@ def await_batch(generations: Generations, ranks: Ranks, hooks: Hooks, step: int)
 
 
 def _open_data(
-    config: Config, prepared: Prepared, ranks: Ranks, hooks: Hooks, step: int, stack: contextlib.ExitStack
+    config: Config,
+    prepared: Prepared,
+    ranks: Ranks,
+    hooks: Hooks,
+    step: int,
+    known: int,
+    stack: contextlib.ExitStack,
 ) -> tuple[Generations, Stream]:
+    waiting = False
     while not _on_first(ranks, lambda: (prepared.data_dir / "dataset.json").is_file()):
+        if not waiting:
+            _say(ranks, hooks, f"waiting for a data set in {prepared.data_dir}")
+        waiting = True
         if ranks.any(hooks.stop_requested()):
             raise Stopped
         time.sleep(_POLL_S)
     dataset = Dataset.open(prepared.data_dir)
     generations = Generations(prepared.run_dir, dataset, prepared.facets, prepared.ledger, follow=config.follow)
-    _on_first(ranks, generations.verify)
+    _on_first(ranks, lambda: _check_generations(generations, known, prepared.run_dir))
     await_batch(generations, ranks, hooks, min(step, config.train.steps - 1))
     stream = Stream(
         generations.ledger,
@@ -208,6 +223,16 @@ def _open_data(
     )
     stack.callback(stream.close)
     return generations, stream
+
+
+def _check_generations(generations: Generations, known: int, run_dir: Path) -> None:
+    generations.verify()
+    recorded = len(read_lines(run_dir / GENERATIONS_FILE)[0])
+    if recorded < known:
+        raise ValueError(
+            f"{run_dir / GENERATIONS_FILE} records {recorded} generations, the checkpoint was written "
+            f"after {known}: without them the order of samples would change. Restore the file, or take another run.path"
+        )
 
 
 def _held_out(config: Config, prepared: Prepared, generations: Generations, stream: Stream) -> HeldOut:
@@ -263,8 +288,12 @@ def _open_log(config: Config, prepared: Prepared, loaded: Loaded | None) -> RunL
     )
 
 
-def _moved(run_dir: Path) -> str | None:
+def _moved(run_dir: Path, command_id: str) -> str | None:
+    mark = run_dir / ".fresh"
+    if command_id and mark.is_file() and mark.read_text() == command_id:
+        return None  # a restart of the gang by the same command goes on from its own checkpoints
     aside = move_aside(run_dir)
+    mark.write_text(command_id)
     return str(aside) if aside else None
 
 
@@ -296,4 +325,4 @@ def _on_all(ranks: Ranks, action: Callable[[], _Result]) -> _Result:
     """Run on every rank, rank 0 first (it may have to build or download what the others then find)."""
     made: list[_Result] = []
     _on_first(ranks, lambda: made.append(action()))
-    return made[0] if made else action()
+    return ranks.together(lambda: made[0] if made else action())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from consumers.batch import RankBatch
 from consumers.checkpoint import save_checkpoint
 from consumers.curriculum import lr_at
 from consumers.engine import StepResult, start_distributed, stop_distributed
+from consumers.errors import TrainingError
 from consumers.evaluate import eval_metrics
 from consumers.session import Hooks, Session, Stopped, await_batch, open_session
 from qwenimg_dist.config import Config
@@ -30,10 +30,6 @@ from qwenimg_dist.debug import fault_point
 
 Outcome = Literal["complete", "stopped"]
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on by itself; the message says what happened and where."""
 
 
 def train(config: Config, hooks: Hooks | None = None) -> Outcome:
@@ -62,8 +58,6 @@ def _loop(session: Session) -> Outcome:
         _draw_grid(session)
 
     while progress.step < last_step:
-        begin = time.perf_counter()
-
         # ---- Stop if any rank was asked to; saved below the loop.
         if ranks.any(session.hooks.stop_requested()):
             break
@@ -73,7 +67,8 @@ def _loop(session: Session) -> Outcome:
             await_batch(session.generations, ranks, session.hooks, progress.step)
         except Stopped:
             break
-        batch = session.stream.get(progress.step)
+        begin = time.perf_counter()
+        batch = ranks.together(lambda: session.stream.get(progress.step))
 
         # ---- Objective: losses and gradients, or None if a loss was not finite on some rank.
         losses = _accumulate(session, batch)
@@ -117,7 +112,9 @@ def _accumulate(session: Session, batch: RankBatch) -> dict[str, float] | None:
         if not ranks.all_finite(output.loss):
             if not bool(torch.isfinite(output.loss.detach())):
                 where = f"micro-batch {index} of {batch.batch.bucket}, slots {micro.slots.tolist()}"
-                _warn(f"rank {ranks.rank}: step {session.progress.step + 1}: the loss is not finite in {where}")
+                _warn(
+                    session, f"rank {ranks.rank}: step {session.progress.step + 1}: the loss is not finite in {where}"
+                )
             return None
         engine.backward(output.loss * scale, last=index + 1 == len(batch.micro_batches))
         for name, value in {"loss": output.loss, **output.metrics}.items():
@@ -130,7 +127,10 @@ def _count_skip(session: Session, batch: RankBatch, result: StepResult) -> None:
     progress.skipped_steps += result.skipped
     progress.consecutive_skips = progress.consecutive_skips + 1 if result.skipped else 0
     if result.skipped and session.ranks.is_first:
-        _warn(f"step {progress.step}: not finite, skipped on all ranks (samples {', '.join(batch.keys[:8])}, ...)")
+        _warn(
+            session,
+            f"step {progress.step}: not finite, skipped on all ranks (samples {', '.join(batch.keys[:8])}, ...)",
+        )
     if progress.consecutive_skips > allowed:
         raise TrainingError(
             f"{progress.consecutive_skips} steps in a row up to step {progress.step} were not finite, "
@@ -229,6 +229,5 @@ def _stop_signals(hooks: Hooks) -> Iterator[Hooks]:
             signal.signal(number, handler)
 
 
-def _warn(line: str) -> None:
-    sys.stderr.write(f"warning: {line}\n")
-    sys.stderr.flush()
+def _warn(session: Session, line: str) -> None:
+    session.hooks.say(f"warning: {line}")

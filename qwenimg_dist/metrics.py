@@ -149,12 +149,13 @@ class RunLog:
         self._metrics = JsonLines(run_dir / "metrics.jsonl")
         self._samples = JsonLines(run_dir / "samples.jsonl") if samples else None
         self._wandb: Wandb | None = None
+        self._wandb_id = wandb_id
         if config.wandb != "off":
             self._wandb = _start_wandb(config, run_dir, wandb_id, values)
 
     @property
     def wandb_id(self) -> str | None:
-        return self._wandb.run_id if self._wandb else None
+        return self._wandb.run_id if self._wandb else self._wandb_id
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._metrics.write(step, values)

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,19 +62,20 @@ def run(args: list[str]) -> int:
 
 def _train(config: Config, run_dir: Path, stop: threading.Event) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / STOP_FILE).unlink(missing_ok=True)
-    gang = _Gang(config)
+    command_id = uuid.uuid4().hex[:12]
+    stop_file = run_dir / f"{STOP_FILE}-{command_id}"  # a second `train` started by mistake must not stop this one
+    gang = _Gang(config, command_id)
     console = Console(soft_wrap=True, stderr=True)  # not as a context: that would hold every line back to its end
     with _Display(console, config, run_dir) as display:
         gang.start()
         while gang.is_alive():
-            if stop.is_set() and not (run_dir / STOP_FILE).exists():
+            if stop.is_set() and not stop_file.exists():
                 console.print("stopping: the ranks save and end", highlight=False)
-                (run_dir / STOP_FILE).touch()
+                stop_file.touch()
             display.update()
             gang.join(_POLL_S)
         display.update()
-    (run_dir / STOP_FILE).unlink(missing_ok=True)
+    stop_file.unlink(missing_ok=True)
     if gang.error is not None:
         what = f"training failed (restarts allowed: {config.cluster.max_restarts})"
         print(f"error: {what}: {_cause(gang.error)}", file=sys.stderr)
@@ -89,20 +91,21 @@ def _train(config: Config, run_dir: Path, stop: threading.Event) -> int:
 class _Gang(threading.Thread):
     """Ray Train's `fit` in a thread of its own, so that the main thread keeps its signal handlers."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, command_id: str) -> None:
         super().__init__(daemon=True, name="ray-train")
         self._config = config
+        self._command_id = command_id
         self.answer: dict[str, Any] | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self.answer = _trainer(self._config).fit().return_value
+            self.answer = _trainer(self._config, self._command_id).fit().return_value
         except Exception as error:  # handed to the main thread, which reports it
             self.error = error
 
 
-def _trainer(config: Config) -> Any:
+def _trainer(config: Config, command_id: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -112,7 +115,7 @@ def _trainer(config: Config) -> Any:
     resources = {"CPU": cluster.cpus_per_rank, **({"GPU": 1.0} if on_gpu else {})}
     return TorchTrainer(
         _rank,
-        train_loop_config={"config": config.model_dump(mode="json"), "cwd": str(Path.cwd())},
+        train_loop_config={"config": config.model_dump(mode="json"), "cwd": str(Path.cwd()), "command_id": command_id},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=cluster.ranks, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(
@@ -125,7 +128,8 @@ def _trainer(config: Config) -> Any:
 
 
 def _rank(job: dict[str, Any]) -> dict[str, Any]:
-    """What each rank runs. Unusable input is returned, not raised: Ray would start the gang again for it."""
+    """What each rank runs. What a new start would meet again is returned, not raised: Ray would restart the gang."""
+    from consumers.errors import TrainingError
     from consumers.session import Hooks
     from consumers.trainer import train
     from qwenimg_dist.compose import validate
@@ -135,16 +139,21 @@ def _rank(job: dict[str, Any]) -> dict[str, Any]:
     config = validate(job["config"])
     run_dir = Path(required(config.run.path, "run.path"))
     is_first = os.environ.get("RANK", "0") == "0"
-    stop_file = run_dir / STOP_FILE
+    stop_file = run_dir / f"{STOP_FILE}-{job['command_id']}"
 
     def say(line: str) -> None:
         with open(run_dir / LOG_FILE, "a", encoding="utf-8") as sink:
             sink.write(line + "\n")
 
     try:
-        outcome = train(config, Hooks(stop_requested=lambda: is_first and stop_file.exists(), say=say))
+        hooks = Hooks(
+            stop_requested=lambda: is_first and stop_file.exists(), say=say, command_id=str(job["command_id"])
+        )
+        outcome = train(config, hooks)
     except ValueError as error:
         return {"error": str(error), "code": 2}
+    except TrainingError as error:
+        return {"error": str(error), "code": 1}
     return {"outcome": outcome}
 
 

@@ -30,7 +30,6 @@ def text_facet_name(pipeline_dir: Path, config: Config) -> str:
                 "tokenizer": fingerprint_component(pipeline_dir / "tokenizer"),
                 "max_tokens": config.model.max_text_tokens,
                 "dtype": config.encode.dtype,
-            "compute_dtype": config.encode.compute_dtype,
                 "compute_dtype": config.encode.compute_dtype,
             },
             digits=12,

@@ -42,7 +42,7 @@ def test_damaged_checkpoints_are_skipped_and_named(results: Results) -> None:
 
 def test_a_rank_that_cannot_write_fails_all_and_shows_nothing(results: Results) -> None:
     found = results("damage")
-    assert "step 5 was not committed" in found["write_error"]
+    assert "step 5 was not committed: rank 1: " in found["write_error"]
     assert found["visible"] == [f"step-{step:08d}" for step in (1, 2, 3, 4)]
 
 
@@ -54,6 +54,10 @@ def test_none_valid_is_an_error_that_names_each(results: Results) -> None:
 
 def test_saving_over_an_invalid_one_and_keeping_the_newest(results: Results) -> None:
     assert results("damage")["kept"] == [[4, None]]
+
+
+def test_what_is_newer_than_the_checkpoint_just_written_is_an_abandoned_future(results: Results) -> None:
+    assert results("damage")["kept_of_new_line"] == [[2, None]]
 
 
 def test_read_without_ranks(results: Results, gang_out: Path, small_input: Path) -> None:
@@ -105,7 +109,12 @@ def test_verify_sees_every_damage(results: Results, gang_out: Path, tmp_path: Pa
         (path / "state.json").write_text("{}")
     assert verify_checkpoint(path)
     with pytest.raises(CheckpointError, match="step 4"):
-        open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path, verify=True)
+    if damage == "flip":  # only hashing sees it
+        assert open_checkpoint(tmp_path).step == 4
+    else:
+        with pytest.raises(CheckpointError, match="step 4"):
+            open_checkpoint(tmp_path)
 
 
 def test_other_numbers_of_ranks_go_on_equally(

@@ -22,6 +22,7 @@ from fake_dataset import WIDTH
 import consumers.checkpoint as checkpoint
 from consumers.ema import Ema
 from consumers.engine import KINDS, Engine, build_engine, parameter_group, start_distributed, stop_distributed
+from consumers.errors import TrainingError
 from consumers.ranks import Ranks
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
@@ -243,7 +244,7 @@ def check_damage(world: World) -> dict[str, Any]:
         flip(rank_file_of(run_dir, 4), -1000)
         truncate(rank_file_of(run_dir, 3))
         (run_dir / "checkpoints" / "step-00000002" / "manifest.json").unlink()
-    ranks.barrier()
+    ranks.any(False)
     loaded = checkpoint.load_newest(engine, None, run_dir)
     found: dict[str, Any] = {"step": loaded.step if loaded else None, "skipped": loaded.skipped if loaded else None}
 
@@ -253,7 +254,7 @@ def check_damage(world: World) -> dict[str, Any]:
     try:
         checkpoint.save_checkpoint(engine, None, run_dir, step=5, state={}, keep=4)
         found["write_error"] = None
-    except checkpoint.CheckpointError as error:
+    except TrainingError as error:
         found["write_error"] = str(error)
     checkpoint.write_rank_file = original
     found["visible"] = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
@@ -261,7 +262,7 @@ def check_damage(world: World) -> dict[str, Any]:
     if ranks.is_first:
         shutil.rmtree(run_dir / "checkpoints" / "step-00000001" / "state.json", ignore_errors=True)
         flip(run_dir / "checkpoints" / "step-00000001" / "state.json", 10)
-    ranks.barrier()
+    ranks.any(False)
     try:
         checkpoint.load_newest(engine, None, run_dir)
         found["none_valid"] = None
@@ -269,6 +270,11 @@ def check_damage(world: World) -> dict[str, Any]:
         found["none_valid"] = str(error)
     checkpoint.save_checkpoint(engine, None, run_dir, step=4, state={}, keep=1)  # over the invalid one
     found["kept"] = [[info.step, info.fault] for info in checkpoint.list_checkpoints(run_dir)]
+    # Step 4 rots unseen by its size; a run that fell back to before it commits step 2, which must be what is kept.
+    if ranks.is_first:
+        flip(rank_file_of(run_dir, 4), -1000)
+    checkpoint.save_checkpoint(engine, None, run_dir, step=2, state={}, keep=1)
+    found["kept_of_new_line"] = [[info.step, info.fault] for info in checkpoint.list_checkpoints(run_dir)]
     engine.close()
     return found
 

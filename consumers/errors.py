@@ -1,0 +1,5 @@
+"""Ends of a run that are nobody's unusable input: exit code 1, and no new start, which would meet them again."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on by itself; the message says what happened and where. Raised on every rank alike."""
