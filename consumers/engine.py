@@ -26,16 +26,14 @@ import torch
 import torch.distributed as dist
 
 from consumers.ranks import Ranks
+from consumers.zero_settings import Group, adamw, deepspeed_config, parameter_group
 from qwenimg_dist.config import Config
 from qwenimg_dist.models import transformer as qwen
 
 Kind = Literal["master", "exp_avg", "exp_avg_sq"]
 KINDS: Final[tuple[Kind, ...]] = ("master", "exp_avg", "exp_avg_sq")
-Group = Literal["decay", "no_decay"]
 _COLLECTIVE_TIMEOUT: Final = timedelta(minutes=30)
 _EXCHANGE_ELEMENTS: Final = 1 << 24
-_SMALL_ELEMENTS: Final = 1 << 22
-"""Buffers of 16 MB cost nothing anywhere; below that a tiny model would only make more and smaller collectives."""
 
 
 class WeightSource(Protocol):
@@ -99,54 +97,6 @@ def stop_distributed() -> None:
     """Leave the process group; a process that exits without it may abort."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def parameter_group(name: str, shape: tuple[int, ...], num_layers: int) -> Group:
-    """Matrices decay; norms and biases do not, nor does what gets no gradient.
-
-    The last block's text output is unused, so its text MLP, output projection and queries have zero gradient; decay
-    would let those weights fade without anything holding them.
-    """
-    last = f"transformer_blocks.{num_layers - 1}."
-    unused = ("txt_mlp.", "attn.to_add_out.", "attn.add_q_proj.", "attn.norm_added_q.")
-    if name.startswith(last) and name.removeprefix(last).startswith(unused):
-        return "no_decay"
-    return "decay" if len(shape) >= 2 else "no_decay"
-
-
-def deepspeed_config(config: Config, shapes: Mapping[str, tuple[int, ...]], ranks: Ranks) -> dict[str, Any]:
-    """DeepSpeed's settings, with every size derived from the model: the defaults (prefetch 5e7 elements, a 5e8-element
-    bucket) suit neither a 2.5 M nor a 20 B model.
-    """
-    numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    block = sum(numel for name, numel in numels.items() if name.startswith("transformer_blocks.0."))
-    total, largest = sum(numels.values()), max(numels.values())
-    share = -(-total // ranks.world_size)
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optim.clip_grad_norm,
-        "bf16": {"enabled": config.engine.precision == "bf16"},
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": config.cluster.device == "cuda",
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": max(largest, min(50_000_000, max(total // 16, _SMALL_ELEMENTS))),
-            "stage3_prefetch_bucket_size": block,
-            # Nothing is kept gathered: vectors travel with their block, instead of in one collective each per step.
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": max(3 * block, 2 * largest),
-            "stage3_max_reuse_distance": block,
-            # The step copies one sub-group's gradients; this bounds the copy.
-            "sub_group_size": max(largest // ranks.world_size, min(500_000_000, share // 8), _SMALL_ELEMENTS),
-        },
-    }
 
 
 class Engine:
@@ -324,7 +274,10 @@ def build_engine(
     num_layers = int(transformer_config["num_layers"])
     groups = {name: parameter_group(name, shape, num_layers) for name, shape in shapes.items()}
     deepspeed_engine, _, _, _ = deepspeed.initialize(
-        model=module, optimizer=_optimizer(module, groups, config), config=settings, dist_init_required=False
+        model=module,
+        optimizer=adamw(module.named_parameters(), groups, config),
+        config=settings,
+        dist_init_required=False,
     )
     engine = Engine(deepspeed_engine, groups, ranks)
     if source is not None and any(source.dtype(name) != dtype for name in shapes):
@@ -353,20 +306,6 @@ def _gather_whole_blocks(module: Any) -> None:
     for block in blocks:
         block.register_forward_pre_hook(by_position, with_kwargs=True)
     set_z3_leaf_modules(module, [type(blocks[0])])
-
-
-def _optimizer(module: Any, groups: Mapping[str, Group], config: Config) -> torch.optim.Optimizer:
-    optim = config.optim
-    named = list(module.named_parameters())
-    decay: dict[Group, float] = {"decay": optim.weight_decay, "no_decay": 0.0}
-    parameter_groups = [
-        {"params": [p for name, p in named if groups[name] == group], "weight_decay": value}
-        for group, value in decay.items()
-    ]
-    on_gpu = config.cluster.device == "cuda"
-    # foreach would hold a second copy of every temporary; on the GPU the fused kernel is torch's own, not compiled here
-    kernel = {"fused": True} if on_gpu else {"foreach": False}
-    return torch.optim.AdamW(parameter_groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, **kernel)
 
 
 def _check_source(source: WeightSource, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -86,7 +86,7 @@ class Bare:
         import deepspeed
         import torch
 
-        from consumers.engine import deepspeed_config
+        from consumers.zero_settings import deepspeed_config
         from consumers.ranks import Ranks
         from qwenimg_dist.models import transformer as qwen
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from consumers.engine import deepspeed_config, parameter_group
 from consumers.ranks import Ranks
+from consumers.zero_settings import deepspeed_config, parameter_group
 from qwenimg_dist.compose import load_config
 
 Results = Callable[[str], dict[str, Any]]

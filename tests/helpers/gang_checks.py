@@ -21,9 +21,10 @@ from fake_dataset import WIDTH
 
 import consumers.checkpoint as checkpoint
 from consumers.ema import Ema
-from consumers.engine import KINDS, Engine, build_engine, parameter_group, start_distributed, stop_distributed
+from consumers.engine import KINDS, Engine, build_engine, start_distributed, stop_distributed
 from consumers.errors import TrainingError
 from consumers.ranks import Ranks
+from consumers.zero_settings import parameter_group
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.models import transformer as qwen

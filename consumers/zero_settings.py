@@ -1,0 +1,83 @@
+"""What DeepSpeed and AdamW are told: sizes from the model, fp32 reduction, which weights decay.
+
+Place in the flow: `engine.py` builds with it. Imports no DeepSpeed, so that settings can be looked at without it.
+Refuses DeepSpeed's defaults: a 5e7-element prefetch and a 5e8-element bucket suit neither 2.5 M nor 20 B parameters,
+and with bf16 they would reduce and accumulate gradients in bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Literal
+
+import torch
+
+from consumers.ranks import Ranks
+from qwenimg_dist.config import Config
+
+Group = Literal["decay", "no_decay"]
+_SMALL_ELEMENTS: Final = 1 << 22
+"""Buffers of 16 MB cost nothing anywhere; below that a tiny model would only make more and smaller collectives."""
+
+
+def parameter_group(name: str, shape: tuple[int, ...], num_layers: int) -> Group:
+    """Matrices decay; norms and biases do not, nor does what gets no gradient.
+
+    The last block's text output is unused, so its text MLP, output projection and queries have zero gradient; decay
+    would let those weights fade without anything holding them.
+    """
+    last = f"transformer_blocks.{num_layers - 1}."
+    unused = ("txt_mlp.", "attn.to_add_out.", "attn.add_q_proj.", "attn.norm_added_q.")
+    if name.startswith(last) and name.removeprefix(last).startswith(unused):
+        return "no_decay"
+    return "decay" if len(shape) >= 2 else "no_decay"
+
+
+def deepspeed_config(config: Config, shapes: Mapping[str, tuple[int, ...]], ranks: Ranks) -> dict[str, Any]:
+    """DeepSpeed's settings, with every size derived from the model."""
+    numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    block = sum(numel for name, numel in numels.items() if name.startswith("transformer_blocks.0."))
+    total, largest = sum(numels.values()), max(numels.values())
+    share = -(-total // ranks.world_size)
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.clip_grad_norm,
+        "bf16": {"enabled": config.engine.precision == "bf16"},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": config.cluster.device == "cuda",
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": max(largest, min(50_000_000, max(total // 16, _SMALL_ELEMENTS))),
+            "stage3_prefetch_bucket_size": block,
+            # Nothing is kept gathered: vectors travel with their block, instead of in one collective each per step.
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": max(3 * block, 2 * largest),
+            "stage3_max_reuse_distance": block,
+            # The step copies one sub-group's gradients; this bounds the copy.
+            "sub_group_size": max(largest // ranks.world_size, min(500_000_000, share // 8), _SMALL_ELEMENTS),
+        },
+    }
+
+
+def adamw(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], groups: Mapping[str, Group], config: Config
+) -> torch.optim.Optimizer:
+    """torch's AdamW over the two groups. The learning rate is set anew at every step."""
+    optim = config.optim
+    named = list(parameters)
+    decay: dict[Group, float] = {"decay": optim.weight_decay, "no_decay": 0.0}
+    parameter_groups = [
+        {"params": [p for name, p in named if groups[name] == group], "weight_decay": value}
+        for group, value in decay.items()
+    ]
+    on_gpu = config.cluster.device == "cuda"
+    # foreach would hold a second copy of every temporary; on the GPU the fused kernel is torch's own, not compiled here
+    kernel = {"fused": True} if on_gpu else {"foreach": False}
+    return torch.optim.AdamW(parameter_groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, **kernel)
