@@ -86,8 +86,8 @@ class Bare:
         import deepspeed
         import torch
 
-        from consumers.zero_settings import deepspeed_config
         from consumers.ranks import Ranks
+        from consumers.zero_settings import deepspeed_config
         from qwenimg_dist.models import transformer as qwen
 
         dist = torch.distributed
