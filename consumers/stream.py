@@ -29,6 +29,7 @@ from qwenimg_dist.data.catalog import Catalogs, Ints
 from qwenimg_dist.data.held_out import HeldOutBucket
 from qwenimg_dist.data.ledger import GlobalBatch, Ledger
 from qwenimg_dist.data.reader import TarReader
+from qwenimg_dist.models.text_batch import collate_text
 from qwenimg_dist.schema import Bucket
 
 PREFETCH: Final = 2
@@ -213,7 +214,7 @@ class Assembler:
         made, begin = [], 0
         for size in sizes:
             part = slice(begin, begin + size)
-            text, mask = self._pad([features[int(t)] for t in texts[part]])
+            text, mask = collate_text([features[int(t)] for t in texts[part]])
             made.append(
                 MicroBatch(
                     latents=self._finish(latents[part]),
@@ -253,17 +254,6 @@ class Assembler:
                 view = _typed(part, catalog.text_dtype).view(-1, catalog.text_width)
                 features[int(position)] = view.to(self._dtype, copy=True)
         return features
-
-    def _pad(self, features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(b, T, D), and a mask if the lengths differ."""
-        lengths = torch.tensor([len(one) for one in features])
-        longest = int(lengths.max())
-        text = torch.zeros(len(features), longest, features[0].shape[1], dtype=self._dtype)
-        for row, one in zip(text, features, strict=True):
-            row[: len(one)] = one
-        if int(lengths.min()) == longest:
-            return text, None
-        return text, torch.arange(longest)[None, :] < lengths[:, None]
 
     def _finish(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.pin_memory() if self._pin else tensor

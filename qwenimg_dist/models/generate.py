@@ -18,9 +18,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from qwenimg_dist.flow.samplers import ode_schedule, sample_ode, true_guidance
+from qwenimg_dist.models.text_batch import collate_text
 from qwenimg_dist.models.transformer import (
     LATENT_CHANNELS,
-    collate_text,
     pack_latents,
     predict_velocity,
     unpack_latents,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -210,16 +211,32 @@ def test_a_batch_asked_for_ahead_of_its_generation_is_made_when_it_has_come(tmp_
     stream.close()
 
 
-def test_waiting_is_measured_and_work_is_done_ahead(tmp_path: Path) -> None:
+class Clock:
+    """Stands in for the module `time`: moves by 7 s when first read after `at_next_look` was set, and calls that."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.at_next_look: Callable[[], None] | None = None
+
+    def perf_counter(self) -> float:
+        seen, call = self.now, self.at_next_look
+        if call is not None:
+            self.now, self.at_next_look = seen + 7.0, None
+            call()
+        return seen
+
+
+def test_waiting_is_measured_and_work_is_done_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, run = make_run(tmp_path)
     stream = Stream(run.ledger, rank=0, world=1, compute_dtype=torch.float32)
-    stream.get(0)
+    assert stream.get(0).read_s > 0
     stream.get(1)
-    done = threading.Event()
-    stream._thread.submit(done.set)  # queued behind what is made ahead
-    assert done.wait(10)
-    assert stream._pending[2].done()
-    batch = stream.get(2)
-    assert batch.wait_s < 0.05
-    assert batch.read_s > 0
+    stream._thread.submit(lambda: None).result(60)  # queued behind what is made ahead
+    go_on, clock = threading.Event(), Clock()
+    monkeypatch.setattr("consumers.stream.time", clock)
+    stream._thread.submit(go_on.wait)  # from here on nothing is made: what can be had now was there
+    assert [stream.get(step).wait_s for step in (2, 3)] == [0.0, 0.0]
+    assert not stream._pending[4].done()
+    clock.at_next_look = go_on.set
+    assert stream.get(4).wait_s == 7.0
     stream.close()
