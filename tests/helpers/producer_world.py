@@ -17,7 +17,7 @@ from producers.plan import Plan, make_plan
 from producers.sources import open_source
 from producers.unit import UnitReport
 from producers.workers import InlineWorkers
-from producers.write import Pixels
+from producers.write import Encoders, Pixels
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import Dataset, Part, Tar
 from qwenimg_dist.data.shards import RawTensor
@@ -108,9 +108,7 @@ class Recorder(Observer):
         self.reports.append(report)
 
 
-def produce_here(
-    source: Path, dataset: Dataset, plan: Plan, encoders: FakeEncoders, *overrides: str
-) -> list[UnitReport]:
+def produce_here(source: Path, dataset: Dataset, plan: Plan, encoders: Encoders, *overrides: str) -> list[UnitReport]:
     """One round in this process; the reports of the units it brought up to date."""
     config = load_config_once(overrides)
     opened = open_source(config.source.model_copy(update={"path": str(source)}))
