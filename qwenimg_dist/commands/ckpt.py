@@ -83,7 +83,8 @@ def export_run(config: Config, args: list[str]) -> int:
 
     # The model is the one that the run trained, whatever the defaults of this command line are.
     source = pipeline_dir(run_config(run_dir, args).model)
-    reader = open_checkpoint(run_dir, config.export.step)
+    # Read twice, once for the hashes: what is exported leaves the reach of the manifest.
+    reader = open_checkpoint(run_dir, config.export.step, verify=True)
     temporary = out.with_name(f".tmp-{out.name}-{uuid.uuid4().hex[:8]}")
     try:
         _write_pipeline(temporary, source, reader, config)

@@ -106,12 +106,11 @@ def _load_transformer(config: Config, args: list[str], dtype: Any, device: Any) 
 def _from_checkpoint(run_dir: Path, config: Config, args: list[str], dtype: Any, device: Any) -> tuple[Path, Any]:
     from consumers.checkpoint_reader import open_checkpoint
     from qwenimg_dist.models.pipeline import pipeline_dir
-    from qwenimg_dist.models.transformer import build_transformer, load_transformer_config
+    from qwenimg_dist.models.transformer import assemble_transformer, load_transformer_config
 
     folder = pipeline_dir(run_config(run_dir, args).model)
     reader = open_checkpoint(run_dir, config.export.step)
-    model = build_transformer(load_transformer_config(folder / "transformer")).to(dtype)
     which: Literal["master", "ema"] = "master" if config.export.weights == "raw" else "ema"
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(reader.read(name, which))
-    return folder, model.eval().to(device)
+    architecture = load_transformer_config(folder / "transformer")
+    model = assemble_transformer(architecture, lambda name: reader.read(name, which), dtype=dtype, device=device)
+    return folder, model

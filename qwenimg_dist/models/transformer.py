@@ -11,7 +11,7 @@ model is not guidance-distilled), positional arguments.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +62,29 @@ def build_transformer(config: Mapping[str, Any]) -> Any:
     return QwenImageTransformer2DModel.from_config(dict(config))
 
 
-def collate_text(features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[(T_i,D)] -> ((B,T,D), mask): zero-padded at the end to the longest; bool mask (B,T), 1 = valid.
+def assemble_transformer(
+    config: Mapping[str, Any],
+    read: Callable[[str], torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """A transformer whose parameters are `read(name)`, cast to `dtype` on `device`, ready to infer.
 
-    The mask is None when all lengths are equal, because any mask turns flash attention off.
+    Built without storage and filled one tensor at a time: peak memory is the model in `dtype` plus one tensor.
+    Raises ValueError naming a parameter of another shape.
     """
-    lengths = [feature.shape[0] for feature in features]
-    if not lengths or min(lengths) == 0:
-        raise ValueError(f"every sample needs at least one text token; lengths are {lengths}")
-    if min(lengths) == max(lengths):
-        return torch.stack(list(features)), None
-    text = nn.utils.rnn.pad_sequence(list(features), batch_first=True)
-    positions = torch.arange(max(lengths), device=text.device)
-    return text, positions[None, :] < torch.tensor(lengths, device=text.device)[:, None]
+    with torch.device("meta"):
+        model = build_transformer(config)
+    rebuild_rope(model)
+    state = {}
+    for name, parameter in model.named_parameters():
+        tensor = read(name)
+        if tensor.shape != parameter.shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, the config makes it {tuple(parameter.shape)}")
+        state[name] = tensor.to(device=device, dtype=dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 def predict_velocity(
@@ -86,7 +96,7 @@ def predict_velocity(
 ) -> torch.Tensor:
     """The velocity `eps - x0` at `noisy` (B,16,h,w), `sigma` (B,) in [0,1]; returns fp32 (B,16,h,w).
 
-    `text` (B,T,D); `text_mask` (B,T) bool, 1 = valid, None when every token is valid (see `collate_text`).
+    `text` (B,T,D); `text_mask` (B,T) bool, 1 = valid, None when every token is valid (see `text_batch.collate_text`).
     `transformer` is the module, an engine around it, or any callable with its forward. Inputs are cast to a
     module's parameter dtype (a plain callable gets `text.dtype`); the model itself rounds sigma to it.
     """

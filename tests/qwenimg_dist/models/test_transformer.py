@@ -7,11 +7,12 @@ import pytest
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
+from qwenimg_dist.models.text_batch import collate_text
 from qwenimg_dist.models.tiny import tiny_pipeline_dir
 from qwenimg_dist.models.transformer import (
     activation_checkpointing,
+    assemble_transformer,
     build_transformer,
-    collate_text,
     forward_flops,
     load_transformer_config,
     pack_latents,
@@ -19,6 +20,7 @@ from qwenimg_dist.models.transformer import (
     rebuild_rope,
     unpack_latents,
 )
+from qwenimg_dist.models.weights import SafetensorsDirectory
 
 QWEN_IMAGE = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 60}
 
@@ -118,6 +120,29 @@ def test_build_from_config_and_rebuild_rope_equals_stock(component: Path, transf
         assert torch.equal(table, getattr(transformer.pos_embed, name))
     assert dict(hollow.config).items() >= {k: v for k, v in config.items() if k != "axes_dims_rope"}.items()
     assert {n: p.shape for n, p in hollow.named_parameters()} == {n: p.shape for n, p in transformer.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_assembled_tensor_by_tensor_equals_stock(component: Path, transformer: Any, dtype: torch.dtype) -> None:
+    config, weights = load_transformer_config(component), SafetensorsDirectory(component)
+    drawn: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "uniform_", lambda self, *_, **__: drawn.append(self) or self)
+        model = assemble_transformer(config, weights.read, dtype=dtype)
+    assert not [tensor for tensor in drawn if not tensor.is_meta], "weights were drawn that are thrown away"
+    assert not model.training
+    for tensor in [*model.parameters(), *model.buffers()]:
+        assert tensor.dtype == dtype
+        assert not tensor.is_meta
+        assert not tensor.requires_grad
+    noisy, sigma, text = torch.randn(1, 16, 4, 8), torch.tensor([0.5]), features(6)[0][None]
+    stock = QwenImageTransformer2DModel.from_pretrained(component, torch_dtype=dtype).eval()
+    with torch.no_grad():
+        assert torch.equal(predict_velocity(model, noisy, sigma, text), predict_velocity(stock, noisy, sigma, text))
+    with pytest.raises(ValueError, match=r"img_in\.bias is \(1,\), the config makes it"):
+        assemble_transformer(
+            config, lambda name: torch.zeros(1) if name == "img_in.bias" else weights.read(name), dtype=dtype
+        )
 
 
 def test_rebuilt_rope_drops_cached_tables(component: Path, transformer: Any) -> None:
