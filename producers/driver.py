@@ -25,9 +25,8 @@ from producers.unit import UnitReport
 from producers.workers import Task, Workers
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.files import fsync_dir, write_json
-from qwenimg_dist.schema import LISTING
+from qwenimg_dist.schema import LISTING, SOURCE_COMPLETE
 
-COMPLETE_FILE: Final = "source-complete.json"
 _POLL_S: Final = 0.5
 
 
@@ -140,13 +139,13 @@ class Driver:
 
     def _mark_complete(self, num_rows: int) -> None:
         content: Mapping[str, Any] = {"units": len(self.dataset.units(LISTING)), "rows": num_rows}
-        if not (self.dataset.root / COMPLETE_FILE).exists():
-            write_json(self.dataset.root / COMPLETE_FILE, content)
+        if not (self.dataset.root / SOURCE_COMPLETE).exists():
+            write_json(self.dataset.root / SOURCE_COMPLETE, content)
 
     def _unmark_complete(self) -> None:
         """Before anything is written."""
         fence.mark(self.dataset.root)
-        (self.dataset.root / COMPLETE_FILE).unlink(missing_ok=True)
+        (self.dataset.root / SOURCE_COMPLETE).unlink(missing_ok=True)
         fsync_dir(self.dataset.root)
 
 

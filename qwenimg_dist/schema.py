@@ -30,6 +30,7 @@ LISTING: Final = "listing"
 SCAN: Final = "scan"
 DEDUP: Final = "dedup"
 ROWS: Final = "rows"
+SOURCE_COMPLETE: Final = "source-complete.json"
 
 KEY_PATTERN: Final = re.compile(r"^[A-Za-z0-9_-]+\Z")
 

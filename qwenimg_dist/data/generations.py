@@ -32,9 +32,9 @@ from qwenimg_dist.data.order import Segment, Selection
 from qwenimg_dist.data.phases import PlannedPhase, phase_at
 from qwenimg_dist.data.pins import UnitPins, check_pins, pin_from_json, pin_unit, ready_units, why_not_ready
 from qwenimg_dist.data.where import compile_where
+from qwenimg_dist.schema import SOURCE_COMPLETE
 
 INDEX: Final = "index"
-COMPLETE: Final = "source-complete.json"
 _VISIBLE_S: Final = 60.0
 _GROWTH: Final = 10
 """A generation that continues an epoch adds at least 1 / this of the epoch's units so far."""
@@ -303,12 +303,13 @@ class Generations:
 
 def source_complete(dataset: Dataset) -> int | None:
     """Number of units of the finished source; None while producers may add more."""
+    file = dataset.root / SOURCE_COMPLETE
     try:
-        return int(json.loads((dataset.root / COMPLETE).read_text())["units"])
+        return int(json.loads(file.read_text())["units"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{dataset.root / COMPLETE} is damaged ({error}): run `qwenimg-dist produce` again") from error
+        raise DataError(f"{file} is damaged ({error}): run `qwenimg-dist produce` again") from error
 
 
 def _facets_json(facets: RunFacets) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from qwenimg_dist.schema import (
     ROWS_COLUMNS,
     SCAN,
     SCAN_COLUMNS,
+    SOURCE_COMPLETE,
     TEXT_COLUMNS,
     Bucket,
     caption_key,
@@ -132,7 +133,7 @@ class FakeProducer:
             self.complete()
 
     def complete(self) -> None:
-        write_json(self.dataset.root / "source-complete.json", {"units": self.num_units, "rows": len(self.rows)})
+        write_json(self.dataset.root / SOURCE_COMPLETE, {"units": self.num_units, "rows": len(self.rows)})
 
     def produce_unit(self, unit: int) -> None:
         rows = self.unit_rows(unit)
