@@ -10,9 +10,7 @@ import math
 from fractions import Fraction
 
 from qwenimg_dist.config import Config, OptimConfig
-from qwenimg_dist.data.phases import PlannedPhase, phase_at, quota
-
-__all__ = ["PlannedPhase", "lr_at", "phase_at", "plan", "quota", "resolution_at"]
+from qwenimg_dist.data.phases import PlannedPhase, phase_at
 
 
 def plan(config: Config) -> tuple[PlannedPhase, ...]:
@@ -46,12 +44,6 @@ def plan(config: Config) -> tuple[PlannedPhase, ...]:
         )
         for index, phase in enumerate(phases)
     )
-
-
-def resolution_at(phases: tuple[PlannedPhase, ...], step: int) -> int:
-    """Resolution class (px) of a step."""
-    phase = phase_at(phases, step)
-    return quota(phase.weights, step - phase.first_step)[0]
 
 
 def lr_at(phases: tuple[PlannedPhase, ...], optim: OptimConfig, step: int) -> float:

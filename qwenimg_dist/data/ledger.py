@@ -142,11 +142,6 @@ class Ledger:
                 if stream.num_batches == 0 and stream.phase.last_step > stream.phase.first_step:
                     raise DataError(stream.why_exhausted())
 
-    def batches_per_epoch(self, phase: int, resolution: int) -> int:
-        """Batches of a stream's first epoch, as far as it is known."""
-        with self._lock:
-            return self._streams[phase, resolution].batches_of_first_epoch()
-
     def batches_so_far(self, phase: int, resolution: int) -> int:
         """Batches of all segments that a stream has (one epoch where its segment repeats)."""
         with self._lock:

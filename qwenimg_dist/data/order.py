@@ -163,11 +163,6 @@ class Stream:
         self._orders.move_to_end((segment, epoch))
         return found
 
-    def batches_of_first_epoch(self) -> int:
-        """Batches of the first epoch as far as its segments are known."""
-        first = [end for end, segment in zip(self._ends, self._segments) if segment.epoch == self._segments[0].epoch]
-        return first[-1] if first else 0
-
     @property
     def num_batches(self) -> int:
         """Batches of all segments."""

@@ -83,21 +83,6 @@ def draw_noise(
     return torch.stack(draws) if draws else torch.empty((0, *shape))
 
 
-def sigma_quantiles(
-    num_quantiles: int,
-    *,
-    density: Density = "logit_normal",
-    mean: float = 0.0,
-    std: float = 1.0,
-    mu: float = 0.0,
-) -> torch.Tensor:
-    """The midpoints of `num_quantiles` equally likely parts of the training density, ascending, (N,) fp32."""
-    if num_quantiles < 1:
-        raise ValueError(f"num_quantiles must be at least 1, got {num_quantiles}")
-    midpoints = [(i + 0.5) / num_quantiles for i in range(num_quantiles)]
-    return sigma_at_quantiles(midpoints, density=density, mean=mean, std=std, mu=mu)
-
-
 def sigma_at_quantiles(
     quantiles: Sequence[float], *, density: Density, mean: float, std: float, mu: float
 ) -> torch.Tensor:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,9 +29,6 @@ def write_sharded(
     tensors: Iterable[TensorSource],
     *,
     max_shard_bytes: int = 5_000_000_000,
-    stem: str = STEM,
-    metadata: Mapping[str, str] | None = None,
-    allow_nonfinite: bool = False,
 ) -> list[Path]:
     """Streams `tensors` into HF-named shards in `path` and returns the weight files, verified.
 
@@ -42,8 +39,8 @@ def write_sharded(
     the index last: a killed export leaves no loadable directory, and the same call again replaces its
     leftovers.
 
-    Raises ValueError if a complete set with this stem is already there, if a name occurs twice, if a tensor's
-    shape or dtype differs from what was announced, or if it holds NaN or inf (unless `allow_nonfinite`).
+    Raises ValueError if a complete set is already there, if a name occurs twice, if a tensor's
+    shape or dtype differs from what was announced, or if it holds NaN or inf.
     """
     folder = Path(path)
     sources = list(tensors)
@@ -51,13 +48,13 @@ def write_sharded(
     if not names or len(set(names)) != len(names):
         raise ValueError(f"{folder}: nothing to export, or a tensor name occurs twice")
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder, stem)
+    _remove_leftovers(folder)
     shards = _plan_shards(sources, max_shard_bytes)
-    finals = [folder / _shard_name(stem, i, len(shards)) for i in range(len(shards))]
+    finals = [folder / _shard_name(i, len(shards)) for i in range(len(shards))]
     temporaries = [file.with_name(f".{file.name}.tmp") for file in finals]
     try:
         for temporary, shard in zip(temporaries, shards, strict=True):
-            _write_shard(temporary, shard, {"format": "pt", **(metadata or {})}, allow_nonfinite)
+            _write_shard(temporary, shard)
     except BaseException:  # a full disk should not stay full of what nobody can load
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
@@ -68,21 +65,15 @@ def write_sharded(
         weight_map = {name: final.name for final, shard in zip(finals, shards, strict=True) for name, *_ in shard}
         total = sum(_num_bytes(source) for source in sources)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / f"{stem}.safetensors.index.json", index)
+        write_json(folder / f"{STEM}.safetensors.index.json", index)
     fsync_dir(folder)
     verify(folder, [(name, shape, dtype) for name, shape, dtype, _ in sources])
     return finals
 
 
-def verify(
-    path: str | Path,
-    expected: Iterable[tuple[str, Sequence[int], torch.dtype]],
-    *,
-    check_values: bool = False,
-) -> None:
+def verify(path: str | Path, expected: Iterable[tuple[str, Sequence[int], torch.dtype]]) -> None:
     """Reopens a component directory and compares every name, shape, dtype and file size with `expected`.
 
-    `check_values` also reads every tensor once more and refuses NaN and inf (a 41-GB read at full size).
     Raises WeightsError naming the first difference.
     """
     directory = SafetensorsDirectory(path)
@@ -94,8 +85,6 @@ def verify(
         found = (directory.shape(name), directory.dtype(name))
         if found != (shape, dtype):
             raise WeightsError(f"{directory.entries[name].file}: tensor {name!r} is {found}, not {(shape, dtype)}")
-        if check_values and not _is_finite(directory.read(name)):
-            raise WeightsError(f"{directory.entries[name].file}: tensor {name!r} holds NaN or inf")
 
 
 def _num_bytes(source: TensorSource) -> int:
@@ -114,25 +103,25 @@ def _plan_shards(sources: Sequence[TensorSource], max_shard_bytes: int) -> list[
     return shards
 
 
-def _shard_name(stem: str, index: int, count: int) -> str:
-    return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
+def _shard_name(index: int, count: int) -> str:
+    return f"{STEM}.safetensors" if count == 1 else f"{STEM}-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _remove_leftovers(folder: Path, stem: str) -> None:
-    for complete in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+def _remove_leftovers(folder: Path) -> None:
+    for complete in (f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"):
         if (folder / complete).exists():
             raise ValueError(f"{folder / complete} exists; export into a new directory")
-    pattern = re.compile(rf"\.?{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?(\.tmp)?")
+    pattern = re.compile(rf"\.?{re.escape(STEM)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?(\.tmp)?")
     for file in folder.iterdir():
         if pattern.fullmatch(file.name):
             file.unlink()
 
 
-def _write_shard(file: Path, shard: Sequence[TensorSource], metadata: Mapping[str, str], allow_nonfinite: bool) -> None:
+def _write_shard(file: Path, shard: Sequence[TensorSource]) -> None:
     # Wider dtypes lie first, so that every tensor is aligned to its item size for readers that map the file.
     # Only the layout is reordered: the sources are still asked in the given order.
     offsets: dict[str, int] = {}
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, shape, dtype, get in sorted(shard, key=lambda source: -source[2].itemsize):
         offsets[name] = position
@@ -150,7 +139,7 @@ def _write_shard(file: Path, shard: Sequence[TensorSource], metadata: Mapping[st
                     f"{file}: tensor {name!r} was announced as {(tuple(shape), dtype)} "
                     f"but came as {(tuple(tensor.shape), tensor.dtype)}"
                 )
-            if not allow_nonfinite and not _is_finite(tensor):
+            if not _is_finite(tensor):
                 raise ValueError(f"{file}: tensor {name!r} holds NaN or inf; nothing was exported")
             stream.seek(8 + len(raw) + offsets[name])
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -66,11 +66,6 @@ class TextEncoder:
             max_sequence_length=max_sequence_length,
         )
 
-    @property
-    def hidden_size(self) -> int:
-        """D, the width of the features."""
-        return int(self.model.config.hidden_size)
-
     def num_tokens(self, captions: Sequence[str]) -> list[int]:
         """How many features each caption gives (T_i, after dropping and cutting), without running the
         model.

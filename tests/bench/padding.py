@@ -203,7 +203,7 @@ def _epoch(ledger: Ledger, phase: int, resolution: int) -> list[int]:
     """Steps of this resolution in the phase's first epoch (or in the phase, where it is shorter)."""
     planned = ledger.phases[phase]
     steps = (s for s in range(planned.first_step, planned.last_step) if ledger.resolution_at(s) == resolution)
-    return list(itertools.islice(steps, ledger.batches_per_epoch(phase, resolution)))
+    return list(itertools.islice(steps, ledger.batches_so_far(phase, resolution)))
 
 
 if __name__ == "__main__":

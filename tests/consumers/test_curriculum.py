@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consumers.curriculum import lr_at, phase_at, plan, resolution_at
+from consumers.curriculum import lr_at, plan
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config, OptimConfig
+from qwenimg_dist.data.phases import PlannedPhase, phase_at, quota
 
 BASE = load_config([])
 
@@ -25,6 +26,11 @@ def with_phases(lengths: list[dict[str, float]], steps: int) -> Config:
     }
     tree["train"]["steps"] = steps
     return Config.model_validate(tree)
+
+
+def resolution_at(phases: tuple[PlannedPhase, ...], step: int) -> int:
+    phase = phase_at(phases, step)
+    return quota(phase.weights, step - phase.first_step)[0]
 
 
 @settings(max_examples=100, deadline=None)

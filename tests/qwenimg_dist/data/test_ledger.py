@@ -91,7 +91,7 @@ def test_an_epoch_is_every_sample_exactly_once(
         with pytest.raises(DataError, match="nothing to train on"):
             ledger.batch(0)
         return
-    per_epoch = ledger.batches_per_epoch(0, 32)
+    per_epoch = ledger.batches_so_far(0, 32)
     assert per_epoch == sum(-(-buckets.count(bucket) // size) for bucket in range(3))
     catalog = catalogs[0]
     for epoch in range(2):
@@ -235,7 +235,7 @@ def test_rates_of_dropout_and_captions_and_what_they_cost_in_padding() -> None:
     lengths = np.clip(np.exp(rng.normal(np.log(129), 0.6, (num, 2))), 10, 512).astype(int)
     catalogs = MemoryCatalogs([memory_catalog([0] * num, lengths.tolist(), unit_size=512)])
     ledger = make_ledger(catalogs, [make_phase(size)], window=65536, block_units=128)
-    batches = [ledger.batch(step) for step in range(ledger.batches_per_epoch(0, 32))]
+    batches = [ledger.batch(step) for step in range(ledger.batches_so_far(0, 32))]
     texts = np.concatenate([batch.texts[batch.weights > 0] for batch in batches])
     dropped = (texts == 0).mean()
     assert abs(dropped - 0.1) < 0.005

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
-from qwenimg_dist.flow.sigmas import draw_noise, draw_sigma, resolution_mu, shift, sigma_quantiles
+from qwenimg_dist.flow.sigmas import draw_noise, draw_sigma, resolution_mu, shift, sigma_at_quantiles
 
 
 @pytest.mark.parametrize(("side", "factor"), [(256, 1.649), (512, 1.714), (640, 1.764), (1024, 2.001), (1328, 2.303)])
@@ -88,12 +88,13 @@ def test_uniform_density_and_quantiles() -> None:
     sigma = draw_sigma(1, 2, range(2000), density="uniform")
     assert 0 < float(sigma.min()) < 0.01
     assert 0.99 < float(sigma.max()) < 1
-    assert sigma_quantiles(4, density="uniform").tolist() == pytest.approx([0.125, 0.375, 0.625, 0.875])
-    quantiles = sigma_quantiles(9, mean=0.5, std=2.0)
-    assert quantiles[4] == pytest.approx(float(torch.sigmoid(torch.tensor(0.5))))
-    assert bool((quantiles.diff() > 0).all())
-    for call in (lambda: sigma_quantiles(0), lambda: draw_sigma(0, 0, [0], std=0.0)):
-        with pytest.raises(ValueError, match=r"must be|needs"):
-            call()
+    quantiles = [0.0, 0.25, 0.5, 0.75, 1.0]
+    uniform = sigma_at_quantiles(quantiles, density="uniform", mean=0.0, std=1.0, mu=0.0)
+    assert uniform.tolist() == pytest.approx(quantiles)
+    logit = sigma_at_quantiles(quantiles, density="logit_normal", mean=0.5, std=2.0, mu=0.0)
+    assert logit[2] == pytest.approx(float(torch.sigmoid(torch.tensor(0.5))))
+    assert bool((logit.diff() > 0).all())
+    with pytest.raises(ValueError, match="needs std > 0"):
+        draw_sigma(0, 0, [0], std=0.0)
     with pytest.raises(ValueError, match="unknown sigma density"):
         draw_sigma(0, 0, [0], density="beta")  # type: ignore[arg-type]

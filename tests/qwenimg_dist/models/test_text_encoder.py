@@ -56,7 +56,7 @@ def test_features_of_unequal_captions_in_one_batch_equal_stock(encoder: TextEnco
     reference = stock_features(stock_pipeline(tiny), CAPTIONS)
     features = encoder.encode(CAPTIONS)
     assert [f.shape[0] for f in features] == encoder.num_tokens(CAPTIONS)
-    assert features[0].shape == (5, encoder.hidden_size)
+    assert features[0].shape == (5, encoder.model.config.hidden_size)
     assert features[-1].shape[0] == 512
     for ours, stock in zip(features, reference, strict=True):
         torch.testing.assert_close(ours, stock, atol=1e-6, rtol=0)

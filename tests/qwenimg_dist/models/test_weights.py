@@ -110,7 +110,7 @@ def test_export_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
 
 def test_one_shard_has_no_index_and_mixed_dtypes_are_aligned(tmp_path: Path) -> None:
     tensors = small_tensors()
-    (file,) = write_sharded(tmp_path, sources(tensors), metadata={"step": "7"})
+    (file,) = write_sharded(tmp_path, sources(tensors))
     assert file.name == "diffusion_pytorch_model.safetensors"
     assert not list(tmp_path.glob("*.index.json"))
     loaded = load_file(file)
@@ -153,11 +153,8 @@ def test_export_refuses_what_was_not_announced(tmp_path: Path, source: TensorSou
 
 
 def test_verify_names_the_difference(tmp_path: Path) -> None:
-    write_sharded(tmp_path, [("w", (2,), torch.float32, lambda: torch.tensor([1.0, float("inf")]))],
-                  allow_nonfinite=True)  # fmt: skip
+    write_sharded(tmp_path, [("w", (2,), torch.float32, lambda: torch.ones(2))])
     verify(tmp_path, [("w", (2,), torch.float32)])
-    with pytest.raises(WeightsError, match="holds NaN or inf"):
-        verify(tmp_path, [("w", (2,), torch.float32)], check_values=True)
     with pytest.raises(WeightsError, match="'w' is"):
         verify(tmp_path, [("w", (1, 2), torch.float32)])
     with pytest.raises(WeightsError, match=r"missing tensors \['v'\]"):
