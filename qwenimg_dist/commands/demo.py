@@ -74,7 +74,7 @@ def run(args: list[str]) -> int:
     """Run or continue the demo. Returns 1 if a command of it fails."""
     config = load_config(["stage=demo", *args])
     root = Path(config.demo.path)
-    console = Console()
+    console = Console(soft_wrap=True)
     pictures = root / "pictures"
     if not (pictures / "metadata.jsonl").is_file():
         counts = write_folder(pictures, num_images=config.demo.num_images, seed=config.demo.seed)
@@ -160,7 +160,7 @@ def conclude(root: Path, steps: Sequence[Step], console: Console, seconds: float
 
     scores = {name: score_cells(cells_of(root, name), root / f"prompts-{_prompts_of(name)}.txt") for name in GRIDS}
     report = write_demo_report(root, scores, [shown(step.args) for step in steps], seconds)
-    console.rule("[bold]result")
+    console.rule("[bold]result, read from the pixels")
     for name, score in scores.items():
         console.print(f"{name:<16} {describe(score)}", highlight=False)
     console.print(
@@ -177,6 +177,5 @@ def _prompts_of(name: str) -> str:
 def describe(score: Score) -> str:
     """A score in one line."""
     return (
-        f"colour {score.colour:.0%}, shape {score.shape:.0%}, both {score.both:.0%} "
-        f"of {score.num_cells} cells, read from the pixels"
+        f"colour {score.colour:.0%}, shape {score.shape:.0%}, both {score.both:.0%} of {score.num_cells} cells"
     )

@@ -40,7 +40,8 @@ class LatentCodec:
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder}: config.json is missing; expected a diffusers pipeline directory")
         vae = AutoencoderKLQwenImage.from_pretrained(folder, use_safetensors=True)
-        return cls(vae.to(device, dtype))
+        vae = vae.to(device)
+        return cls(vae.to(dtype) if vae.dtype != dtype else vae)  # a cast to the same type would warn
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
