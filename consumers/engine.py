@@ -3,8 +3,8 @@
 Place in the flow: the trainer calls `predict`, `backward`, `step`; checkpoint and EMA read and write the fp32
 partitions through `Engine.state`. Facts that this file rests on (deepspeed 0.19.8): a parameter of n elements is cut
 into equal shares of ceil(n / ranks); sub-groups of shares form flat fp32 masters; gradients accumulate in fp32 shares
-over as many backwards as one likes, `step` clips and updates. `zero.Init` casts what constructors compute to bf16, so
-the RoPE tables are rebuilt after it.
+over as many backwards as one likes, `step` clips and updates. `zero.Init` decides type and device of the tensors that
+constructors make, so the RoPE tables are rebuilt after it.
 
 Refuses: DeepSpeed's own checkpoints (torn, pickled, bound to a world size), its gradient norm as the alarm for NaN,
 offload (its paths compile code at run time).
