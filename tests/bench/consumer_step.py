@@ -5,7 +5,7 @@ heartbeat hook runs one step of the bare loop in the same processes, so both alt
 
     trainer   read, noise and sigma by slot, loss, finite check, backward, clip, step, EMA, counters, log
     bare      the same model class under `zero.Init`, `deepspeed.initialize`, forward, mse, backward, step; DeepSpeed's
-              sizes as `consumers/engine.py` sets them, random data already in memory, no EMA
+              sizes as `consumers/zero_settings.py` sets them, random data already in memory, no EMA
     default   the same loop with DeepSpeed's own default sizes (prefetch, persistence, buckets, sub-groups)
 
 About 90 M parameters, so that Python does not decide. CPU seconds are those of rank 0's process with all its threads;
