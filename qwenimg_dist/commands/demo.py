@@ -176,6 +176,4 @@ def _prompts_of(name: str) -> str:
 
 def describe(score: Score) -> str:
     """A score in one line."""
-    return (
-        f"colour {score.colour:.0%}, shape {score.shape:.0%}, both {score.both:.0%} of {score.num_cells} cells"
-    )
+    return f"colour {score.colour:.0%}, shape {score.shape:.0%}, both {score.both:.0%} of {score.num_cells} cells"
