@@ -12,6 +12,7 @@ offload (its paths compile code at run time).
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import logging
 import os
@@ -34,6 +35,7 @@ Kind = Literal["master", "exp_avg", "exp_avg_sq"]
 KINDS: Final[tuple[Kind, ...]] = ("master", "exp_avg", "exp_avg_sq")
 _COLLECTIVE_TIMEOUT: Final = timedelta(minutes=30)
 _EXCHANGE_ELEMENTS: Final = 1 << 24
+_M_MMAP_THRESHOLD: Final = -3  # of glibc's malloc.h
 
 
 class WeightSource(Protocol):
@@ -71,6 +73,7 @@ def start_distributed(device: Literal["cpu", "cuda"]) -> Ranks:
     """Join the process group of torchrun's (or Ray Train's) environment. Call before anything builds an engine."""
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _give_memory_back()
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     for variable, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(variable, value)
@@ -91,6 +94,15 @@ def start_distributed(device: Literal["cpu", "cuda"]) -> Ranks:
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
     where = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=where)
+
+
+def _give_memory_back() -> None:
+    """Freed tensors above 1 MB return to the system at once: glibc otherwise learns to keep ever larger ones, and a
+    rank's memory would grow to the sum of its phases instead of the largest.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def stop_distributed() -> None:
@@ -219,10 +231,9 @@ class Engine:
 
     def _create_moments(self) -> None:
         # AdamW makes its state at the first step; made here, a checkpoint finds it from the start.
-        fused = bool(self._adam.defaults.get("fused"))
         for flat in self._flats:
             self._adam.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu"),
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
                 "exp_avg": torch.zeros_like(flat, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
             }
@@ -268,7 +279,8 @@ def build_engine(
         module = qwen.build_transformer(transformer_config)
     qwen.rebuild_rope(module)
     qwen.activation_checkpointing(module, config.engine.activation_checkpointing)
-    _gather_whole_blocks(module)
+    if config.engine.gather == "block":
+        _gather_whole_blocks(module)
     if source is not None:
         _fill_partitions(module, source, ranks)
     num_layers = int(transformer_config["num_layers"])

@@ -39,6 +39,7 @@ def deepspeed_config(config: Config, shapes: Mapping[str, tuple[int, ...]], rank
     block = sum(numel for name, numel in numels.items() if name.startswith("transformer_blocks.0."))
     total, largest = sum(numels.values()), max(numels.values())
     share = -(-total // ranks.world_size)
+    on_gpu, whole_blocks = config.cluster.device == "cuda", config.engine.gather == "block"
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -51,17 +52,18 @@ def deepspeed_config(config: Config, shapes: Mapping[str, tuple[int, ...]], rank
         "steps_per_print": 10**9,
         "zero_optimization": {
             "stage": 3,
-            "overlap_comm": config.cluster.device == "cuda",
-            "contiguous_gradients": True,
+            "overlap_comm": on_gpu,
+            # A GPU's allocator fragments without the contiguous bucket; elsewhere it is only one buffer more.
+            "contiguous_gradients": on_gpu,
             "reduce_scatter": True,
-            "reduce_bucket_size": max(largest, min(50_000_000, max(total // 16, _SMALL_ELEMENTS))),
-            "stage3_prefetch_bucket_size": block,
+            "reduce_bucket_size": max(largest, _SMALL_ELEMENTS, min(50_000_000, total // 16) if whole_blocks else 0),
+            "stage3_prefetch_bucket_size": block if whole_blocks else 0,
             # Nothing is kept gathered: vectors travel with their block, instead of in one collective each per step.
             "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": max(3 * block, 2 * largest),
-            "stage3_max_reuse_distance": block,
+            "stage3_max_live_parameters": max(3 * block, 2 * largest) if whole_blocks else largest,
+            "stage3_max_reuse_distance": block if whole_blocks else 0,
             # The step copies one sub-group's gradients; this bounds the copy.
-            "sub_group_size": max(largest // ranks.world_size, min(500_000_000, share // 8), _SMALL_ELEMENTS),
+            "sub_group_size": max(largest // ranks.world_size, min(500_000_000, share // 16), _SMALL_ELEMENTS),
         },
     }
 
@@ -77,7 +79,5 @@ def adamw(
         {"params": [p for name, p in named if groups[name] == group], "weight_decay": value}
         for group, value in decay.items()
     ]
-    on_gpu = config.cluster.device == "cuda"
-    # foreach would hold a second copy of every temporary; on the GPU the fused kernel is torch's own, not compiled here
-    kernel = {"fused": True} if on_gpu else {"foreach": False}
-    return torch.optim.AdamW(parameter_groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, **kernel)
+    # torch's own fused kernel, there for CPU too: no temporaries, and nothing is compiled here.
+    return torch.optim.AdamW(parameter_groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)

@@ -187,6 +187,8 @@ class EngineConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of the gathered weights and the forward pass; masters, reduce-scatter and loss are always fp32."""
     activation_checkpointing: bool = False
+    gather: Literal["block", "layer"] = "block"
+    """What forward and backward gather at once: `block` is faster, `layer` needs the least memory."""
     max_skipped_steps: NonNegativeInt = 3
     """Consecutive steps with a non-finite loss or gradient after which the run stops."""
 

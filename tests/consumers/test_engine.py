@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from consumers.ranks import Ranks
 from consumers.zero_settings import deepspeed_config, parameter_group
@@ -68,15 +69,20 @@ def test_parameter_groups(name: str, shape: tuple[int, ...], group: str) -> None
 
 
 def test_sizes_follow_the_model() -> None:
-    import torch
-
-    block = 340_000_000
-    shapes: dict[str, tuple[int, ...]] = {
-        f"transformer_blocks.{i}.w{j}": (block // 6,) for i in range(60) for j in range(6)
-    }
+    block, matrices = 340_000_000, 6
+    names = [f"transformer_blocks.{i}.w{j}" for i in range(60) for j in range(matrices)]
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (block // matrices,))
     ranks = Ranks(rank=0, world_size=64, device=torch.device("cpu"))
-    zero = deepspeed_config(load_config(["model=qwen_image_2512"]), shapes, ranks)["zero_optimization"]
-    assert zero["stage3_prefetch_bucket_size"] == pytest.approx(block, rel=1e-6)
-    assert block // 6 <= zero["reduce_bucket_size"] < block
-    assert zero["stage3_max_live_parameters"] < 4 * block
-    assert zero["sub_group_size"] < 60 * block / 64 / 4
+
+    def zero(*settings: str) -> dict[str, int]:
+        settings_of_20b = load_config(["model=qwen_image_2512", *settings])
+        found: dict[str, int] = deepspeed_config(settings_of_20b, shapes, ranks)["zero_optimization"]
+        return found
+
+    fast, small = zero(), zero("engine.gather=layer")
+    assert fast["stage3_prefetch_bucket_size"] == pytest.approx(block, rel=1e-6)
+    assert block // matrices <= fast["reduce_bucket_size"] < block
+    assert fast["stage3_max_live_parameters"] < 4 * block
+    assert fast["sub_group_size"] < 60 * block / 64 / 4
+    assert small["stage3_prefetch_bucket_size"] == 0
+    assert small["stage3_max_live_parameters"] == small["reduce_bucket_size"] == block // matrices
