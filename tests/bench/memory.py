@@ -9,7 +9,7 @@ before each stage, so no sample is missed) of: load, step, save; load; export. T
 
 What ZeRO-3 gathers, reduces or copies beyond that is an excess, and is printed as such.
 
-    python tests/bench/memory.py [--quick] [--repeats 1] [--precision bf16] [--out FILE]
+    python tests/bench/memory.py [--quick] [--repeats 1] [--precision bf16] [--gather layer] [--out FILE]
 
 Needs about 25 bytes of free memory per parameter and 20 of free disk.
 """
@@ -90,7 +90,8 @@ def _batch(job: Mapping[str, Any], rank: int) -> dict[str, Any]:
 def _config(job: Mapping[str, Any]) -> Any:
     from qwenimg_dist.compose import load_config
 
-    return load_config([f"engine.precision={job['precision']}", f"optim.ema_decay={EMA_DECAY}"])
+    engine = [f"engine.precision={job['precision']}", f"engine.gather={job['gather']}"]
+    return load_config([*engine, f"optim.ema_decay={EMA_DECAY}"])
 
 
 def _train(job: dict[str, Any]) -> dict[str, Any]:
@@ -182,6 +183,7 @@ def _export(job: dict[str, Any]) -> dict[str, Any]:
 def main() -> int:
     options = parser(__doc__, repeats=1)
     options.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    options.add_argument("--gather", choices=["layer", "block"], default="layer", help="as engine.gather")
     args = options.parse_args()
     if args.worker is not None:
         worker(args.worker)
@@ -189,11 +191,16 @@ def main() -> int:
     size = QUICK if args.quick else FULL
     model = architecture(**size)
     with scratch("memory") as folder:
-        job = {"pipeline": str(folder / "pipeline"), "precision": args.precision, "architecture": model}
+        job = {
+            "pipeline": str(folder / "pipeline"),
+            "precision": args.precision,
+            "gather": args.gather,
+            "architecture": model,
+        }
         _alone({**job, "task": "write"}, folder)
         facts = _alone({**job, "task": "activations", "answer": str(folder / "facts.json")}, folder)
         _require_memory(25 * facts["parameters"])
-        report = _report(args.precision, size, facts)
+        report = _report(args.precision, args.gather, size, facts)
         rounds = [_round(job, folder / f"round-{number}", facts) for number in range(num_repeats(args))]
     for label in rounds[0]:
         report.add(label, [found[label] for found in rounds])
@@ -246,7 +253,7 @@ def partition(facts: Mapping[str, float], num_ranks: int, precision: str) -> flo
     return per_parameter * facts["parameters"] / num_ranks / MB
 
 
-def _report(precision: str, size: Mapping[str, int], facts: Mapping[str, float]) -> Report:
+def _report(precision: str, gather: str, size: Mapping[str, int], facts: Mapping[str, float]) -> Report:
     return Report(
         name="memory",
         what="peak memory growth per process against partition + 2 largest tensors + activations",
@@ -254,6 +261,7 @@ def _report(precision: str, size: Mapping[str, int], facts: Mapping[str, float])
             "parameters": f"{facts['parameters'] / 1e6:.0f}M",
             **size,
             "precision": precision,
+            "gather": gather,
             "largest_tensor_MB": round(facts["largest"] * 4 / MB),
             "block_bf16_MB": round(facts["block"] * 2 / MB),
             "activations_MB": round(facts["activations"]),
