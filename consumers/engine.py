@@ -36,6 +36,7 @@ KINDS: Final[tuple[Kind, ...]] = ("master", "exp_avg", "exp_avg_sq")
 _COLLECTIVE_TIMEOUT: Final = timedelta(minutes=30)
 _EXCHANGE_ELEMENTS: Final = 1 << 24
 _M_MMAP_THRESHOLD: Final = -3  # of glibc's malloc.h
+_LARGE_PARAMETERS: Final = 1 << 25
 
 
 class WeightSource(Protocol):
@@ -73,7 +74,6 @@ def start_distributed(device: Literal["cpu", "cuda"]) -> Ranks:
     """Join the process group of torchrun's (or Ray Train's) environment. Call before anything builds an engine."""
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        _give_memory_back()
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     for variable, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(variable, value)
@@ -98,7 +98,8 @@ def start_distributed(device: Literal["cpu", "cuda"]) -> Ranks:
 
 def _give_memory_back() -> None:
     """Freed tensors above 1 MB return to the system at once: glibc otherwise learns to keep ever larger ones, and a
-    rank's memory would grow to the sum of its phases instead of the largest.
+    rank's memory would grow to the sum of its phases instead of the largest. It costs a system call per tensor, which
+    small models would feel.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -273,6 +274,8 @@ def build_engine(
     if source is not None:
         _check_source(source, shapes)
     settings = deepspeed_config(config, shapes, ranks)
+    if ranks.device.type == "cpu" and sum(torch.Size(shape).numel() for shape in shapes.values()) > _LARGE_PARAMETERS:
+        _give_memory_back()
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     # No `dtype=`: given one, zero.Init ignores it where the accelerator lacks fp16 and takes bf16.
     with deepspeed.zero.Init(config_dict_or_path=settings):
