@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from qwenimg_dist import compose
 from qwenimg_dist.compose import ConfigError, compose_tree, conf_dir, groups, load_config
 from qwenimg_dist.config import Config, Phase, flatten, stable_hash, training_identity
 
@@ -91,3 +96,15 @@ def test_phases_can_be_overridden_by_name_dropped_and_listed() -> None:
     assert [(phase.name, phase.resolutions) for phase in named] == [("low", {64: 0.5, 128: 0.5})]
     listed = "+curriculum.phases=[{resolutions:{64:1},steps:5,global_batch:1,micro_batch_tokens:1}]"
     assert load_config(["~curriculum.phases", listed]).curriculum.phases[0].steps == 5
+
+
+def test_without_a_checkout_the_packaged_copy_is_used(tmp_path: Path) -> None:
+    package = tmp_path / "qwenimg_dist"
+    package.mkdir()
+    for name in ("__init__.py", "compose.py", "config.py"):
+        shutil.copy(Path(compose.__file__).parent / name, package / name)
+    shutil.copytree(conf_dir(), package / "conf")  # as the wheel lays it out
+    program = "from qwenimg_dist.compose import conf_dir, load_config; load_config([]); print(conf_dir())"
+    command = [sys.executable, "-c", program]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert Path(shown.stdout.strip()).resolve() == (package / "conf").resolve()
