@@ -17,6 +17,7 @@ from typing import Literal
 
 from producers import fence
 from producers.commit import UnitConflictError
+from producers.filters.base import Resources, Scorers
 from producers.plan import make_plan
 from producers.sources.base import SourceGoneError
 from producers.unit import UnitReport
@@ -79,6 +80,7 @@ class UnitActor:
         self._fence = fence.enter(self._dataset.root)
         self._plan = make_plan(self._config, text_facet=job.text_facet, latents_facets=job.latents_facets)
         self._encoders: Encoders | None = None
+        self._scorers = Scorers(Resources(pipeline_dir=Path(job.pipeline_dir), device=self._config.cluster.device))
 
     def ready(self) -> Seat:
         """Answers once the actor is placed and made."""
@@ -93,6 +95,7 @@ class UnitActor:
                 self._plan,
                 root=self._job.root,
                 encoders=self._load_encoders,
+                scorers=self._scorers,
                 num_threads=self._job.num_threads,
             )
         except Exception as error:

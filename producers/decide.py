@@ -7,11 +7,13 @@ filters on the header, too small for every bucket, filters on the pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Final
 
-from producers.filters.base import BoundFilter, Facts
+from producers.filters.base import BoundFilter, Facts, Value, Values
+from producers.load import Loaded
 from producers.plan import Plan
 from producers.state import Decision, Row, UnitState
 from qwenimg_dist.data.buckets import Placement
@@ -26,7 +28,7 @@ class Assessment:
     """A row, and what is left to do for it."""
 
     row: Row
-    scores: Mapping[str, float]
+    scores: Values
     """Known so far."""
     placements: Mapping[int, Placement]
     """Resolution class -> how the picture goes in; of all classes of the plan that it is large enough for."""
@@ -43,11 +45,11 @@ def assess(row: Row, state: UnitState, plan: Plan) -> Assessment:
     early = _without_scores(row)
     if early is not None:
         return _decided(row, scores, *early)
-    facts = Facts(num_bytes=row.num_bytes, width=row.width, height=row.height)
-    header = [one for one in plan.filters if not one.filter.needs_pixels]
-    for one in header:
+    early_filters = [one for one in plan.filters if one.filter.looks_at != "pixels"]
+    facts = facts_of(row)
+    for one in early_filters:
         scores |= one.score(facts)
-    rejected = first_rejection(header, scores)
+    rejected = first_rejection(early_filters, scores)
     if rejected is not None:
         return _decided(row, scores, *rejected)
     placements = plan.placements(row.height, row.width)
@@ -61,7 +63,20 @@ def assess(row: Row, state: UnitState, plan: Plan) -> Assessment:
     return _after_header(row, scores, placements, state, plan)
 
 
-def first_rejection(filters: list[BoundFilter], scores: Mapping[str, float]) -> tuple[str, str, str] | None:
+def facts_of(row: Row, loaded: Loaded | None = None) -> Facts:
+    """What filters may look at, before the decode or after it."""
+    return Facts(
+        num_bytes=row.num_bytes,
+        width=row.width,
+        height=row.height,
+        orientation=row.orientation,
+        captions=row.captions,
+        num_frames=loaded.num_frames if loaded is not None else None,
+        image=loaded.image if loaded is not None else None,
+    )
+
+
+def first_rejection(filters: Sequence[BoundFilter], scores: Values) -> tuple[str, str, str] | None:
     """(status, reason, detail) by the first filter that does not admit the row."""
     for one in filters:
         rejection = one.admit(scores)
@@ -71,16 +86,15 @@ def first_rejection(filters: list[BoundFilter], scores: Mapping[str, float]) -> 
 
 
 def _after_header(
-    row: Row, scores: dict[str, float], placements: Mapping[int, Placement], state: UnitState, plan: Plan
+    row: Row, scores: dict[str, Value], placements: Mapping[int, Placement], state: UnitState, plan: Plan
 ) -> Assessment:
-    pixel_filters = [one for one in plan.filters if one.filter.needs_pixels]
-    unscored = [one for one in pixel_filters if any(name not in scores for name in one.filter.scores)]
-    if not unscored:
-        rejected = first_rejection(pixel_filters, scores)
-        if rejected is not None:
-            return _decided(row, scores, *rejected)
+    filters = [one for one in plan.filters if one.filter.looks_at == "pixels"]
+    known = list(takewhile(lambda one: one.scored(scores), filters))
+    rejected = first_rejection(known, scores)
+    if rejected is not None:
+        return _decided(row, scores, *rejected)
     missing = tuple(r for r in placements if row.row not in state.latents[plan.latents_facets[r]])
-    if missing or unscored:
+    if missing or len(known) < len(filters):
         return Assessment(row=row, scores=scores, placements=placements, missing=missing)
     kept = Decision(status="kept", scores=scores)
     return Assessment(row=row, scores=scores, placements=placements, decision=kept)
@@ -96,6 +110,6 @@ def _without_scores(row: Row) -> tuple[str, str, str] | None:
     return None
 
 
-def _decided(row: Row, scores: Mapping[str, float], status: str, reason: str, detail: str) -> Assessment:
+def _decided(row: Row, scores: Values, status: str, reason: str, detail: str) -> Assessment:
     decision = Decision(status=status, reason=reason, detail=detail, scores=scores)
     return Assessment(row=row, scores=scores, placements={}, decision=decision)

@@ -6,15 +6,14 @@ Place in the flow: `unit.py` reads a `UnitState` first, and does what is missing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Any
 
+from producers.filters.base import Value
 from producers.plan import Plan
 from producers.scan import PASSING
 from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN
-
-SCORE_PREFIX: Final = "score_"
+from qwenimg_dist.schema import DEDUP, LABEL_PREFIX, LISTING, ROWS, SCAN, SCORE_PREFIX
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +29,7 @@ class Row:
     sha256: str | None
     width: int
     height: int
+    orientation: int
     fault: str | None
     detail: str | None
     duplicate_of: int
@@ -43,7 +43,8 @@ class Decision:
     status: str
     reason: str = ""
     detail: str = ""
-    scores: Mapping[str, float]
+    scores: Mapping[str, Value]
+    """Scores and labels, by name."""
 
     @property
     def kept(self) -> bool:
@@ -71,6 +72,11 @@ class UnitState:
         """The parts that the newest decisions were made from."""
         return dict(self.record.get("inputs", {}))
 
+    @property
+    def scorers(self) -> dict[str, str]:
+        """Filter -> fingerprint of what made its scores."""
+        return dict(self.record.get("scorers", {}))
+
 
 def read_state(dataset: Dataset, unit: int, plan: Plan) -> UnitState:
     """Read the unit's parts. Raises `DataError` naming a file that cannot be read."""
@@ -86,7 +92,7 @@ def read_state(dataset: Dataset, unit: int, plan: Plan) -> UnitState:
     duplicates = {entry["row"]: entry["duplicate_of"] for entry in merged(DEDUP)}
     return UnitState(
         rows=tuple(_row(entry, scans[entry["row"]], duplicates.get(entry["row"], -1)) for entry in merged(LISTING)),
-        decisions=_read_decisions(dataset, unit),
+        decisions=_without(_read_decisions(dataset, unit), _stale(record, plan)),
         record=record,
         num_parts={facet: len(of_facet) for facet, of_facet in parts.items()},
         latents={
@@ -134,15 +140,36 @@ def _read_decisions(dataset: Dataset, unit: int) -> dict[int, Decision]:
     if not parts:
         return {}
     table = dataset.merge(parts)
-    names = [name for name in table.column_names if name.startswith(SCORE_PREFIX)]
+    columns = {
+        name: name.removeprefix(prefix)
+        for prefix in (SCORE_PREFIX, LABEL_PREFIX)
+        for name in table.column_names
+        if name.startswith(prefix)
+    }
     return {
         entry["row"]: Decision(
             status=entry["status"],
             reason=entry["reason"] or "",
             detail=entry["detail"] or "",
-            scores={name.removeprefix(SCORE_PREFIX): entry[name] for name in names if entry[name] is not None},
+            scores={name: entry[column] for column, name in columns.items() if entry[column] is not None},
         )
         for entry in table.to_pylist()
+    }
+
+
+def _stale(record: Mapping[str, Any], plan: Plan) -> frozenset[str]:
+    """Scores and labels that the plan's filters would make otherwise than they were made: another model, say."""
+    made_by = record.get("scorers", {})
+    stale = (one for one in plan.filters if made_by.get(one.name, one.fingerprint) != one.fingerprint)
+    return frozenset(name for one in stale for name in one.filter.names)
+
+
+def _without(decisions: dict[int, Decision], names: frozenset[str]) -> dict[int, Decision]:
+    if not names:
+        return decisions
+    return {
+        row: replace(one, scores={name: value for name, value in one.scores.items() if name not in names})
+        for row, one in decisions.items()
     }
 
 
@@ -157,6 +184,7 @@ def _row(listed: Mapping[str, Any], scan: Mapping[str, Any], duplicate_of: int) 
         sha256=scan["sha256"],
         width=scan["width"],
         height=scan["height"],
+        orientation=scan["orientation"],
         fault=scan["fault"],
         detail=scan["detail"],
         duplicate_of=duplicate_of,

@@ -12,24 +12,28 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import pyarrow as pa
 
 from producers.commit import commit_part
-from producers.decide import CHANGED_FILE, Assessment, assess, first_rejection
-from producers.filters.base import Facts
+from producers.decide import CHANGED_FILE, Assessment, assess, facts_of, first_rejection
+from producers.filters.base import BoundFilter, Facts, Scorers, Value
 from producers.load import ImageFault, load_image, render
 from producers.plan import Plan
 from producers.scan import read_or_fault
-from producers.state import SCORE_PREFIX, Decision, Row, UnitState, read_state
-from producers.write import Encoders, LatentsWriter, Pixels, write_text
+from producers.state import Decision, Row, UnitState, read_state
+from producers.write import Encoders, LatentsWriter, write_text
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.debug import fault_point
-from qwenimg_dist.schema import DEDUP, LISTING, ROWS, ROWS_COLUMNS, SCAN
+from qwenimg_dist.schema import DEDUP, LABEL_PREFIX, LISTING, ROWS, ROWS_COLUMNS, SCAN, SCORE_PREFIX
+
+_BATCH_ROWS: Final = 16
+_BATCH_PIXELS: Final = 64 * 1024 * 1024
+"""200 MB of decoded pictures wait for a filter's model at most, or one picture that is larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +50,15 @@ class UnitReport:
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """A decoded row: its decision, and the pixels for each missing resolution if it is kept."""
+    """A decoded row: the picture where no filter has rejected it so far."""
 
     assessment: Assessment
     decision: Decision
-    pixels: Mapping[int, Pixels]
+    facts: Facts | None = None
 
 
 def produce_unit(
-    dataset: Dataset, unit: int, *, plan: Plan, root: str, encoders: Encoders, num_threads: int = 1
+    dataset: Dataset, unit: int, *, plan: Plan, root: str, encoders: Encoders, scorers: Scorers, num_threads: int = 1
 ) -> UnitReport:
     """Bring the unit to what the plan wants. Raises `UnitConflictError` if another worker did so meanwhile."""
     fault_point("unit_start")
@@ -63,11 +67,10 @@ def produce_unit(
     decisions = {one.row.row: one.decision for one in assessed if one.decision is not None}
     to_open = [one for one in assessed if one.decision is None]
     with LatentsWriter(dataset, unit, plan, encoders) as writer:
-        for opened in _open_all(to_open, plan, root, num_threads):
-            row = opened.assessment.row
-            decisions[row.row] = opened.decision
-            for resolution, pixels in opened.pixels.items():
-                writer.add(row, resolution, opened.assessment.placements[resolution], pixels)
+        for batch in _batches(_open_all(to_open, plan, root, num_threads)):
+            for opened in _ask_models(batch, plan, scorers):
+                decisions[opened.assessment.row.row] = opened.decision
+                _queue(opened, writer)
         captions = [text for row in state.rows if decisions[row.row].kept for text in row.captions]
         num_captions = write_text(dataset, unit, plan, encoders, captions, state.texts)
         num_latents = writer.commit()
@@ -99,7 +102,7 @@ def _open_all(to_open: Sequence[Assessment], plan: Plan, root: str, num_threads:
 
 
 def _open(one: Assessment, plan: Plan, root: str) -> _Opened:
-    """Decode, score, decide, and cut every missing resolution."""
+    """Decode, score by the filters without a model, decide."""
     row, scores = one.row, dict(one.scores)
     try:
         data = read_or_fault(root, row.uri)
@@ -108,24 +111,64 @@ def _open(one: Assessment, plan: Plan, root: str) -> _Opened:
         loaded = load_image(data)
     except ImageFault as fault:
         decision = Decision(status="fault", reason=fault.reason, detail=fault.detail, scores=scores)
-        return _Opened(assessment=one, decision=decision, pixels={})
-    facts = Facts(
-        num_bytes=row.num_bytes,
-        width=row.width,
-        height=row.height,
-        num_frames=loaded.num_frames,
-        image=loaded.image,
-    )
-    filters = [each for each in plan.filters if each.filter.needs_pixels]
+        return _Opened(assessment=one, decision=decision)
+    facts = facts_of(row, loaded)
+    filters = [each for each in plan.filters if each.filter.looks_at == "pixels" and each.filter.load is None]
     for each in filters:
         scores |= each.score(facts)
-    rejected = first_rejection(filters, scores)
-    if rejected is not None:
-        status, reason, detail = rejected
-        decision = Decision(status=status, reason=reason, detail=detail, scores=scores)
-        return _Opened(assessment=one, decision=decision, pixels={})
-    pixels = {resolution: render(loaded.image, one.placements[resolution]) for resolution in one.missing}
-    return _Opened(assessment=one, decision=Decision(status="kept", scores=scores), pixels=pixels)
+    return _decide(_Opened(assessment=one, decision=Decision(status="kept", scores=scores), facts=facts), filters)
+
+
+def _decide(opened: _Opened, filters: Sequence[BoundFilter]) -> _Opened:
+    """The row after these filters; a rejected one lets go of its picture."""
+    rejected = first_rejection(filters, opened.decision.scores)
+    if rejected is None:
+        return opened
+    status, reason, detail = rejected
+    decision = Decision(status=status, reason=reason, detail=detail, scores=opened.decision.scores)
+    return replace(opened, decision=decision, facts=None)
+
+
+def _batches(opened: Iterable[_Opened]) -> Iterator[list[_Opened]]:
+    """Rows in order, cut where their pictures would hold too much memory or be more than a model takes at once."""
+    batch: list[_Opened] = []
+    pixels = 0
+    for one in opened:
+        size = one.facts.width * one.facts.height if one.facts is not None else 0
+        if batch and (pixels + size > _BATCH_PIXELS or len(batch) >= _BATCH_ROWS):
+            yield batch
+            batch, pixels = [], 0
+        batch.append(one)
+        pixels += size
+    if batch:
+        yield batch
+
+
+def _ask_models(batch: Sequence[_Opened], plan: Plan, scorers: Scorers) -> list[_Opened]:
+    """Score by one model after the other, each for the rows that all before it admit."""
+    asked = list(batch)
+    for each in plan.filters:
+        if each.filter.load is None:
+            continue
+        admitted = [index for index, one in enumerate(asked) if one.facts is not None]
+        todo = [index for index in admitted if not each.scored(asked[index].decision.scores)]
+        facts = [one for index in todo if (one := asked[index].facts) is not None]
+        for index, values in zip(todo, scorers.score(each, facts) if facts else [], strict=True):
+            decision = asked[index].decision
+            asked[index] = replace(asked[index], decision=replace(decision, scores={**decision.scores, **values}))
+        for index in admitted:
+            asked[index] = _decide(asked[index], [each])
+    return asked
+
+
+def _queue(opened: _Opened, writer: LatentsWriter) -> None:
+    """Cut every missing resolution of a kept picture."""
+    one = opened.assessment
+    if opened.facts is None or opened.facts.image is None:
+        return
+    for resolution in one.missing:
+        placement = one.placements[resolution]
+        writer.add(one.row, resolution, placement, render(opened.facts.image, placement))
 
 
 def _commit_rows(dataset: Dataset, unit: int, plan: Plan, state: UnitState, decisions: Mapping[int, Decision]) -> None:
@@ -136,14 +179,14 @@ def _commit_rows(dataset: Dataset, unit: int, plan: Plan, state: UnitState, deci
     for facet in plan.facets:
         inputs[facet] = dataset.next_part(facet, unit).part
     changed = [row for row in state.rows if state.decisions.get(row.row) != decisions[row.row]]
-    names = sorted({name for decision in decisions.values() for name in decision.scores})
     schema = ROWS_COLUMNS
-    for name in names:
-        schema = schema.append(pa.field(SCORE_PREFIX + name, pa.float64()))
+    for column, kind in sorted(_value_columns(decisions.values())):
+        schema = schema.append(pa.field(column, kind))
     table = pa.Table.from_pylist([_rows_entry(row, decisions[row.row]) for row in changed], schema=schema)
     extra = {
         "inputs": inputs,
         "plan": plan.digest,
+        "scorers": {**state.scorers, **{one.name: one.fingerprint for one in plan.filters}},
         "counts": dict(Counter(decision.reason or "kept" for decision in decisions.values())),
         "left_out": _left_out(plan, state, decisions),
     }
@@ -184,5 +227,13 @@ def _rows_entry(row: Row, decision: Decision) -> dict[str, Any]:
         "detail": decision.detail,
         "width": row.width,
         "height": row.height,
-        **{SCORE_PREFIX + name: value for name, value in decision.scores.items()},
+        **{_column(name, value)[0]: value for name, value in decision.scores.items()},
     }
+
+
+def _value_columns(decisions: Iterable[Decision]) -> set[tuple[str, pa.DataType]]:
+    return {_column(name, value) for decision in decisions for name, value in decision.scores.items()}
+
+
+def _column(name: str, value: Value) -> tuple[str, pa.DataType]:
+    return (LABEL_PREFIX + name, pa.string()) if isinstance(value, str) else (SCORE_PREFIX + name, pa.float64())

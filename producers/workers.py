@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from producers.filters.base import Scorers
 from producers.plan import Plan
 from producers.scan import scan_unit
 from producers.unit import UnitReport, produce_unit
@@ -63,13 +64,22 @@ class Workers(Protocol):
 
 
 def run_task(
-    task: Task, dataset: Dataset, plan: Plan, *, root: str, encoders: Callable[[], Encoders], num_threads: int = 1
+    task: Task,
+    dataset: Dataset,
+    plan: Plan,
+    *,
+    root: str,
+    encoders: Callable[[], Encoders],
+    scorers: Scorers,
+    num_threads: int = 1,
 ) -> UnitReport | None:
     """Do it here. `encoders` is called only by the encode task, so that a scan loads no model."""
     if task.kind == "scan":
         scan_unit(dataset, task.unit, root=root, again=task.again, config_hash=plan.config_hash)
         return None
-    return produce_unit(dataset, task.unit, plan=plan, root=root, encoders=encoders(), num_threads=num_threads)
+    return produce_unit(
+        dataset, task.unit, plan=plan, root=root, encoders=encoders(), scorers=scorers, num_threads=num_threads
+    )
 
 
 @dataclass
@@ -80,6 +90,7 @@ class InlineWorkers:
     plan: Plan
     root: str
     encoders: Encoders
+    scorers: Scorers
     _queue: deque[Task] = field(default_factory=deque)
     num_workers: int = 1
 
@@ -91,5 +102,7 @@ class InlineWorkers:
 
     def wait(self, timeout_s: float) -> Sequence[Outcome]:
         task = self._queue.popleft()
-        report = run_task(task, self.dataset, self.plan, root=self.root, encoders=lambda: self.encoders)
+        report = run_task(
+            task, self.dataset, self.plan, root=self.root, encoders=lambda: self.encoders, scorers=self.scorers
+        )
         return [Outcome(task=task, report=report)]

@@ -6,7 +6,7 @@ A data set directory (see `data/facets.py` for how parts are committed):
     listing/unit-000000.000.parquet   the source as it was seen: row, key, uri, captions
     scan/...                          cheap facts of every file: bytes, sha256, header
     dedup/...                         duplicate_of, settled in source order
-    rows/...                          the decision on every row: status, reason, scores
+    rows/...                          the decision on every row: status, reason, scores and labels
     text-<id>/...                     one sample per distinct caption, unpadded features
     latents-<resolution>-<id>/...     one sample per admitted row, normalised posterior
     source-complete.json              exists when the source is known to be listed to its end
@@ -104,7 +104,10 @@ SCAN_COLUMNS: Final = pa.schema(
 
 DEDUP_COLUMNS: Final = pa.schema([("row", pa.int64()), ("duplicate_of", pa.int64())])  # -1: kept
 
-# `rows` has these, then one float column `score_<name>` per score of the filters.
+SCORE_PREFIX: Final = "score_"
+LABEL_PREFIX: Final = "label_"
+
+# `rows` has these, then a float column `score_<name>` per score of the filters and a text column `label_<name>` per label.
 ROWS_COLUMNS: Final = pa.schema(
     [
         ("row", pa.int64()),

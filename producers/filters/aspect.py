@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from pydantic import Field
 
-from producers.filters.base import Facts, Filter, FilterParams, Rejection
+from producers.filters.base import Facts, Filter, FilterParams, Rejection, Value, Values, number
 
 
 class Params(FilterParams):
@@ -14,15 +12,15 @@ class Params(FilterParams):
     """Long side / short side."""
 
 
-def score(facts: Facts) -> dict[str, float]:
+def score(facts: Facts) -> dict[str, Value]:
     return {"aspect": facts.width / facts.height}
 
 
-def admit(scores: Mapping[str, float], params: Params) -> Rejection | None:
-    ratio = max(scores["aspect"], 1.0 / scores["aspect"])
+def admit(values: Values, params: Params) -> Rejection | None:
+    ratio = max(number(values, "aspect"), 1.0 / number(values, "aspect"))
     if ratio > params.max_ratio:
         return Rejection(reason="extreme_aspect", detail=f"{ratio:.2f}:1 > max_ratio={params.max_ratio:g}")
     return None
 
 
-FILTER = Filter(params=Params, scores=("aspect",), score=score, admit=admit)
+FILTER = Filter(params=Params, stage=1, looks_at="header", scores=("aspect",), score=score, admit=admit)

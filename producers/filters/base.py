@@ -1,18 +1,32 @@
-"""The protocol of a filter: scores are data, thresholds are config.
+"""The protocol of a filter: scores and labels are data, thresholds are config.
 
-Place in the flow: `score` runs once per row and its numbers stay in the index for good; `admit` compares numbers with
-thresholds, so a changed threshold needs no picture. Filters with `needs_pixels` are asked after the decode. Refuses
-parameters that the filter's model does not name.
+Place in the flow: a filter scores each row once, and its numbers and labels stay in the index for good; `admit`
+compares them with thresholds, so a changed threshold needs no picture. What a filter looks at decides when it is
+asked: `header` and `captions` before the decode; `pixels` after it; those with a model (`load`) last, in batches, and
+only for rows that all filters before them admit. Refuses parameters that the filter's model does not name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Generic, Literal, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
+
+from qwenimg_dist.config import stable_hash
+
+Value = float | str
+"""A score is a number, a label a word."""
+Values = Mapping[str, Value]
+
+PREVIEW_SIDE: Final = 512
 
 
 class FilterParams(BaseModel):
@@ -31,10 +45,23 @@ class Facts:
     num_bytes: int
     width: int
     height: int
+    orientation: int = 1
+    """EXIF orientation of the file, 1 to 8; `image` is upright already."""
+    captions: tuple[str, ...] = ()
     num_frames: int | None = None
     """None before the decode."""
     image: Image.Image | None = None
     """Upright sRGB picture; None before the decode."""
+
+    @cached_property
+    def preview(self) -> npt.NDArray[np.uint8]:
+        """(h, w, 3) sRGB, long side at most 512 px: what classical operators measure, made once for all of them."""
+        assert self.image is not None  # asked after the decode
+        small = self.image
+        if max(small.size) > PREVIEW_SIDE:
+            small = small.copy()
+            small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+        return np.asarray(small, dtype=np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +72,44 @@ class Rejection:
     detail: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a filter with a model may load from and compute on."""
+
+    pipeline_dir: Path
+    device: Literal["cpu", "cuda"]
+
+
+Scorer = Callable[[Sequence[Facts]], list[dict[str, Value]]]
+"""A loaded model: a batch of facts -> scores and labels of each."""
+
 P = TypeVar("P", bound=FilterParams)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filter(Generic[P]):
-    """One filter."""
+    """One filter. It has either `score` or `load`."""
 
     params: type[P]
+    stage: int
+    """Of the report's seven stages; the funnel counts by it."""
+    looks_at: Literal["header", "captions", "pixels"]
     scores: tuple[str, ...]
-    """What `score` returns; unique over all filters, column `score_<name>` of the index."""
-    score: Callable[[Facts], dict[str, float]]
-    admit: Callable[[Mapping[str, float], P], Rejection | None]
-    needs_pixels: bool = False
+    """Numbers that scoring gives; unique over all filters, column `score_<name>` of the index."""
+    labels: tuple[str, ...] = ()
+    """Words that it gives; column `label_<name>`."""
+    score: Callable[[Facts], dict[str, Value]] | None = None
+    load: Callable[[P, Resources], Scorer] | None = None
+    """Load the model (once per worker) and return what scores with it."""
+    scored_by: tuple[str, ...] = ()
+    """Parameters that change scores, a model's path for example: rows scored with others are scored again."""
+    version: int = 1
+    """Raise it when the same picture would be scored otherwise for another reason."""
+    admit: Callable[[Values, P], Rejection | None]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.scores, *self.labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +120,41 @@ class BoundFilter:
     filter: Filter[Any]
     params: FilterParams
 
-    def score(self, facts: Facts) -> dict[str, float]:
+    @property
+    def fingerprint(self) -> str:
+        """Of what makes the scores; recorded with them."""
+        given = json.loads(self.params.model_dump_json(include=set(self.filter.scored_by)))
+        return stable_hash([self.filter.version, given], digits=8)
+
+    def scored(self, values: Values) -> bool:
+        """Whether the row has all of this filter's scores and labels."""
+        return all(name in values for name in self.filter.names)
+
+    def score(self, facts: Facts) -> dict[str, Value]:
+        assert self.filter.score is not None  # filters with a model are scored in batches
         return self.filter.score(facts)
 
-    def admit(self, scores: Mapping[str, float]) -> Rejection | None:
-        return self.filter.admit(scores, self.params)
+    def admit(self, values: Values) -> Rejection | None:
+        return self.filter.admit(values, self.params)
+
+
+class Scorers:
+    """The filters' models of one worker, loaded at the first row that needs them."""
+
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
+        self._loaded: dict[str, Scorer] = {}
+
+    def score(self, one: BoundFilter, facts: Sequence[Facts]) -> list[dict[str, Value]]:
+        """Scores and labels of each, by the filter's model."""
+        if one.name not in self._loaded:
+            assert one.filter.load is not None
+            self._loaded[one.name] = one.filter.load(one.params, self._resources)
+        return self._loaded[one.name](facts)
+
+
+def number(values: Values, name: str) -> float:
+    """A score as the number it is."""
+    value = values[name]
+    assert isinstance(value, float | int)
+    return float(value)

@@ -6,26 +6,26 @@ it. With `max_frames` raised, the first frame is taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from pydantic import PositiveInt
 
-from producers.filters.base import Facts, Filter, FilterParams, Rejection
+from producers.filters.base import Facts, Filter, FilterParams, Rejection, Value, Values, number
 
 
 class Params(FilterParams):
     max_frames: PositiveInt = 1
 
 
-def score(facts: Facts) -> dict[str, float]:
+def score(facts: Facts) -> dict[str, Value]:
     assert facts.num_frames is not None  # asked after the decode
     return {"frames": float(facts.num_frames)}
 
 
-def admit(scores: Mapping[str, float], params: Params) -> Rejection | None:
-    if scores["frames"] > params.max_frames:
-        return Rejection(reason="animated", detail=f"{scores['frames']:.0f} frames > max_frames={params.max_frames}")
+def admit(values: Values, params: Params) -> Rejection | None:
+    if number(values, "frames") > params.max_frames:
+        return Rejection(
+            reason="animated", detail=f"{number(values, 'frames'):.0f} frames > max_frames={params.max_frames}"
+        )
     return None
 
 
-FILTER = Filter(params=Params, scores=("frames",), score=score, admit=admit, needs_pixels=True)
+FILTER = Filter(params=Params, stage=1, looks_at="pixels", scores=("frames",), score=score, admit=admit)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from pydantic import NonNegativeInt, PositiveInt
 
-from producers.filters.base import Facts, Filter, FilterParams, Rejection
+from producers.filters.base import Facts, Filter, FilterParams, Rejection, Value, Values, number
 
 
 class Params(FilterParams):
@@ -14,12 +12,12 @@ class Params(FilterParams):
     max_bytes: PositiveInt = 256 * 1024**2
 
 
-def score(facts: Facts) -> dict[str, float]:
+def score(facts: Facts) -> dict[str, Value]:
     return {"bytes": float(facts.num_bytes)}
 
 
-def admit(scores: Mapping[str, float], params: Params) -> Rejection | None:
-    size = scores["bytes"]
+def admit(values: Values, params: Params) -> Rejection | None:
+    size = number(values, "bytes")
     if size < params.min_bytes:
         return Rejection(reason="file_too_small", detail=f"{size:.0f} bytes < min_bytes={params.min_bytes}")
     if size > params.max_bytes:
@@ -27,4 +25,4 @@ def admit(scores: Mapping[str, float], params: Params) -> Rejection | None:
     return None
 
 
-FILTER = Filter(params=Params, scores=("bytes",), score=score, admit=admit)
+FILTER = Filter(params=Params, stage=1, looks_at="header", scores=("bytes",), score=score, admit=admit)

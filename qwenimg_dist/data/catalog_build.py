@@ -47,7 +47,7 @@ from qwenimg_dist.data.pins import (
 )
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir, temporary_name
-from qwenimg_dist.schema import LISTING, ROWS, SCAN, caption_key
+from qwenimg_dist.schema import LABEL_PREFIX, LISTING, ROWS, SCAN, SCORE_PREFIX, caption_key
 
 PARTS: Final = "parts.json"
 
@@ -126,19 +126,26 @@ def _add_columns(loaded: dict[str, FacetTable], kept: _Kept, out: _Output) -> No
     words: dict[str, list[str]] = {"status": ["kept"]}
     columns["status"] = np.zeros(len(kept.rows), dtype=np.int8)
     for name in kept.table.column_names:
-        if name.startswith("score_"):
+        if name.startswith(SCORE_PREFIX):
             columns[name] = to_array(pc.cast(kept.table[name], pa.float32()), np.float32, missing=np.nan)
+        elif name.startswith(LABEL_PREFIX):
+            columns[name], words[name] = _coded(kept.table[name])
     if SCAN in loaded:
         scan = newest(loaded[SCAN].table)
         at, found = match_rows(SCAN, scan, kept.rows)
         if found.all():
             columns["bytes"] = to_array(scan["bytes"], np.int64, missing=0)[at]
-            formats = pc.fill_null(scan["format"], "").combine_chunks().dictionary_encode()
-            formats = formats.combine_chunks() if isinstance(formats, pa.ChunkedArray) else formats
-            columns["format"] = to_array(formats.indices, np.int16)[at]
-            words["format"] = formats.dictionary.to_pylist() or [""]
+            formats, words["format"] = _coded(scan["format"])
+            columns["format"] = formats[at]
     out.arrays |= {f"column-{name}": array for name, array in columns.items()}
     out.head |= {"columns": list(columns), "words": words}
+
+
+def _coded(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int16], list[str]]:
+    """A text column as codes and their words; what is missing is the empty word."""
+    encoded = pc.fill_null(column, "").combine_chunks().dictionary_encode()
+    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+    return to_array(encoded.indices, np.int16), encoded.dictionary.to_pylist() or [""]
 
 
 def _add_texts(loaded: dict[str, FacetTable], kept: _Kept, facets: RunFacets, out: _Output) -> None:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from qwenimg_dist.data.catalog import ITEM_BYTES, Ints
 from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.data.pins import Pin, UnitPins, parallel, read_part_bytes
-from qwenimg_dist.schema import LISTING, ROWS, SCAN, caption_key
+from qwenimg_dist.schema import LABEL_PREFIX, LISTING, ROWS, SCAN, SCORE_PREFIX, caption_key
 
 _PLACE: Final = ("tar", "offset", "nbytes", "dtype", "shape")
 _COLUMNS: Final = {
@@ -100,7 +100,7 @@ def caption_keys(captions: pa.ChunkedArray) -> pa.LargeListArray:
 
 def _wanted(facet: str, names: Sequence[str]) -> list[str]:
     if facet == ROWS:
-        return [*_COLUMNS[ROWS], *sorted(name for name in names if name.startswith("score_"))]
+        return [*_COLUMNS[ROWS], *sorted(name for name in names if name.startswith((SCORE_PREFIX, LABEL_PREFIX)))]
     if facet in _COLUMNS:
         return list(_COLUMNS[facet])
     return list(_TEXT_COLUMNS if facet.startswith("text-") else _LATENTS_COLUMNS)

@@ -16,6 +16,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from qwenimg_dist.schema import LABEL_PREFIX, SCORE_PREFIX
+
 Mask = npt.NDArray[np.bool_]
 # A column, a constant, or the members of `in (...)`.
 _Value = Any
@@ -62,7 +64,7 @@ class Where:
     def mask(self, columns: Mapping[str, npt.NDArray[Any]], num_rows: int) -> Mask:
         """(num_rows,) True where the expression holds. Raises `WhereError` for unknown columns or types that differ.
 
-        A score may be named with or without its `score_` prefix.
+        A score or label may be named with or without its prefix `score_` or `label_`.
         """
         taken = {name: columns[self._resolve(name, columns)] for name in self.names}
         try:
@@ -75,11 +77,11 @@ class Where:
         return np.array(np.broadcast_to(value, (num_rows,)))
 
     def _resolve(self, name: str, columns: Mapping[str, npt.NDArray[Any]]) -> str:
-        for candidate in (name, f"score_{name}"):
+        for candidate in (name, f"{SCORE_PREFIX}{name}", f"{LABEL_PREFIX}{name}"):
             if candidate in columns:
                 return candidate
         known = sorted(columns)
-        short = {column.removeprefix("score_"): column for column in known}
+        short = {column.removeprefix(SCORE_PREFIX).removeprefix(LABEL_PREFIX): column for column in known}
         close = difflib.get_close_matches(name, [*known, *short], n=1)
         hint = f", did you mean {close[0]!r}?" if close else ""
         raise WhereError(

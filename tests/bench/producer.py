@@ -37,6 +37,7 @@ from safetensors.torch import save as save_safetensors
 from producers.actor import Job
 from producers.driver import Driver, Pending
 from producers.encode import PipelineEncoders
+from producers.filters.base import Resources, Scorers
 from producers.plan import Plan, make_plan
 from producers.pool import RayWorkers, ray_session
 from producers.sources import open_source
@@ -211,11 +212,12 @@ def main() -> int:
         found = open_source(config.source).find().rows
         rounds = [_round(folder / "pictures", found, index, per_round) for index in range(repeats + 1)]
         encoders = PipelineEncoders.load(pipeline, config)
+        scorers = Scorers(Resources(pipeline_dir=pipeline, device=config.cluster.device))
         bare = BareLoop(pipeline, plan, folder / "bare")
 
         def inline_workers(dataset: Dataset) -> Workers:
             assert config.source.path is not None
-            return InlineWorkers(dataset, plan, config.source.path, encoders)
+            return InlineWorkers(dataset, plan, config.source.path, encoders, scorers)
 
         inline = Pipeline(folder / "inline", plan, config, inline_workers)
         with ray_session(config.cluster):

@@ -16,7 +16,7 @@ import pytest
 import webdataset
 from photo_folder import photo
 from produce_command import TIMEOUT_S, produce, start
-from producer_world import rows_of, tensor_at
+from producer_world import SCORERS, rows_of, tensor_at
 
 from producers.dedup import KEPT
 from producers.driver import Driver
@@ -73,7 +73,7 @@ def produce_quietly(source: Path, data: Path) -> Dataset:
     )
     dataset = Dataset.create(data, 5)
     opened, encoders = open_source(config.source), PipelineEncoders.load(pipeline, config)
-    workers = InlineWorkers(dataset, plan, opened.root, encoders)
+    workers = InlineWorkers(dataset, plan, opened.root, encoders, SCORERS)
     driver = Driver(dataset=dataset, plan=plan, root=opened.root, make_workers=lambda: workers)
     change = driver.list_source(opened.find())
     assert driver.produce(driver.pending(), change.num_rows)

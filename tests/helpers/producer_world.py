@@ -13,6 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from producers.driver import Driver, Observer
+from producers.filters.base import Resources, Scorers
 from producers.plan import Plan, make_plan
 from producers.sources import open_source
 from producers.unit import UnitReport
@@ -24,6 +25,7 @@ from qwenimg_dist.data.shards import RawTensor
 from qwenimg_dist.schema import latents_facet, text_facet
 
 FINGERPRINT = "0123456789ab"
+SCORERS = Scorers(Resources(pipeline_dir=Path("no pipeline"), device="cpu"))
 
 
 class Killed(BaseException):
@@ -117,7 +119,7 @@ def produce_here(source: Path, dataset: Dataset, plan: Plan, encoders: Encoders,
         dataset=dataset,
         plan=plan,
         root=opened.root,
-        make_workers=lambda: InlineWorkers(dataset, plan, opened.root, encoders),
+        make_workers=lambda: InlineWorkers(dataset, plan, opened.root, encoders, SCORERS),
         observer=recorder,
     )
     change = driver.list_source(opened.find())

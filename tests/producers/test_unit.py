@@ -8,7 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from producer_world import FakeEncoders, caption_features, draw, make_plan_for, produce_here, rows_of, tensor_at
+from producer_world import (
+    SCORERS,
+    FakeEncoders,
+    caption_features,
+    draw,
+    make_plan_for,
+    produce_here,
+    rows_of,
+    tensor_at,
+)
 
 from producers.commit import UnitConflictError
 from producers.dedup import DigestIndex
@@ -145,13 +154,13 @@ def test_a_part_that_somebody_else_committed_meanwhile_is_a_conflict(source: Pat
     class Rival(FakeEncoders):
         def latents(self, pixels):  # type: ignore[no-untyped-def]
             if dataset.next_part(ROWS, 0).part == 0:
-                produce_unit(dataset, 0, plan=PLAN, root=str(source), encoders=FakeEncoders())
+                produce_unit(dataset, 0, plan=PLAN, root=str(source), encoders=FakeEncoders(), scorers=SCORERS)
             return super().latents(pixels)
 
     with contextlib.suppress(Done):  # listing, scan and dedup of unit 0 are there then
         produce_here(source, dataset, PLAN, Ended())
     with pytest.raises(UnitConflictError, match="committed by somebody else"):
-        produce_unit(dataset, 0, plan=PLAN, root=str(source), encoders=Rival())
+        produce_unit(dataset, 0, plan=PLAN, root=str(source), encoders=Rival(), scorers=SCORERS)
     assert not dataset.strays()
     produce_here(source, dataset, PLAN, FakeEncoders())
     assert set(statuses(dataset).values()) == {"kept"}
@@ -162,7 +171,7 @@ def test_decoding_threads_change_nothing(source: Path, tmp_path: Path, dataset: 
     other = Dataset.create(tmp_path / "threads", 4)
     with contextlib.suppress(Done):
         produce_here(source, other, PLAN, Ended())
-    produce_unit(other, 0, plan=PLAN, root=str(source), encoders=FakeEncoders(), num_threads=3)
+    produce_unit(other, 0, plan=PLAN, root=str(source), encoders=FakeEncoders(), scorers=SCORERS, num_threads=3)
     for facet in PLAN.facets:
         mine = {key: entry for key, entry in rows_of(other, facet).items() if entry in _unit_0(other, facet)}
         theirs = {key: entry for key, entry in rows_of(dataset, facet).items() if entry in _unit_0(dataset, facet)}
