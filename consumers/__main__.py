@@ -10,16 +10,15 @@ import os
 import sys
 
 from consumers.errors import TrainingError
-from consumers.session import Hooks
-from consumers.trainer import train
 from qwenimg_dist.compose import load_config
+from qwenimg_dist.config import Config
 
 
 def main(arguments: list[str]) -> int:
     """Train with Hydra overrides as arguments; returns the exit code."""
     rank = os.environ.get("RANK", "0")
     try:
-        outcome = train(load_config(arguments), Hooks(say=_say, command_id=_command_id()))
+        outcome = _train(load_config(arguments))  # a mistyped key is named before torch is imported
     except ValueError as error:
         _say(f"error: {error}" if rank == "0" else f"rank {rank} stopped, rank 0 says why")
         return 2
@@ -29,6 +28,13 @@ def main(arguments: list[str]) -> int:
     if rank == "0":
         _say(f"training {outcome}")
     return 0
+
+
+def _train(config: Config) -> str:
+    from consumers.session import Hooks
+    from consumers.trainer import train
+
+    return train(config, Hooks(say=_say, command_id=_command_id()))
 
 
 def _command_id() -> str:

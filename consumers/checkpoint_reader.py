@@ -123,7 +123,7 @@ class CheckpointReader:
         for stored in self._pieces.get(f"{which}/{name}", ()):
             low, high = max(position, stored.start), min(stop, stored.stop)
             if low == position and low < high:
-                target[low - start : high - start].copy_(_read(stored, low, high))
+                _read_into(target[low - start : high - start], stored, low, high)
                 position = high
         if position < stop:
             raise CheckpointError(f"{self.path} lacks elements [{position}, {stop}) of {which}/{name}")
@@ -150,9 +150,9 @@ class CheckpointReader:
             pieces.append(_Stored(start=start, stop=stop, entry=entry))  # ranks ascend, and so do their ranges
 
 
-def _read(stored: _Stored, low: int, high: int) -> torch.Tensor:
-    values = torch.empty(high - low)
-    view = values.view(torch.uint8).numpy().data
+def _read_into(target: torch.Tensor, stored: _Stored, low: int, high: int) -> None:
+    """Fill `target` (fp32, contiguous, on the CPU) with the elements [low, high) of the parameter, without a copy."""
+    view = target.detach().view(torch.uint8).numpy().data
     offset = stored.entry.start + (low - stored.start) * 4
     with open(stored.entry.file, "rb", buffering=0) as stream:
         stream.seek(offset)
@@ -162,4 +162,3 @@ def _read(stored: _Stored, low: int, high: int) -> torch.Tensor:
             if not count:
                 raise CheckpointError(f"{stored.entry.file} ended at byte {offset + done}")
             done += count
-    return values

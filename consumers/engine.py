@@ -88,6 +88,8 @@ def start_distributed(device: Literal["cpu", "cuda"]) -> Ranks:
     # Joining on a CPU would JIT-compile a shared-memory op for 20 s and need a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("cluster.device=cuda, but torch finds no GPU here: set cluster.device=cpu")
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_COLLECTIVE_TIMEOUT)
@@ -97,13 +99,13 @@ def start_distributed(device: Literal["cpu", "cuda"]) -> Ranks:
 
 
 def _give_memory_back() -> None:
-    """Freed tensors above 1 MB return to the system at once: glibc otherwise learns to keep ever larger ones, and a
+    """Freed tensors above 128 KB return to the system at once: glibc otherwise learns to keep ever larger ones, and a
     rank's memory would grow to the sum of its phases instead of the largest. It costs a system call per tensor, which
     small models would feel.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_M_MMAP_THRESHOLD, 1 << 17)
 
 
 def stop_distributed() -> None:

@@ -35,6 +35,10 @@ from qwenimg_dist.models.pipeline import fingerprint_component, pipeline_dir
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 
 _LOCK_WAIT_S: Final = 60.0
+_EXTEND: Final = (
+    ". The number of steps is fixed per run, since the schedule follows it: to train its result further, export it and "
+    "give the export as model.path of a new run"
+)
 _PACKAGES: Final = ("torch", "deepspeed", "diffusers", "transformers", "safetensors", "numpy", "ray")
 _MOVED_BY_FRESH: Final = (
     "checkpoints",
@@ -124,7 +128,7 @@ def check_identity(config: Config, run_dir: Path) -> None:
         listed = "; ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in differing)
         raise ValueError(
             f"{run_dir} is the run directory of another config: {listed}. Give the same settings to go on, choose "
-            "another run.path, or start anew here with train.fresh=true"
+            "another run.path, or start anew here with train.fresh=true" + _EXTEND * ("train.steps" in differing)
         )
 
 

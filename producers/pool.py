@@ -209,6 +209,11 @@ class RayWorkers:
         self._retry.append(task)
 
 
+def machines() -> list[dict[str, float]]:
+    """Resources of each machine of the cluster that Ray runs on."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
 def needs(cluster: ClusterConfig) -> dict[str, float]:
     """Ray resources that one producer reserves."""
     return {"CPU": cluster.cpus_per_producer, "GPU": cluster.gpus_per_producer}
@@ -219,10 +224,9 @@ def check_room(cluster: ClusterConfig) -> None:
 
     Ray itself would wait for such a machine for ever, without a word.
     """
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     need = needs(cluster)
-    if not any(all(machine.get(name, 0.0) >= amount for name, amount in need.items()) for machine in machines):
-        there = "; ".join(_show(machine) for machine in machines) or "no machine"
+    if not any(all(machine.get(name, 0.0) >= amount for name, amount in need.items()) for machine in machines()):
+        there = "; ".join(_show(machine) for machine in machines()) or "no machine"
         raise ValueError(
             f"a producer needs {_show(need)} on one machine (cluster.cpus_per_producer, cluster.gpus_per_producer), "
             f"Ray has {there}: lower these (gpus_per_producer=0 with cluster.device=cpu needs no GPU), or set "

@@ -107,7 +107,7 @@ DEDUP_COLUMNS: Final = pa.schema([("row", pa.int64()), ("duplicate_of", pa.int64
 SCORE_PREFIX: Final = "score_"
 LABEL_PREFIX: Final = "label_"
 
-# `rows` has these, then a float column `score_<name>` per score of the filters and a text column `label_<name>` per label.
+# `rows` has these, then a float column `score_<name>` per score and a text column `label_<name>` per label.
 ROWS_COLUMNS: Final = pa.schema(
     [
         ("row", pa.int64()),

@@ -38,13 +38,15 @@ def run(args: list[str]) -> int:
 
 
 def list_run(config: Config, args: list[str]) -> int:
-    """Print step, validity, size and time of each checkpoint."""
+    """Print step, ranks, size and validity of each checkpoint."""
     from rich.console import Console
     from rich.table import Table
 
     from consumers.checkpoint_files import list_checkpoints
 
     run_dir = Path(required(config.run.path, "run.path"))
+    if not run_dir.is_dir():
+        raise ValueError(f"run.path={run_dir} is not there")
     table = Table("step", "ranks", "GB", "state", title=str(run_dir))
     found = list_checkpoints(run_dir)
     for info in found:

@@ -2,11 +2,13 @@
 
 qwenimg-dist config [key=value ...]      the resolved config as YAML
 qwenimg-dist config groups               the groups and what each offers
-qwenimg-dist config keys [part]          every key with its value (and only those that contain `part`)
+qwenimg-dist config keys [part] [...]    every key with its value, as an override would set it (and only those that
+                                         contain `part`); overrides change the values shown
 """
 
 from __future__ import annotations
 
+import json
 from typing import Final
 
 from omegaconf import OmegaConf
@@ -25,10 +27,11 @@ def run(args: list[str]) -> int:
             print(f"{name}: {', '.join(choices)}")
         return 0
     if verb == "keys":
-        part = args[1] if len(args) > 1 else ""
-        for key, value in sorted(flatten(compose_tree([])).items()):
-            if part in key:
-                print(f"{key} = {value}")
+        parts = [word for word in args[1:] if "=" not in word]
+        overrides = [word for word in args[1:] if "=" in word]
+        for key, value in sorted(flatten(compose_tree(overrides)).items()):
+            if all(part in key for part in parts):
+                print(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
         return 0
     config = load_config(args)
     print(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))), end="")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from omegaconf import OmegaConf
 
 from qwenimg_dist.compose import compose_tree, validate
 from qwenimg_dist.config import Config
+
+if TYPE_CHECKING:
+    import torch
 
 
 def required(value: str | None, key: str) -> str:
@@ -15,6 +19,15 @@ def required(value: str | None, key: str) -> str:
     if not value:
         raise ValueError(f"{key} is not set: add {key}=... to the command")
     return value
+
+
+def usable_device(name: Literal["cpu", "cuda"]) -> torch.device:
+    """The device, or a ValueError that says what to set."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("cluster.device=cuda, but torch finds no GPU here: set cluster.device=cpu")
+    return torch.device(name)
 
 
 def run_config(run_dir: Path, args: list[str]) -> Config:

@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted; the same command goes on from here", 1)
     except ValueError as error:  # ConfigError and DataError among them: what the user gave is unusable
         return _fail(str(error), 2)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         return _fail(_describe(error), 1)
     except Exception as error:  # the last line of defence: a named failure, the traceback for the report

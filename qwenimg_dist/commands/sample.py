@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from qwenimg_dist.commands.inputs import run_config
+from qwenimg_dist.commands.inputs import run_config, usable_device
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 
@@ -27,6 +27,11 @@ def run(args: list[str]) -> int:
     """Write the grid. Raises ValueError without prompts or without anything to sample from."""
     config = load_config(args)
     prompts = read_prompts(config)
+    given = config.sample.path or config.export.path
+    if given is not None and (Path(given) / "checkpoints").is_dir():
+        raise ValueError(f"{given} is a run directory: sample from its newest checkpoint with run.path={given}")
+    if given is not None and Path(given).is_absolute() and not Path(given).exists():
+        raise ValueError(f"sample.path={given} is not there")  # said before torch and diffusers take their seconds
     pictures = draw(config, prompts, args)
     labels = [prompt for prompt in prompts for _ in config.sample.seeds]
     from qwenimg_dist.models.generate import save_grid
@@ -63,7 +68,7 @@ def draw(config: Config, prompts: list[str], args: list[str]) -> list[Image.Imag
     from qwenimg_dist.models.vae import LatentCodec
 
     sample = config.sample
-    device = torch.device(config.cluster.device)
+    device = usable_device(config.cluster.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     folder, transformer = _load_transformer(config, args, dtype, device)
     encoder = TextEncoder.load(folder, dtype=dtype, device=device, max_sequence_length=config.model.max_text_tokens)

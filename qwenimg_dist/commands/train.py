@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qwenimg_dist.commands.inputs import required
 from qwenimg_dist.compose import load_config
-from qwenimg_dist.config import Config
+from qwenimg_dist.config import ClusterConfig, Config
 
 SUMMARY: Final = "one stage on a gang of ZeRO-3 ranks; the same command again resumes"
 
@@ -44,7 +44,10 @@ def run(args: list[str]) -> int:
     from consumers.run_directory import preflight  # imports torch
 
     preflight(config)  # bad input is named in seconds, before Ray and with nothing written
-    from producers.pool import ray_session
+    if _is_complete(config, run_dir):
+        print(f"training complete already: {run_dir}", file=sys.stderr)
+        return 0
+    from producers.pool import machines, ray_session
 
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -57,7 +60,35 @@ def run(args: list[str]) -> int:
     )
     stop = threading.Event()
     with ray_session(cluster), _signals(stop):
+        check_room(config.cluster, machines())
         return _train(config, run_dir, stop)
+
+
+def _is_complete(config: Config, run_dir: Path) -> bool:
+    """Whether the newest valid checkpoint is of the last step, so that no ranks need to start to find that out."""
+    from consumers.checkpoint_files import list_checkpoints
+
+    steps = [info.step for info in list_checkpoints(run_dir) if info.fault is None]
+    last = min(config.train.steps, config.train.stop_after or config.train.steps)
+    return bool(steps) and max(steps) >= last and not config.train.fresh
+
+
+def check_room(cluster: ClusterConfig, machines: Sequence[Mapping[str, float]]) -> None:
+    """Raise ValueError if these machines, were they free, have no room for all ranks at once.
+
+    Ray Train would wait for them for ever, without a word.
+    """
+    need = {"CPU": cluster.cpus_per_rank, "GPU": 1.0 if cluster.device == "cuda" else 0.0}
+    places = [
+        min(int(machine.get(name, 0.0) / amount) for name, amount in need.items() if amount) for machine in machines
+    ]
+    if sum(places) < cluster.ranks:
+        there = "; ".join(f"{m.get('CPU', 0.0):g} CPUs and {m.get('GPU', 0.0):g} GPUs" for m in machines)
+        raise ValueError(
+            f"cluster.ranks={cluster.ranks} ranks need {need['CPU']:g} CPUs and {need['GPU']:g} GPUs each, Ray has "
+            f"machines of {there or 'nothing'}: room for {sum(places)}. Lower cluster.ranks, set cluster.device=cpu, "
+            "or set cluster.address to a cluster that has them"
+        )
 
 
 def _train(config: Config, run_dir: Path, stop: threading.Event) -> int:
@@ -69,10 +100,13 @@ def _train(config: Config, run_dir: Path, stop: threading.Event) -> int:
     with _Display(console, config, run_dir) as display:
         gang.start()
         while gang.is_alive():
+            display.update()
+            if stop.is_set() and not display.heard:
+                console.print("stopped before the ranks were there; nothing was changed", highlight=False)
+                return 0
             if stop.is_set() and not stop_file.exists():
                 console.print("stopping: the ranks save and end", highlight=False)
                 stop_file.touch()
-            display.update()
             gang.join(_POLL_S)
         display.update()
     stop_file.unlink(missing_ok=True)
@@ -145,6 +179,8 @@ def _rank(job: dict[str, Any]) -> dict[str, Any]:
         with open(run_dir / LOG_FILE, "a", encoding="utf-8") as sink:
             sink.write(line + "\n")
 
+    if is_first:
+        say(f"{os.environ.get('WORLD_SIZE', '1')} ranks are there")
     try:
         hooks = Hooks(
             stop_requested=lambda: is_first and stop_file.exists(), say=say, command_id=str(job["command_id"])
@@ -164,6 +200,8 @@ class _Display:
         self._console = console
         self._log = run_dir / LOG_FILE
         self._position = self._log.stat().st_size if self._log.exists() else 0
+        self.heard = False
+        """Whether the ranks have said anything: until then there is nothing to save."""
         self._bar = Progress(
             TextColumn("train"),
             BarColumn(),
@@ -185,6 +223,7 @@ class _Display:
     def update(self) -> None:
         """Show what is new."""
         for line in self._new_lines():
+            self.heard = True
             words = line.split(maxsplit=2)
             if self._console.is_terminal and words[:1] == ["step"] and "/" in words[1]:
                 self._bar.update(self._task, completed=int(words[1].partition("/")[0]), description=words[2])

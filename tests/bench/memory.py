@@ -164,8 +164,9 @@ def _activations(job: dict[str, Any]) -> dict[str, Any]:
 
 def _export(job: dict[str, Any]) -> dict[str, Any]:
     """The export command, in this process."""
-    import torch  # noqa: F401 (the baseline includes it, as it does on the ranks)
-
+    # The baseline includes what the command imports, as it does on the ranks.
+    import qwenimg_dist.models.pipeline
+    import qwenimg_dist.models.weights  # noqa: F401
     from qwenimg_dist.commands import ckpt
 
     run_dir = Path(job["run"])

@@ -105,6 +105,14 @@ def test_no_valid_checkpoint_is_no_fresh_start_unless_asked(root: Path, referenc
     assert [info.step for info in list_checkpoints(run_dir)] == [2]
 
 
+def test_a_finished_run_is_not_started_again(
+    root: Path, reference: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producers.pool.ray_session", None)  # would be called, and fail, if ranks were to start
+    assert main(["train", *fp32(root, "reference")]) == 0
+    assert "training complete already" in capsys.readouterr().err
+
+
 def no_run_path(root: Path) -> list[str]:
     return [word for word in overrides(root) if not word.startswith("run.path")]
 
