@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Final
 
+from producers.captions import Judged
 from producers.filters.base import BoundFilter, Facts, Value, Values
 from producers.load import Loaded
 from producers.plan import Plan
-from producers.state import Decision, Row, UnitState
+from producers.state import Decision, Row, UnitState, caption_scores
 from qwenimg_dist.data.buckets import Placement
 
 CHANGED_FILE: Final = "changed_file"
@@ -38,18 +39,20 @@ class Assessment:
     """None: the picture must be opened first."""
 
 
-def assess(row: Row, state: UnitState, plan: Plan) -> Assessment:
+def assess(judged: Judged, state: UnitState, plan: Plan) -> Assessment:
     """Everything that is known of the row before it is decoded."""
+    row = judged.row
     before = state.decisions.get(row.row)
-    scores = dict(before.scores) if before is not None else {}
+    scores = _scores_before(before, judged, plan)
     early = _without_scores(row)
     if early is not None:
         return _decided(row, scores, *early)
-    early_filters = [one for one in plan.filters if one.filter.looks_at != "pixels"]
     facts = facts_of(row)
-    for one in early_filters:
-        scores |= one.score(facts)
-    rejected = first_rejection(early_filters, scores)
+    for one in plan.filters:
+        if one.filter.looks_at == "header":
+            scores |= one.score(facts)
+    scores |= judged.values
+    rejected = _early_rejection(judged, scores, plan)
     if rejected is not None:
         return _decided(row, scores, *rejected)
     placements = plan.placements(row.height, row.width)
@@ -80,6 +83,27 @@ def first_rejection(filters: Sequence[BoundFilter], scores: Values) -> tuple[str
     """(status, reason, detail) by the first filter that does not admit the row."""
     for one in filters:
         rejection = one.admit(scores)
+        if rejection is not None:
+            return "rejected", rejection.reason, rejection.detail
+    return None
+
+
+def _scores_before(before: Decision | None, judged: Judged, plan: Plan) -> dict[str, Value]:
+    """What the row scored before and still holds: scores of captions only as long as the same captions are left."""
+    if before is None:
+        return {}
+    stale = {name for one in plan.filters if one.filter.looks_at == "captions" for name in one.filter.names}
+    if before.caption_faults != judged.faults:
+        stale |= caption_scores(plan)
+    return {name: value for name, value in before.scores.items() if name not in stale}
+
+
+def _early_rejection(judged: Judged, scores: Values, plan: Plan) -> tuple[str, str, str] | None:
+    """(status, reason, detail) by the first filter on header or captions that does not admit the row."""
+    for one in plan.filters:
+        if one.filter.looks_at == "pixels":
+            continue
+        rejection = judged.rejected.get(one.name) if one.filter.per_caption else one.admit(scores)
         if rejection is not None:
             return "rejected", rejection.reason, rejection.detail
     return None

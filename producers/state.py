@@ -5,14 +5,15 @@ Place in the flow: `unit.py` reads a `UnitState` first, and does what is missing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from producers.filters import FILTERS
 from producers.filters.base import Value
 from producers.plan import Plan
 from producers.scan import PASSING
-from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.data.facets import Dataset, Part
 from qwenimg_dist.schema import DEDUP, LABEL_PREFIX, LISTING, ROWS, SCAN, SCORE_PREFIX
 
 
@@ -45,6 +46,8 @@ class Decision:
     detail: str = ""
     scores: Mapping[str, Value]
     """Scores and labels, by name."""
+    caption_faults: tuple[str, ...] = ()
+    """Beside each listed caption, why nothing trains on it, or the empty word; no entries where all are fit."""
 
     @property
     def kept(self) -> bool:
@@ -57,7 +60,7 @@ class UnitState:
 
     rows: tuple[Row, ...]
     decisions: Mapping[int, Decision]
-    """Row -> the newest committed decision."""
+    """Row -> the newest committed decision, without scores that would be made otherwise now."""
     record: Mapping[str, Any]
     """Commit meta of the newest rows part; empty if there is none."""
     num_parts: Mapping[str, int]
@@ -92,7 +95,11 @@ def read_state(dataset: Dataset, unit: int, plan: Plan) -> UnitState:
     duplicates = {entry["row"]: entry["duplicate_of"] for entry in merged(DEDUP)}
     return UnitState(
         rows=tuple(_row(entry, scans[entry["row"]], duplicates.get(entry["row"], -1)) for entry in merged(LISTING)),
-        decisions=_without(_read_decisions(dataset, unit), _stale(record, plan)),
+        decisions=_without(
+            _without(_read_decisions(dataset, unit), _stale(record, plan)),
+            caption_scores(plan),
+            only=_recaptioned(dataset, parts[LISTING], record),
+        ),
         record=record,
         num_parts={facet: len(of_facet) for facet, of_facet in parts.items()},
         latents={
@@ -152,6 +159,7 @@ def _read_decisions(dataset: Dataset, unit: int) -> dict[int, Decision]:
             reason=entry["reason"] or "",
             detail=entry["detail"] or "",
             scores={name: entry[column] for column, name in columns.items() if entry[column] is not None},
+            caption_faults=tuple(entry.get("caption_faults") or ()),
         )
         for entry in table.to_pylist()
     }
@@ -164,11 +172,28 @@ def _stale(record: Mapping[str, Any], plan: Plan) -> frozenset[str]:
     return frozenset(name for one in stale for name in one.filter.names)
 
 
-def _without(decisions: dict[int, Decision], names: frozenset[str]) -> dict[int, Decision]:
+def caption_scores(plan: Plan) -> frozenset[str]:
+    """Scores and labels of pictures that depend on the captions too, also those of filters that are off now."""
+    filters = (*FILTERS.values(), *(one.filter for one in plan.filters))
+    return frozenset(name for one in filters if one.reads_captions for name in one.names)
+
+
+def _recaptioned(dataset: Dataset, listing: Sequence[Part], record: Mapping[str, Any]) -> frozenset[int]:
+    """Rows listed again, with other captions, since the newest decisions were made."""
+    newer = listing[record.get("inputs", {}).get(LISTING, len(listing)) :]
+    return frozenset(row for part in newer for row in dataset.read(part, ["row"])["row"].to_pylist())
+
+
+def _without(
+    decisions: dict[int, Decision], names: frozenset[str], *, only: frozenset[int] | None = None
+) -> dict[int, Decision]:
+    """The decisions without these scores; with `only`, those rows' alone."""
     if not names:
         return decisions
     return {
         row: replace(one, scores={name: value for name, value in one.scores.items() if name not in names})
+        if only is None or row in only
+        else one
         for row, one in decisions.items()
     }
 

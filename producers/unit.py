@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from producers.captions import judge
 from producers.commit import commit_part
 from producers.decide import CHANGED_FILE, Assessment, assess, facts_of, first_rejection
 from producers.filters.base import BoundFilter, Facts, Scorers, Value
@@ -63,7 +64,8 @@ def produce_unit(
     """Bring the unit to what the plan wants. Raises `UnitConflictError` if another worker did so meanwhile."""
     fault_point("unit_start")
     state = read_state(dataset, unit, plan)
-    assessed = [assess(row, state, plan) for row in state.rows]
+    judged = judge(state.rows, plan, scorers)
+    assessed = [assess(one, state, plan) for one in judged]
     decisions = {one.row.row: one.decision for one in assessed if one.decision is not None}
     to_open = [one for one in assessed if one.decision is None]
     with LatentsWriter(dataset, unit, plan, encoders) as writer:
@@ -71,7 +73,8 @@ def produce_unit(
             for opened in _ask_models(batch, plan, scorers):
                 decisions[opened.assessment.row.row] = opened.decision
                 _queue(opened, writer)
-        captions = [text for row in state.rows if decisions[row.row].kept for text in row.captions]
+        decisions = {one.row.row: replace(decisions[one.row.row], caption_faults=one.faults) for one in judged}
+        captions = [text for one in judged if decisions[one.row.row].kept for text in one.row.captions]
         num_captions = write_text(dataset, unit, plan, encoders, captions, state.texts)
         num_latents = writer.commit()
     _commit_rows(dataset, unit, plan, state, decisions)
@@ -196,16 +199,26 @@ def _commit_rows(dataset: Dataset, unit: int, plan: Plan, state: UnitState, deci
 def _carried_inputs(plan: Plan, state: UnitState, decisions: Mapping[int, Decision]) -> dict[str, int]:
     """Facets outside the plan for which the unit stays ready: those that hold all they need already.
 
-    A row that is kept now and was not before may be missing there; a changed caption is missing in other text facets.
+    A row that is kept now and was not before may be missing there; a changed caption, or one that filters left out
+    before, is missing in other text facets.
     """
     before = {row for row, decision in state.decisions.items() if decision.kept}
-    grown = any(decision.kept and row not in before for row, decision in decisions.items())
-    same_captions = state.inputs.get(LISTING) == state.num_parts[LISTING]
+    kept = [row for row, decision in decisions.items() if decision.kept]
+    grown = any(row not in before for row in kept)
+    same_captions = state.inputs.get(LISTING) == state.num_parts[LISTING] and not any(
+        _more_captions(state.decisions[row], decisions[row]) for row in kept if row in before
+    )
     return {
         facet: count
         for facet, count in state.inputs.items()
         if facet not in (LISTING, SCAN, DEDUP) and not grown and (same_captions or not facet.startswith("text-"))
     }
+
+
+def _more_captions(before: Decision, now: Decision) -> bool:
+    """Whether a caption is fit now that was not before."""
+    now_faults = now.caption_faults or ("",) * len(before.caption_faults)
+    return any(then and not fault for then, fault in zip(before.caption_faults, now_faults, strict=False))
 
 
 def _left_out(plan: Plan, state: UnitState, decisions: Mapping[int, Decision]) -> dict[str, int]:
@@ -227,6 +240,7 @@ def _rows_entry(row: Row, decision: Decision) -> dict[str, Any]:
         "detail": decision.detail,
         "width": row.width,
         "height": row.height,
+        "caption_faults": list(decision.caption_faults) or None,
         **{_column(name, value)[0]: value for name, value in decision.scores.items()},
     }
 

@@ -84,6 +84,7 @@ LISTING_COLUMNS: Final = pa.schema(
         ("uri", pa.string()),  # relative to the source's root, `/` as separator
         ("captions", pa.list_(pa.string())),
         ("caption_fault", pa.string()),  # null, or why there is no caption
+        ("caption_kinds", pa.list_(pa.string())),  # beside `captions`; null, or no such column: all are `raw`
     ]
 )
 
@@ -117,8 +118,15 @@ ROWS_COLUMNS: Final = pa.schema(
         ("detail", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("caption_faults", pa.list_(pa.string())),  # beside the listed captions, empty where fit; null: all are fit
     ]
 )
+
+# Columns that parts written before there was one do without.
+OPTIONAL_COLUMNS: Final = frozenset({"caption_kinds", "caption_faults"})
+
+RAW: Final = "raw"
+"""Kind of a caption that came with the picture; other kinds are the source's own words (`recaption`, `fused`)."""
 
 # Where a sample's tensor lies: `offset` and `nbytes` are of the raw tensor data inside the tar.
 _PLACE = [

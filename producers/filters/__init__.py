@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from producers.filters import aspect, broken, file_size, resolution
+from producers.filters import aspect, broken, caption_length, caption_validity, category, file_size, resolution
 from producers.filters.base import BoundFilter, Filter
 from qwenimg_dist.compose import ConfigError, did_you_mean
 
@@ -19,6 +19,9 @@ FILTERS: Final[dict[str, Filter[Any]]] = {
     "file_size": file_size.FILTER,
     "resolution": resolution.FILTER,
     "aspect": aspect.FILTER,
+    "caption_validity": caption_validity.FILTER,
+    "caption_length": caption_length.FILTER,
+    "category": category.FILTER,
     "broken": broken.FILTER,
 }
 

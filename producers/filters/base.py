@@ -3,7 +3,8 @@
 Place in the flow: a filter scores each row once, and its numbers and labels stay in the index for good; `admit`
 compares them with thresholds, so a changed threshold needs no picture. What a filter looks at decides when it is
 asked: `header` and `captions` before the decode; `pixels` after it; those with a model (`load`) last, in batches, and
-only for rows that all filters before them admit. Refuses parameters that the filter's model does not name.
+only for rows that all filters before them admit. A filter that is asked `per_caption` takes captions away, and rejects
+a row only when none is left. Refuses parameters that the filter's model does not name.
 """
 
 from __future__ import annotations
@@ -101,6 +102,12 @@ class Filter(Generic[P]):
     score: Callable[[Facts], dict[str, Value]] | None = None
     load: Callable[[P, Resources], Scorer] | None = None
     """Load the model (once per worker) and return what scores with it."""
+    per_caption: bool = False
+    """With `looks_at="captions"`: asked for each caption alone (`Facts.captions` has one). What it does not admit is
+    left out of training; the row keeps the values of the first caption that is left."""
+    reads_captions: bool = False
+    """With `looks_at="pixels"`: the scores depend on the captions too, and are made again for rows whose captions
+    changed or are no longer the same ones left by the caption filters."""
     scored_by: tuple[str, ...] = ()
     """Parameters that change scores, a model's path for example: rows scored with others are scored again."""
     version: int = 1
@@ -143,14 +150,15 @@ class Scorers:
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
-        self._loaded: dict[str, Scorer] = {}
+        self._loaded: dict[tuple[str, str], Scorer] = {}
 
     def score(self, one: BoundFilter, facts: Sequence[Facts]) -> list[dict[str, Value]]:
         """Scores and labels of each, by the filter's model."""
-        if one.name not in self._loaded:
+        made_by = (one.name, one.fingerprint)
+        if made_by not in self._loaded:
             assert one.filter.load is not None
-            self._loaded[one.name] = one.filter.load(one.params, self._resources)
-        return self._loaded[one.name](facts)
+            self._loaded[made_by] = one.filter.load(one.params, self._resources)
+        return self._loaded[made_by](facts)
 
 
 def number(values: Values, name: str) -> float:

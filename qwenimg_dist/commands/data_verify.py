@@ -29,6 +29,7 @@ from qwenimg_dist.schema import (
     LATENTS_COLUMNS,
     LISTING,
     LISTING_COLUMNS,
+    OPTIONAL_COLUMNS,
     ROWS,
     ROWS_COLUMNS,
     SCAN,
@@ -161,7 +162,8 @@ def _wrong_columns(facet: str, schema: pa.Schema) -> str:
     if wanted is None:
         return ""
     there = {field.name: field.type for field in schema}
-    wrong = [f"{f.name} ({f.type}, found {there.get(f.name)})" for f in wanted if there.get(f.name) != f.type]
+    required = [field for field in wanted if field.name in there or field.name not in OPTIONAL_COLUMNS]
+    wrong = [f"{f.name} ({f.type}, found {there.get(f.name)})" for f in required if there.get(f.name) != f.type]
     return f"has wrong or missing columns: {', '.join(wrong)}" if wrong else ""
 
 

@@ -7,8 +7,9 @@ promises must be there. Reads parquet only.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,7 +57,7 @@ def check_unit(dataset: Dataset, unit: int, parts: dict[str, list[Part]]) -> Ite
     if ROWS not in parts:
         return
     name = part_name(dataset, parts[ROWS][-1])
-    table = dataset.merge(parts[ROWS], ["row", "key", "status"])
+    table = dataset.merge(parts[ROWS], ["row", "key", "status", "caption_faults"])
     yield from _check_rows_known(dataset, unit, ROWS, parts[ROWS], keys)
     record = dataset.meta(parts[ROWS][-1])
     inputs = dict(record.get("inputs", {}))
@@ -72,8 +73,9 @@ def check_unit(dataset: Dataset, unit: int, parts: dict[str, list[Part]]) -> Ite
         what = f"has no decision on {len(undecided)} listed rows (first: row {min(undecided)})"
         yield Problem(file=name, unit=unit, what=what, remedy=REMAKE)
     kept = {row for row, status in zip(table["row"].to_pylist(), table["status"].to_pylist()) if status == "kept"}
+    faults = {entry["row"]: entry.get("caption_faults") or [] for entry in table.to_pylist()}
     for facet in sorted(facet for facet in inputs if facet.startswith(TEXT_PREFIX) and facet in parts):
-        yield from _check_captions(dataset, unit, parts[facet], seen, kept)
+        yield from _check_captions(dataset, unit, parts[facet], seen, kept, faults)
     yield from _check_encoded(dataset, unit, parts, record, kept)
 
 
@@ -113,15 +115,21 @@ def _check_rows_known(
 
 
 def _check_captions(
-    dataset: Dataset, unit: int, parts: Sequence[Part], listing: pa.Table, kept: set[int]
+    dataset: Dataset,
+    unit: int,
+    parts: Sequence[Part],
+    listing: pa.Table,
+    kept: set[int],
+    faults: Mapping[int, Sequence[str]],
 ) -> Iterator[Problem]:
-    """Every caption of a kept row has features, and so has the empty prompt."""
+    """Every fit caption of a kept row has features, and so has the empty prompt."""
     there = {key for part in parts for key in dataset.read(part, ["key"])["key"].to_pylist()}
     wanted = {
         caption_key(caption): caption
         for row, captions in zip(listing["row"].to_pylist(), listing["captions"].to_pylist())
         if row in kept
-        for caption in captions or []
+        for caption, fault in zip_longest(captions or [], faults[row], fillvalue="")
+        if not fault
     }
     wanted[caption_key("")] = ""
     absent = sorted(wanted[key] for key in set(wanted) - there)

@@ -24,7 +24,8 @@ import numpy.typing as npt
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.schema import Bucket
 
-CATALOG_VERSION: Final = 1
+CATALOG_VERSION: Final = 2
+"""2: captions have kinds."""
 HEAD: Final = "catalog.json"
 _OPEN_CATALOGS: Final = 16
 
@@ -115,6 +116,9 @@ class Catalog:
     key_hash: npt.NDArray[np.uint64]
     caption_start: Ints
     caption_text: npt.NDArray[np.int32]
+    caption_kind: npt.NDArray[np.int16]
+    """Beside `caption_text`: index into `caption_kinds`."""
+    caption_kinds: tuple[str, ...]
     text_keys: npt.NDArray[np.bytes_]
     text_tokens: npt.NDArray[np.int32]
     text_tar: npt.NDArray[np.int32]
@@ -160,6 +164,7 @@ class Catalog:
             folder=folder,
             digest=head["digest"],
             **{name: load(name) for name in ROW_ARRAYS + TEXT_ARRAYS},
+            caption_kinds=tuple(head["caption_kinds"]),
             text_dtype=text["dtype"],
             text_width=text["width"],
             empty_text=text["empty"],
@@ -178,7 +183,7 @@ class Catalog:
         )
 
 
-ROW_ARRAYS: Final = ("keys", "rows", "units", "key_hash", "caption_start", "caption_text")
+ROW_ARRAYS: Final = ("keys", "rows", "units", "key_hash", "caption_start", "caption_text", "caption_kind")
 TEXT_ARRAYS: Final = ("text_keys", "text_tokens", "text_tar", "text_offset")
 LATENTS_ARRAYS: Final = ("bucket", "tar", "offset")
 

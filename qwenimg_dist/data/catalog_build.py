@@ -47,7 +47,7 @@ from qwenimg_dist.data.pins import (
 )
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir, temporary_name
-from qwenimg_dist.schema import LABEL_PREFIX, LISTING, ROWS, SCAN, SCORE_PREFIX, caption_key
+from qwenimg_dist.schema import LABEL_PREFIX, LISTING, RAW, ROWS, SCAN, SCORE_PREFIX, caption_key
 
 PARTS: Final = "parts.json"
 
@@ -165,38 +165,95 @@ def _add_texts(loaded: dict[str, FacetTable], kept: _Kept, facets: RunFacets, ou
         "text_tar": tar_numbers(table, numbers),
         "text_offset": to_array(table["offset"], np.int64),
     }
-    starts, texts = _captions(loaded, kept, facet)
-    out.arrays |= {"caption_start": starts, "caption_text": texts}
+    captions = _captions(loaded, kept, facet)
+    out.arrays |= {"caption_start": captions.start, "caption_text": captions.texts, "caption_kind": captions.kinds}
+    out.head["caption_kinds"] = captions.kind_words
     empty = pc.index(table["key"], caption_key("")).as_py()
     if empty < 0:
         raise DataError(f"{facet.name} has no features of the empty prompt in part 0: run `qwenimg-dist produce` again")
     out.head["text"] = {"facet": facet.name, "dtype": dtype, "width": int(shapes[0, 1]), "empty": empty}
 
 
-def _captions(loaded: dict[str, FacetTable], kept: _Kept, facet: FacetTable) -> tuple[Ints, npt.NDArray[np.int32]]:
-    """CSR of every kept row's captions as positions in the text table. Features lie in the row's own unit."""
+@dataclass(frozen=True, kw_only=True)
+class _Captions:
+    """CSR of every kept row's fit captions."""
+
+    start: Ints
+    texts: npt.NDArray[np.int32]
+    """Positions in the text table."""
+    kinds: npt.NDArray[np.int16]
+    """Index into `kind_words`."""
+    kind_words: list[str]
+
+
+def _captions(loaded: dict[str, FacetTable], kept: _Kept, facet: FacetTable) -> _Captions:
+    """Captions that filters left out are left out here too. Features lie in the row's own unit."""
     listing = newest(loaded[LISTING].table)
     at, found = match_rows(LISTING, listing, kept.rows)
     if not found.all():
         raise DataError(f"row {int(kept.rows[~found][0])} is kept but not in the listing: the data set is damaged")
     captions = listing["caption_keys"].combine_chunks().take(pa.array(at))
-    counts = to_array(pc.fill_null(pc.list_value_length(captions), 0), np.int64)
+    listed = to_array(pc.fill_null(pc.list_value_length(captions), 0), np.int64)
+    fit = _fit(kept, listed)
+    row_of = np.repeat(np.arange(len(listed)), listed)[fit]
+    counts = np.bincount(row_of, minlength=len(listed)).astype(np.int64)
     if not (counts > 0).all():
         key = kept.keys[counts == 0][0].decode()
         raise DataError(f"row {key} is kept without a caption: run `qwenimg-dist produce` again")
-    keys = pc.list_flatten(captions)
-    units = np.repeat(kept.units, counts)
-    wanted = _unit_key(pa.array(units), keys)
+    keys = pc.list_flatten(captions).filter(pa.array(fit))
+    wanted = _unit_key(pa.array(kept.units[row_of]), keys)
     texts = pc.index_in(wanted, _unit_key(facet.table["unit"], facet.table["key"]))
     if texts.null_count:
         flat = int(np.flatnonzero(to_array(texts.is_null(), np.bool_))[0])
-        row = int(np.searchsorted(np.cumsum(counts), flat, side="right"))
+        row = int(row_of[flat])
         raise DataError(
-            f"caption {keys[flat].as_py()} of row {kept.keys[row].decode()} (unit {int(units[flat])}) has no features "
-            f"in {facet.name}: run `qwenimg-dist produce` again"
+            f"caption {keys[flat].as_py()} of row {kept.keys[row].decode()} (unit {int(kept.units[row])}) has no "
+            f"features in {facet.name}: run `qwenimg-dist produce` again"
         )
-    starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
-    return starts, to_array(texts, np.int32)
+    kinds, words = _kinds(listing, at, kept, listed)
+    return _Captions(
+        start=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)]),
+        texts=to_array(texts, np.int32),
+        kinds=kinds[fit],
+        kind_words=words,
+    )
+
+
+def _fit(kept: _Kept, listed: Ints) -> npt.NDArray[np.bool_]:
+    """(captions,) True where no filter found fault with the caption."""
+    fit = np.ones(int(listed.sum()), dtype=np.bool_)
+    if "caption_faults" in kept.table.column_names:
+        spread = _spread(kept.table["caption_faults"], kept, listed, "caption_faults")
+        if spread is not None:
+            where, faults = spread
+            fit[where] = to_array(pc.equal(faults, ""), np.bool_)
+    return fit
+
+
+def _kinds(listing: pa.Table, at: Ints, kept: _Kept, listed: Ints) -> tuple[npt.NDArray[np.int16], list[str]]:
+    """(captions,) kind of every listed caption as a code; `raw` where the source named none."""
+    codes, words = np.zeros(int(listed.sum()), dtype=np.int16), [RAW]
+    if "caption_kinds" in listing.column_names:
+        spread = _spread(listing["caption_kinds"].combine_chunks().take(pa.array(at)), kept, listed, "caption_kinds")
+        if spread is not None:
+            where, kinds = spread
+            words = [RAW, *sorted(set(pc.unique(kinds).to_pylist()) - {RAW})]
+            codes[where] = to_array(pc.index_in(kinds, pa.array(words, kinds.type)), np.int16)
+    return codes, words
+
+
+def _spread(column: Any, kept: _Kept, listed: Ints, name: str) -> tuple[npt.NDArray[np.bool_], Any] | None:
+    """A list column beside the captions: which captions it speaks of, and what it says; None if it says nothing."""
+    lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    lengths = to_array(pc.fill_null(pc.list_value_length(lists), 0), np.int64)
+    wrong = (lengths != 0) & (lengths != listed)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise DataError(
+            f"row {kept.keys[row].decode()} (unit {int(kept.units[row])}) has {int(listed[row])} captions and "
+            f"{int(lengths[row])} {name}: run `qwenimg-dist produce` again"
+        )
+    return (np.repeat(lengths > 0, listed), pc.list_flatten(lists)) if lengths.any() else None
 
 
 def _add_latents(facet: FacetTable, kept: _Kept, resolution: int, out: _Output) -> dict[str, Any]:

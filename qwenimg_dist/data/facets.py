@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir, temporary_name, write_json
-from qwenimg_dist.schema import SCHEMA_VERSION
+from qwenimg_dist.schema import OPTIONAL_COLUMNS, SCHEMA_VERSION
 
 _PART: Final = re.compile(r"^unit-(\d{6,})\.(\d{3,})\.parquet$")
 _META_KEY: Final = b"qwenimg_dist"
@@ -141,9 +141,13 @@ class Dataset:
         return self.root / facet / name
 
     def read(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
-        """The part's table. Raises `DataError` naming the file if it cannot be read."""
+        """The part's table; `OPTIONAL_COLUMNS` that it was written without are left out. Raises `DataError` naming the
+        file if it cannot be read."""
         file = self.parquet(part)
         try:
+            if columns is not None and not OPTIONAL_COLUMNS.isdisjoint(columns):
+                there = pq.read_schema(file, memory_map=True).names
+                columns = [name for name in columns if name in there or name not in OPTIONAL_COLUMNS]
             return pq.read_table(file, columns=list(columns) if columns is not None else None, memory_map=True)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{file} cannot be read ({error}); check it with `qwenimg-dist data verify`") from error

@@ -24,13 +24,13 @@ import pyarrow.parquet as pq
 from qwenimg_dist.data.catalog import ITEM_BYTES, Ints
 from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.data.pins import Pin, UnitPins, parallel, read_part_bytes
-from qwenimg_dist.schema import LABEL_PREFIX, LISTING, ROWS, SCAN, SCORE_PREFIX, caption_key
+from qwenimg_dist.schema import LABEL_PREFIX, LISTING, OPTIONAL_COLUMNS, ROWS, SCAN, SCORE_PREFIX, caption_key
 
 _PLACE: Final = ("tar", "offset", "nbytes", "dtype", "shape")
 _COLUMNS: Final = {
-    LISTING: ("row", "captions"),
+    LISTING: ("row", "captions", "caption_kinds"),
     SCAN: ("row", "bytes", "format"),
-    ROWS: ("row", "key", "status", "width", "height"),
+    ROWS: ("row", "key", "status", "width", "height", "caption_faults"),
 }
 _TEXT_COLUMNS: Final = ("key", "num_tokens", *_PLACE)
 _LATENTS_COLUMNS: Final = ("row", "key", "bucket_height", "bucket_width", *_PLACE)
@@ -100,10 +100,15 @@ def caption_keys(captions: pa.ChunkedArray) -> pa.LargeListArray:
 
 def _wanted(facet: str, names: Sequence[str]) -> list[str]:
     if facet == ROWS:
-        return [*_COLUMNS[ROWS], *sorted(name for name in names if name.startswith((SCORE_PREFIX, LABEL_PREFIX)))]
+        values = sorted(name for name in names if name.startswith((SCORE_PREFIX, LABEL_PREFIX)))
+        return [*_there(_COLUMNS[ROWS], names), *values]
     if facet in _COLUMNS:
-        return list(_COLUMNS[facet])
+        return _there(_COLUMNS[facet], names)
     return list(_TEXT_COLUMNS if facet.startswith("text-") else _LATENTS_COLUMNS)
+
+
+def _there(columns: Sequence[str], names: Sequence[str]) -> list[str]:
+    return [name for name in columns if name in names or name not in OPTIONAL_COLUMNS]
 
 
 def newest(table: pa.Table) -> pa.Table:

@@ -63,6 +63,7 @@ def write_catalog(folder: Path, config: Config, num_rows: int, seed: int) -> Cat
         "key_hash": hash_keys(keys),
         "caption_start": np.arange(num_rows + 1, dtype=np.int64),
         "caption_text": np.arange(1, num_rows + 1, dtype=np.int32),  # text 0 is the empty prompt
+        "caption_kind": np.zeros(num_rows, dtype=np.int16),
         "text_keys": np.zeros(num_rows + 1, dtype="S20"),
         "text_tokens": np.concatenate([[SUFFIX_TOKENS], tokens]).astype(np.int32),
         "text_tar": np.zeros(num_rows + 1, dtype=np.int32),
@@ -87,7 +88,7 @@ def write_catalog(folder: Path, config: Config, num_rows: int, seed: int) -> Cat
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     text = {"facet": "text", "dtype": "bfloat16", "width": 3584, "empty": 0}
-    head = {"version": CATALOG_VERSION, "digest": "", "tars": [], "columns": [], "words": {}}
+    head = {"version": CATALOG_VERSION, "digest": "", "tars": [], "columns": [], "words": {}, "caption_kinds": ["raw"]}
     (folder / HEAD).write_text(json.dumps({**head, "text": text, "latents": latents}))
     return CatalogFolder(folder=folder, num_rows=num_rows, num_texts=num_rows + 1)
 

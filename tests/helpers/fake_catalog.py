@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qwenimg_dist.data.catalog import Catalog, CatalogFolder, Catalogs, Columns, LatentsIndex
 from qwenimg_dist.data.draws import hash_keys
@@ -34,8 +36,11 @@ def memory_catalog(
     unit_size: int = 4,
     first_row: int = 0,
     resolutions: Sequence[int] = (32,),
+    kinds: Sequence[Sequence[int]] | None = None,
+    columns: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> Catalog:
-    """Row i has bucket `buckets[i]` (-1: none) and captions of `lengths[i]` tokens. Text 0 is the empty prompt."""
+    """Row i has bucket `buckets[i]` (-1: none) and captions of `lengths[i]` tokens and `kinds[i]` (none: all raw).
+    Text 0 is the empty prompt."""
     num = len(buckets)
     rows = np.arange(first_row, first_row + num)
     flat = [length for row in lengths for length in row]
@@ -58,6 +63,8 @@ def memory_catalog(
         key_hash=hash_keys(keys),
         caption_start=np.concatenate([[0], np.cumsum([len(row) for row in lengths])]).astype(np.int64),
         caption_text=np.arange(1, len(flat) + 1, dtype=np.int32),
+        caption_kind=np.array([kind for row in kinds for kind in row] if kinds else [0] * len(flat), dtype=np.int16),
+        caption_kinds=("raw", "recaption", "fused"),
         text_keys=np.zeros(len(flat) + 1, dtype="S21"),
         text_tokens=np.array([1, *flat], dtype=np.int32),
         text_tar=np.zeros(len(flat) + 1, dtype=np.int32),
@@ -67,5 +74,5 @@ def memory_catalog(
         empty_text=0,
         latents=dict.fromkeys(resolutions, index),
         tars=[],
-        columns=Columns({"row": rows}, {}),
+        columns=Columns({"row": rows, **(columns or {})}, {}),
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,24 @@ from producers.sources import open_source
 from producers.unit import UnitReport
 from producers.workers import InlineWorkers
 from producers.write import Encoders, Pixels
+from qwenimg_dist import models
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import Dataset, Part, Tar
 from qwenimg_dist.data.shards import RawTensor
 from qwenimg_dist.schema import latents_facet, text_facet
 
 FINGERPRINT = "0123456789ab"
-SCORERS = Scorers(Resources(pipeline_dir=Path("no pipeline"), device="cpu"))
+
+
+def tokenizer_alone() -> Path:
+    """A pipeline directory with nothing but the tiny tokenizer, for as long as the process lives."""
+    folder = tempfile.TemporaryDirectory(prefix="tokenizer-")
+    atexit.register(folder.cleanup)
+    (Path(folder.name) / "tokenizer").symlink_to(Path(models.__file__).parent / "assets" / "tiny_tokenizer")
+    return Path(folder.name)
+
+
+SCORERS = Scorers(Resources(pipeline_dir=tokenizer_alone(), device="cpu"))
 
 
 class Killed(BaseException):
