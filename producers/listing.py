@@ -5,23 +5,34 @@ listed before, whatever their names: a last unit that is not full is filled firs
 unit = row // unit_size always holds. Changed captions supersede a row by a further part of its unit. Rows that the
 source no longer names stay: what was encoded is not taken back.
 
-Memory: about 300 bytes per listed row, and the source's own rows while they are looked through (about 0.5 KB each).
+The source is streamed: a unit of new rows is committed as soon as it is full, so a look that breaks off leaves a
+shorter listing, never one with a gap. What is remembered of a listed row is its key, its number and eight bytes of its
+captions' digest (see `key_index.py`): about 35 bytes. Changed captions are held until 16,384 rows wait.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 
 from producers.commit import commit_part
+from producers.key_index import ABSENT, KeyIndex
 from producers.sources.base import SourceRow
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.schema import LISTING, LISTING_COLUMNS, row_key
+
+_KEY_BYTES: Final = 10
+_BATCH_ROWS: Final = 4096
+_CHANGES_HELD: Final = 16_384
+_REPEATS_REMEMBERED: Final = 4
+"""From this many occurrences of one uri on, the next one's number is remembered instead of counted up to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,67 +48,156 @@ class ListingChange:
 
 
 def sync_listing(
-    dataset: Dataset, rows: Sequence[SourceRow], *, config_hash: str, before_commit: Callable[[], None]
+    dataset: Dataset, rows: Iterable[SourceRow], *, config_hash: str, before_commit: Callable[[], None]
 ) -> ListingChange:
     """Commit what the source has and the listing lacks. `before_commit` is called once, only if something changes."""
-    known = _known(dataset)
-    changed: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
-    next_row = len(known)
-    seen: set[bytes] = set()
+    known = _read_known(dataset)
+    changes = _Changes(dataset, len(known), config_hash, before_commit)
     added = recaptioned = 0
-    for source_row in rows:
-        key, packed = _free_key(source_row.uri, seen)
-        seen.add(packed)
-        digest = _digest(source_row.captions, source_row.fault)
-        if packed in known:
-            number, before = known[packed]
-            if before == digest:
+    for batch in _batches(rows):
+        digests = [_digest(one.captions, one.fault) for one in batch]
+        for source_row, (key, number), digest in zip(batch, known.meet([one.uri for one in batch]), digests):
+            if number == ABSENT:
+                number, added = known.add(key, digest), added + 1
+            elif known.recaption(number, digest):
+                recaptioned += 1
+            else:
                 continue
-            recaptioned += 1
-        else:
-            number, next_row, added = next_row, next_row + 1, added + 1
-        changed[number // dataset.unit_size].append(
-            {
-                "row": number,
-                "key": key,
-                "uri": source_row.uri,
-                "captions": list(source_row.captions),
-                "caption_fault": source_row.fault,
-            }
-        )
-    if changed:
-        before_commit()
-    # Ascending, so that a kill in between leaves row numbers without a gap.
-    for unit in sorted(changed):
-        table = pa.Table.from_pylist(sorted(changed[unit], key=lambda entry: entry["row"]), schema=LISTING_COLUMNS)
-        commit_part(dataset, dataset.next_part(LISTING, unit), table, config_hash=config_hash)
-    return ListingChange(num_rows=next_row, added=added, recaptioned=recaptioned, units=tuple(sorted(changed)))
+            changes.add(
+                {
+                    "row": number,
+                    "key": key.hex(),
+                    "uri": source_row.uri,
+                    "captions": list(source_row.captions),
+                    "caption_fault": source_row.fault,
+                }
+            )
+    changes.commit_all()
+    return ListingChange(num_rows=len(known), added=added, recaptioned=recaptioned, units=tuple(sorted(changes.units)))
 
 
-def _known(dataset: Dataset) -> dict[bytes, tuple[int, bytes]]:
-    """Packed key -> (row, digest of its captions), of the newest parts."""
-    known: dict[bytes, tuple[int, bytes]] = {}
+def _batches(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:
+    waiting = iter(rows)
+    while batch := list(islice(waiting, _BATCH_ROWS)):
+        yield batch
+
+
+class _Known:
+    """The listed rows: key -> row -> digest of the captions, and which of them this look has met."""
+
+    def __init__(self) -> None:
+        self._index = KeyIndex(_KEY_BYTES)
+        self._digests = np.zeros(0, dtype=np.uint64)
+        self._met = np.zeros(0, dtype=bool)
+        self._next_repeat: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def meet(self, uris: Sequence[str]) -> Iterable[tuple[bytes, int]]:
+        """(key, row or `ABSENT`) of each uri's next occurrence: the n-th one in the source has the n-th key.
+
+        Lazily, so that the caller can `add` what is absent before the next one is looked up.
+        """
+        keys = [bytes.fromhex(row_key(uri)) for uri in uris]
+        rows = self._index.find_many(keys).tolist()
+        of_batch: set[bytes] = set()
+        for uri, key, row in zip(uris, keys, rows):
+            if key in of_batch or (row != ABSENT and self._met[row]):
+                key, row = self._next_free(uri)
+            if row == ABSENT:
+                of_batch.add(key)
+            else:
+                self._met[row] = True
+            yield key, row
+
+    def _next_free(self, uri: str) -> tuple[bytes, int]:
+        repeat = self._next_repeat.get(uri, 1)
+        while True:
+            key = bytes.fromhex(row_key(uri, repeat))
+            row = self._index.find(key)
+            repeat += 1
+            if row == ABSENT or not self._met[row]:
+                if repeat > _REPEATS_REMEMBERED:
+                    self._next_repeat[uri] = repeat
+                return key, row
+
+    def add(self, key: bytes, digest: int, *, met: bool = True) -> int:
+        """List a key as the next row; returns its number."""
+        row = len(self._index)
+        self._index.add(key, row)
+        self._reserve(row + 1)
+        self._digests[row], self._met[row] = digest, met
+        return row
+
+    def recaption(self, row: int, digest: int) -> bool:
+        """Note the row's captions; whether they changed."""
+        changed = int(self._digests[row]) != digest
+        self._digests[row] = digest
+        return changed
+
+    def _reserve(self, num_rows: int) -> None:
+        if num_rows > len(self._digests):
+            grown = max(num_rows, 1024, len(self._digests) * 5 // 4)
+            self._digests = np.pad(self._digests, (0, grown - len(self._digests)))
+            self._met = np.pad(self._met, (0, grown - len(self._met)))
+
+
+class _Changes:
+    """Entries on their way into listing parts: a unit of new rows goes when it is full, all others now and then."""
+
+    def __init__(self, dataset: Dataset, num_known: int, config_hash: str, before_commit: Callable[[], None]) -> None:
+        self._dataset = dataset
+        self._config_hash = config_hash
+        self._before_commit = before_commit
+        self._num_known = num_known
+        self._held: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
+        self._num_held = 0
+        self.units: set[int] = set()
+        """With a further part."""
+
+    def add(self, entry: dict[str, Any]) -> None:
+        row, size = entry["row"], self._dataset.unit_size
+        self._held[row // size].append(entry)
+        self._num_held += 1
+        if row >= self._num_known and (row + 1) % size == 0:  # new rows come in ascending order
+            self._commit(row // size)
+        elif self._num_held >= _CHANGES_HELD:
+            for unit in sorted(self._held):
+                if (unit + 1) * size <= self._num_known:  # the unit that is being filled waits until it is full
+                    self._commit(unit)
+
+    def commit_all(self) -> None:
+        """Ascending, so that a kill in between leaves row numbers without a gap."""
+        for unit in sorted(self._held):
+            self._commit(unit)
+
+    def _commit(self, unit: int) -> None:
+        if not self.units:
+            self._before_commit()
+        entries = sorted(self._held.pop(unit), key=lambda entry: entry["row"])
+        self._num_held -= len(entries)
+        table = pa.Table.from_pylist(entries, schema=LISTING_COLUMNS)
+        commit_part(self._dataset, self._dataset.next_part(LISTING, unit), table, config_hash=self._config_hash)
+        self.units.add(unit)
+
+
+def _read_known(dataset: Dataset) -> _Known:
+    """What the newest listing parts say. Raises `DataError` if a part is missing."""
+    known = _Known()
     for part in dataset.parts(LISTING):
         table = dataset.read(part, ["row", "key", "captions", "caption_fault"])
-        for entry in table.to_pylist():
-            digest = _digest(tuple(entry["captions"]), entry["caption_fault"])
-            known[bytes.fromhex(entry["key"])] = (entry["row"], digest)
-    if known and max(row for row, _ in known.values()) != len(known) - 1:
-        raise DataError(f"{dataset.root / LISTING} has gaps: a part was removed; restore it from a backup")
+        for entry in sorted(table.to_pylist(), key=lambda entry: entry["row"]):
+            digest = _digest(entry["captions"], entry["caption_fault"])
+            if entry["row"] < len(known):
+                known.recaption(entry["row"], digest)
+            elif entry["row"] == len(known):
+                known.add(bytes.fromhex(entry["key"]), digest, met=False)
+            else:
+                raise DataError(f"{dataset.root / LISTING} has gaps: a part was removed; restore it from a backup")
     return known
 
 
-def _free_key(uri: str, seen: set[bytes]) -> tuple[str, bytes]:
-    """Key of this occurrence of a uri: the n-th one in the source has the n-th key."""
-    repeat = 0
-    while True:
-        key = row_key(uri, repeat)
-        packed = bytes.fromhex(key)
-        if packed not in seen:
-            return key, packed
-        repeat += 1
-
-
-def _digest(captions: Sequence[str], fault: str | None) -> bytes:
+def _digest(captions: Sequence[str], fault: str | None) -> int:
     text = "\0".join((fault or "", *captions))
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -42,7 +42,9 @@ class SourceRow:
 class Found:
     """One look at a source."""
 
-    rows: list[SourceRow]
+    rows: Iterable[SourceRow]
+    """In a stable order, made as they are asked for; to be gone through once. Raises ValueError in the middle only if
+    the source was changed after it was looked through."""
     ignored: Counter[str] = field(default_factory=Counter)
     """Files that are no pictures, by extension; they get no row."""
 
@@ -58,7 +60,8 @@ class Source(Protocol):
     def find(self, *, min_age_s: float = 0.0) -> Found:
         """List everything there is, in a stable order; pictures modified within `min_age_s` are left for later.
 
-        Raises ValueError if the source cannot be read, holds no picture, or has no caption at all.
+        Looks through the source before it returns: raises ValueError if the source cannot be read, holds no picture,
+        names a row that is no row, or has no caption at all. So all of this is found before anything is written.
         """
         ...
 

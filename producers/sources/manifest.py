@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from producers.sources.base import Found, SourceRow, clean_captions, encode_uri
-from producers.sources.folder import read_jsonl
+from producers.sources.jsonl import read_jsonl
 from qwenimg_dist.config import ManifestSource
+
+_BATCH_ROWS: Final = 8192
 
 
 class Manifest:
@@ -38,15 +40,19 @@ class Manifest:
         """See `Source.find`; `min_age_s` does not apply: a file is complete before a manifest names it."""
         if not self._file.is_file():
             raise ValueError(f"source.path={self._file} is not a file that can be read")
-        rows = list(self._rows())
-        if not rows:
+        # Twice through the file rather than a million rows in memory; the first time only to find what is wrong.
+        num_rows = num_captioned = 0
+        for row in self._rows():
+            num_rows += 1
+            num_captioned += bool(row.captions)
+        if not num_rows:
             raise ValueError(f"{self._file} has no rows; is source.path right?")
-        if not any(row.captions for row in rows):
+        if not num_captioned:
             raise ValueError(
-                f"{self._file}: none of its {len(rows)} rows has a caption in {self._caption_column!r}; "
+                f"{self._file}: none of its {num_rows} rows has a caption in {self._caption_column!r}; "
                 "set source.caption_column"
             )
-        return Found(rows=rows)
+        return Found(rows=self._rows())
 
     def _rows(self) -> Iterator[SourceRow]:
         word = "line" if self._file.suffix == ".jsonl" else "row"
@@ -71,7 +77,7 @@ class Manifest:
                     there = ", ".join(file.schema_arrow.names)
                     raise ValueError(f"{self._file} has no column {' or '.join(missing)}; there is: {there}")
                 number = 0
-                for batch in file.iter_batches(columns=wanted):
+                for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
                     for entry in batch.to_pylist():
                         number += 1
                         yield number, entry

@@ -209,7 +209,7 @@ def main() -> int:
         plan = make_plan(
             config, text_facet=text_facet_name(pipeline, config), latents_facets=latents_facet_names(pipeline, config)
         )
-        found = open_source(config.source).find().rows
+        found = list(open_source(config.source).find().rows)
         rounds = [_round(folder / "pictures", found, index, per_round) for index in range(repeats + 1)]
         encoders = PipelineEncoders.load(pipeline, config)
         scorers = Scorers(Resources(pipeline_dir=pipeline, device=config.cluster.device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def describe_pictures(folder: Path, *lines: dict[str, Any]) -> None:
 
 
 def find(root: Path, captions: Any = "auto", **options: float) -> Found:
-    return Folder(FolderSource(kind="folder", path=str(root), captions=captions)).find(**options)
+    found = Folder(FolderSource(kind="folder", path=str(root), captions=captions)).find(**options)
+    return replace(found, rows=list(found.rows))
 
 
 def captions(found: Found) -> dict[str, tuple[str, ...]]:
@@ -148,7 +150,8 @@ def test_a_root_that_is_gone_is_not_blamed_on_its_files(tmp_path: Path) -> None:
 
 
 def manifest(file: Path, **options: Any) -> Found:
-    return open_source(ManifestSource(kind="manifest", path=str(file), **options)).find()
+    found = open_source(ManifestSource(kind="manifest", path=str(file), **options)).find()
+    return replace(found, rows=list(found.rows))
 
 
 def test_a_manifest_keeps_its_order_and_repeats(tmp_path: Path) -> None:
@@ -181,7 +184,7 @@ def test_a_parquet_manifest_with_other_columns_and_a_root(tmp_path: Path) -> Non
         root=f"file://{pictures}",
     )
     source = open_source(config)
-    row = source.find().rows[0]
+    (row,) = source.find().rows
     assert row.captions == ("one", "two")
     assert read_bytes(source.root, row.uri) == b"x"
     with pytest.raises(ValueError, match="has no column uri or caption; there is: path, texts, n"):

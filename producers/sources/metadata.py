@@ -1,0 +1,110 @@
+"""`metadata.jsonl` files of a folder (Hugging Face imagefolder): which lines describe which picture.
+
+Place in the flow: `folder.py` has all of them read once, which finds every line that is wrong, and asks for the
+captions of each picture later. Until then only the place of each line is kept (20 bytes): a million captions as Python
+strings would take ten times as much. Refuses to go on if a file was changed in between.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from array import array
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+
+from producers.sources.base import NO_CAPTION, clean_captions, encode_uri
+from producers.sources.jsonl import parse_line, read_jsonl_at
+from producers.sources.paths import Hashes, are_in
+
+Captions = tuple[tuple[str, ...], str | None]
+
+CAPTION_KEYS: Final = ("text", "caption", "captions")
+
+
+class Described:
+    """Path -> captions, by the place of its lines. Files that come later override; lines of one file add up."""
+
+    def __init__(self, root: Path, files: Sequence[str]) -> None:
+        """`files` are relative to `root`, `/` between parts. Raises ValueError naming file and line."""
+        self._root, self._files = root, list(files)
+        hashes, numbers, offsets = array("q"), array("i"), array("q")
+        for number, file in enumerate(self._files):
+            for line, offset, entry in read_jsonl_at(root / file):
+                hashes.append(hash(_path_of(entry, root / file, line, posixpath.dirname(file))))
+                numbers.append(number)
+                offsets.append(offset)
+        self._hashes = np.array(hashes, dtype=np.int64)
+        del hashes
+        order = np.argsort(self._hashes, kind="stable")  # lines of one path stay in their order
+        self._hashes = self._hashes[order]
+        self._numbers = np.frombuffer(numbers, dtype=np.intc)[order] if order.size else np.empty(0, np.intc)
+        self._offsets = np.frombuffer(offsets, dtype=np.int64)[order] if order.size else np.empty(0, np.int64)
+        # Lines are asked for in the order of paths, mostly their own order: few files are open at a time.
+        self._open = lru_cache(maxsize=8)(self._open_file)
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def not_in(self, pictures: Hashes) -> Iterator[str]:
+        """The paths that the lines name and the (sorted) hashes of pictures lack, each once."""
+        if not len(self):
+            return
+        first = np.concatenate(([True], self._hashes[1:] != self._hashes[:-1]))
+        for index in np.flatnonzero(first & ~are_in(self._hashes, pictures)):
+            yield self._read(int(index))[0]
+
+    def captions(self, paths: Sequence[str]) -> Iterator[Captions]:
+        """What the lines say of each path; no caption where they say nothing."""
+        wanted = np.fromiter(map(hash, paths), np.int64, len(paths))
+        begins, ends = np.searchsorted(self._hashes, wanted), np.searchsorted(self._hashes, wanted, "right")
+        for path, begin, end in zip(paths, begins.tolist(), ends.tolist()):
+            yield self._merged(path, begin, end) if end > begin else ((), NO_CAPTION)
+
+    def _merged(self, path: str, begin: int, end: int) -> Captions:
+        texts: tuple[str, ...] = ()
+        fault: str | None = None
+        for index in range(begin, end):
+            if self._numbers[index] != self._numbers[end - 1]:
+                continue  # a nearer file describes the picture too
+            named, given = self._read(index)
+            if named != path:
+                raise self._changed(index)
+            captions, faulty = clean_captions(given)
+            texts = tuple(dict.fromkeys((*texts, *captions)))
+            fault = fault or faulty
+        return texts, None if texts else fault
+
+    def _read(self, index: int) -> tuple[str, Any]:
+        """(path, caption or captions as given) of a line."""
+        file = self._files[int(self._numbers[index])]
+        lines = self._open(file)
+        lines.seek(int(self._offsets[index]))
+        try:
+            entry = parse_line(lines.readline()) or {}
+            path = _path_of(entry, self._root / file, 0, posixpath.dirname(file))
+        except ValueError as error:
+            raise self._changed(index) from error
+        return path, next((entry[key] for key in CAPTION_KEYS if entry.get(key) is not None), None)
+
+    def _open_file(self, file: str) -> BinaryIO:
+        try:
+            return open(self._root / file, "rb")
+        except OSError as error:
+            raise ValueError(f"{self._root / file} cannot be read ({error.strerror})") from error
+
+    def _changed(self, index: int) -> ValueError:
+        file = self._root / self._files[int(self._numbers[index])]
+        return ValueError(f"{file} was changed while it was read: run the same command again")
+
+
+def _path_of(entry: dict[str, Any], file: Path, line: int, folder: str) -> str:
+    """The picture that a line names, relative to the root; may lead out of it."""
+    name = entry.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f'{file}, line {line}: has no "file_name"; correct the line')
+    encode_uri(name)  # refuse here what sorting would trip over
+    return posixpath.normpath(posixpath.join(folder, name))
