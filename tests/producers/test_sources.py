@@ -58,6 +58,7 @@ def test_rows_are_the_pictures_sorted_by_path(tmp_path: Path) -> None:
 def test_every_way_to_write_captions(tmp_path: Path) -> None:
     touch(tmp_path, "text.png", "caption.png", "list.png", "twice.png", "null.png", "deep/in.png", "deep/over.png")
     touch(tmp_path, "beside.png", text="  from the file \n")
+    (tmp_path / "null.TXT").write_text("beside, in capitals")
     describe_pictures(
         tmp_path,
         {"file_name": "text.png", "text": "no", "other": 3},
@@ -78,13 +79,41 @@ def test_every_way_to_write_captions(tmp_path: Path) -> None:
         "deep/in.png": ("deep",),
         "deep/over.png": ("near",),
         "list.png": ("one", "two"),
-        "null.png": (),
+        "null.png": ("beside, in capitals",),
         "text.png": ("no",),
         "twice.png": ("first", "second"),
     }
-    assert faults(found) == {"null.png": "no_caption"}
+    assert not faults(found)
     assert faults(find(tmp_path, "metadata")) == {"null.png": "no_caption", "beside.png": "no_caption"}
     assert captions(find(tmp_path, "txt"))["text.png"] == ()
+
+
+def test_metadata_in_another_order_that_changes_between_the_look_and_its_rows(tmp_path: Path) -> None:
+    names = [f"{number:05d}.png" for number in range(5000)]  # more than one batch
+    touch(tmp_path, *names[:-2])
+    lines = [{"file_name": name, "text": f"words {name}"} for name in reversed(names)]
+    describe_pictures(tmp_path, *lines, {"file_name": names[0], "text": "more"})
+    found = captions(find(tmp_path))
+    assert list(found) == names
+    assert found == {name: (f"words {name}", *(["more"] if name == names[0] else [])) for name in names}
+    look = Folder(FolderSource(kind="folder", path=str(tmp_path))).find()
+    describe_pictures(tmp_path, *lines[1:])
+    with pytest.raises(ValueError, match=r"metadata.jsonl was changed while it was read: run the same command again"):
+        list(look.rows)
+
+
+def test_what_is_wrong_with_a_source_is_found_before_any_row(tmp_path: Path) -> None:
+    touch(tmp_path / "bare", "a.png", "b.png")
+    with pytest.raises(ValueError, match="none of its 2 pictures has a caption"):
+        find(tmp_path / "bare")
+    describe_pictures(tmp_path / "bare", {"file_name": "a.png", "text": "fine"}, {"name": "b.png"})
+    with pytest.raises(ValueError, match=r'metadata.jsonl, line 2: has no "file_name"'):
+        find(tmp_path / "bare")
+    lines = ['{"uri": "a.png"}'] * 9000
+    for last, message in (("", "none of its 9000 rows has a caption"), ("[]\n", "line 9001: is not a JSON object")):
+        (tmp_path / "list.jsonl").write_text("\n".join([*lines, last]))
+        with pytest.raises(ValueError, match=message):
+            open_source(ManifestSource(kind="manifest", path=str(tmp_path / "list.jsonl"))).find()
 
 
 def test_captions_that_are_none(tmp_path: Path) -> None:
