@@ -11,7 +11,23 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from producers.filters import aspect, broken, caption_length, caption_validity, category, file_size, resolution
+from producers.filters import (
+    aspect,
+    barcode,
+    border,
+    broken,
+    caption_length,
+    caption_validity,
+    category,
+    clarity,
+    entropy,
+    file_size,
+    luma,
+    resolution,
+    rotation,
+    saturation,
+    texture,
+)
 from producers.filters.base import BoundFilter, Filter
 from qwenimg_dist.compose import ConfigError, did_you_mean
 
@@ -19,10 +35,18 @@ FILTERS: Final[dict[str, Filter[Any]]] = {
     "file_size": file_size.FILTER,
     "resolution": resolution.FILTER,
     "aspect": aspect.FILTER,
+    "rotation": rotation.FILTER,
     "caption_validity": caption_validity.FILTER,
     "caption_length": caption_length.FILTER,
     "category": category.FILTER,
     "broken": broken.FILTER,
+    "luma": luma.FILTER,
+    "saturation": saturation.FILTER,
+    "entropy": entropy.FILTER,
+    "border": border.FILTER,
+    "clarity": clarity.FILTER,
+    "texture": texture.FILTER,
+    "barcode": barcode.FILTER,
 }
 
 

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Generic, Literal, TypeVar
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -63,6 +64,11 @@ class Facts:
             small = small.copy()
             small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.BOX, reducing_gap=2.0)
         return np.asarray(small, dtype=np.uint8)
+
+    @cached_property
+    def grey(self) -> npt.NDArray[np.uint8]:
+        """(h, w) Rec. 601 luma of the preview."""
+        return np.asarray(cv2.cvtColor(self.preview, cv2.COLOR_RGB2GRAY), dtype=np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
