@@ -1,16 +1,21 @@
 """Rejects pictures with QR codes or bar codes in them. Scores: `qr_codes` and `barcodes`, how many were found.
 
 OpenCV's detectors. QR codes count once their finder patterns are located, readable or not. Bar codes (EAN, UPC) count
-only if they can be read: located without reading, every second fence and shutter would be one. Asked on the preview
-(long side 512 px): QR codes are found from 2 px per module, bar codes from about 180 px of width; smaller ones are not.
+only if they are read, with five different digits or more: fences and shutters are located as bar codes too, and even
+read as 111121112111 with a valid check digit. Asked on the preview (long side 512 px): QR codes are found from 2 px per
+module, bar codes from about 180 px of width; smaller ones are not.
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 import cv2
 from pydantic import NonNegativeInt
 
 from producers.filters.base import Facts, Filter, FilterParams, Rejection, Value, Values, number
+
+_MIN_DIGITS: Final = 5
 
 
 class Params(FilterParams):
@@ -24,7 +29,7 @@ def score(facts: Facts) -> dict[str, Value]:
     _, texts, _, _ = cv2.barcode.BarcodeDetector().detectAndDecodeWithType(facts.grey)
     return {
         "qr_codes": float(len(qr_corners)) if qr_found else 0.0,
-        "barcodes": float(sum(text != "" for text in texts)),
+        "barcodes": float(sum(len(set(text)) >= _MIN_DIGITS for text in texts)),
     }
 
 
