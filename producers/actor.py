@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import cv2
+
 from producers import fence
 from producers.commit import UnitConflictError
 from producers.filters.base import Resources, Scorers
@@ -74,6 +76,7 @@ class UnitActor:
     def __init__(self, job: Job) -> None:
         # Before torch is imported: it reads the variable once, and a wrong thread count costs up to 40x.
         os.environ["OMP_NUM_THREADS"] = str(job.num_threads)
+        cv2.setNumThreads(1)  # pictures are worked on in threads already; OpenCV would take every core of the node
         self._job = job
         self._config = Config.model_validate_json(job.config_json)
         self._dataset = Dataset.open(job.data_path)

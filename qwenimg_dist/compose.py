@@ -58,9 +58,13 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
 def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     """Hydra overrides -> resolved plain dict."""
     GlobalHydra.instance().clear()
+    given = list(overrides)
+    if not any(override.partition("=")[0].lstrip("+~") == "filters" for override in given):
+        # A filter's file is all that it takes to have it: no list of them to forget.
+        given.append(f"filters=[{','.join(groups()['filters'])}]")
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            composed = compose(config_name="config", overrides=list(overrides))
+            composed = compose(config_name="config", overrides=given)
         tree = OmegaConf.to_container(composed, resolve=True)
     except MissingConfigException as error:
         raise ConfigError(_missing_group(error)) from error

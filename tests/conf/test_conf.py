@@ -85,6 +85,14 @@ def test_identity_holds_what_moves_the_numbers_and_nothing_else() -> None:
     assert stable_hash(base) == stable_hash(dict(reversed(base.items())))
 
 
+def test_every_filter_with_a_file_is_in_use_unless_a_list_is_given() -> None:
+    assert sorted(compose_tree([])["filters"]) == GROUPS["filters"]
+    few = compose_tree(["filters=[broken,aspect]", "filters.aspect.max_ratio=2", "filter_set=qwen_image_2512"])
+    assert few["filters"] == {"broken": {"enabled": True, "max_frames": 1}, "aspect": {"enabled": True, "max_ratio": 2}}
+    assert sorted(compose_tree(["~filters.broken"])["filters"]) == [f for f in GROUPS["filters"] if f != "broken"]
+    assert load_config(["filters.clarity.enabled=true"]).filters["clarity"]["enabled"]  # stronger than the filter set
+
+
 def test_the_checkout_wins_over_a_packaged_copy() -> None:
     assert (conf_dir() / "config.yaml").is_file()
     assert (conf_dir().parent / "pyproject.toml").is_file()
