@@ -17,7 +17,7 @@ class Params(FilterParams):
     """Night photographs lie at 0.08 and above, nine tenths underexposed ones below."""
     max_luma: float = Field(default=0.97, ge=0.0, le=1.0)
     """Things on white paper reach 0.96."""
-    min_contrast: float = Field(default=0.03, ge=0.0, le=0.5)
+    min_contrast: float = Field(default=0.015, ge=0.0, le=0.5)
 
 
 def score(facts: Facts) -> dict[str, Value]:

@@ -15,7 +15,7 @@ def test_underexposed_and_blown_out_photographs_are_rejected_as_such(photo: str)
     assert reason("luma", scaled(pixels, 0.1)) in ("too_dark", "low_contrast")
     assert reason("luma", scaled(pixels, 0.05)) == "too_dark"
     assert reason("luma", np.clip(pixels + 245.0, 0, 255).astype(np.uint8)) == "too_bright"
-    veiled = (128 + (pixels - 128.0) * 0.08).astype(np.uint8)
+    veiled = (128 + (pixels - 128.0) * 0.04).astype(np.uint8)
     assert reason("luma", veiled) == "low_contrast"
 
 
