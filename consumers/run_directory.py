@@ -95,6 +95,8 @@ def preflight(config: Config) -> Prepared:
             where=config.data.where,
             held_out=config.data.held_out,
             max_held_out=config.data.max_held_out,
+            weights=config.data.weights,
+            caption_weights=config.data.caption_weights,
         ),
         model_fingerprint=fingerprint_component(pipeline / "transformer"),
     )

@@ -13,6 +13,7 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -87,6 +88,15 @@ class EncodeConfig(Section):
     """Padded tokens per text encoder batch."""
 
 
+def _sampling_weight(weight: float) -> float:
+    if weight != 0 and not 0.001 <= weight <= 1000:
+        raise ValueError("a sampling weight is 0, or from 0.001 to 1000 times per epoch")
+    return weight
+
+
+SamplingWeight = Annotated[float, AfterValidator(_sampling_weight)]
+
+
 class DataConfig(Section):
     """The data set directory, the only thing that producers and consumers share."""
 
@@ -101,6 +111,19 @@ class DataConfig(Section):
     """Share of the rows (chosen by key) kept for validation and never trained on."""
     max_held_out: NonNegativeInt = 256
     """At most this many rows are held out."""
+    weights: dict[str, SamplingWeight] = {}
+    """Expression over the index columns -> how often its rows come per epoch: 3 three times, 0.5 every other epoch, 0
+    never. Weights of all expressions that hold for a row are multiplied; a row with none comes once."""
+    caption_weights: dict[str, NonNegativeFloat] | None = None
+    """Kind of caption -> its weight in the draw, for example `{raw: 0.2, recaption: 0.8}`; a row's kinds share by
+    these. `None` draws evenly among a row's captions."""
+
+    @field_validator("caption_weights")
+    @classmethod
+    def _some_weight(cls, weights: dict[str, float] | None) -> dict[str, float] | None:
+        if weights is not None and not any(weights.values()):
+            raise ValueError("give at least one kind of caption a weight above 0, or null to draw evenly")
+        return weights
 
 
 class Phase(Section):
@@ -351,7 +374,7 @@ class Config(Section):
 # Model and data are held to by fingerprint and digest, so that a path may change.
 _IDENTITY_SECTIONS = ("stage", "curriculum", "objective", "optim")
 _IDENTITY_KEYS = {
-    "data": ("where", "held_out", "max_held_out"),
+    "data": ("where", "held_out", "max_held_out", "weights", "caption_weights"),
     "engine": ("precision",),
     "train": ("steps", "seed"),
 }

@@ -17,8 +17,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -50,6 +50,9 @@ class LedgerConfig:
     where: str | None
     held_out: float
     max_held_out: int
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """`where` expression -> how often its rows come per epoch; none: every row once."""
+    caption_weights: Mapping[str, float] | None = None
 
 
 class Generations:
@@ -63,6 +66,7 @@ class Generations:
         self.follow = follow
         self.lines: list[Generation] = []
         self._where = compile_where(config.where) if config.where else None
+        self._weights = tuple((compile_where(text), weight) for text, weight in sorted(config.weights.items()))
         self._catalogs = Catalogs(dataset.root)
         self._ledger: Ledger | None = None
 
@@ -172,7 +176,12 @@ class Generations:
             seed=self.config.seed,
             caption_dropout=self.config.caption_dropout,
             catalogs=catalogs,
-            selection=Selection(where=self._where, held_out_below=held_out_below),
+            selection=Selection(
+                where=self._where,
+                held_out_below=held_out_below,
+                weights=self._weights,
+                caption_weights=self.config.caption_weights,
+            ),
         )
 
     def _try(self, line: Generation) -> None:
@@ -183,10 +192,12 @@ class Generations:
         folder = self.run / INDEX / line.index
         catalogs.add(CatalogFolder(folder=folder, num_rows=line.num_rows, num_texts=line.num_texts))
         ledger = self._new_ledger(catalogs, line.held_out_below)
+        if line.phase is None:
+            ledger.append(Segment(catalog=0, phase=None, epoch=0, last=True))
+            ledger.check()
+            return
         for phase in self.config.phases:
             ledger.append(Segment(catalog=0, phase=phase.index, epoch=0, last=True))
-        if line.phase is None:
-            ledger.check()
 
     def _next(self, step: int) -> Generation | None:
         """The generation that a step needs; None if there is nothing new to make it of."""

@@ -11,7 +11,8 @@ on any number of them, and any step can be asked for first, which is all that a 
    captions form batches of their own and cost no padding.
 4. Units are shuffled and taken in blocks; rows of a bucket are shuffled within a block, which keeps reads local.
 5. Windows of 64k samples of one bucket are sorted by text length and cut into global batches. What does not fill the
-   last batch of an epoch is filled with slots of weight zero: an epoch is every sample exactly once.
+   last batch of an epoch is filled with slots of weight zero: an epoch is every sample exactly once, or as often as
+   `data.weights` say (`weights.py`), each time with draws of its own.
 6. The batches of all buckets are shuffled into one order: within windows, so that windows are still read in turn.
 
 While producers run (`follow`), an epoch grows by segments: what does not fill a batch is carried into the next
@@ -139,7 +140,7 @@ class Ledger:
         """Raise `DataError` for the first stream that has steps but no rows."""
         with self._lock:
             for stream in self._streams.values():
-                if stream.num_batches == 0 and stream.phase.last_step > stream.phase.first_step:
+                if stream.locate(0) is None and stream.phase.last_step > stream.phase.first_step:
                     raise DataError(stream.why_exhausted())
 
     def batches_so_far(self, phase: int, resolution: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +19,15 @@ import numpy.typing as npt
 from qwenimg_dist.data.catalog import Catalog, Catalogs, Ints
 from qwenimg_dist.data.draws import draw_key, hashes, uniform
 from qwenimg_dist.data.phases import PlannedPhase
+from qwenimg_dist.data.weights import (
+    COPY_BITS,
+    EpochCounts,
+    choose_captions,
+    offsets,
+    repeat,
+    row_weights,
+    times_in_epoch,
+)
 from qwenimg_dist.data.where import Where, compile_where
 from qwenimg_dist.schema import Bucket
 
@@ -48,11 +58,15 @@ class Selection:
     where: Where | None
     held_out_below: int
     """Rows whose key hash is smaller are never trained on."""
+    weights: tuple[tuple[Where, float], ...] = ()
+    """How often rows come per epoch, see `weights.py`; none: every row once."""
+    caption_weights: Mapping[str, float] | None = None
+    """Weight of each kind of caption; None: every caption of a row alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Parallel arrays: row position, text position, text tokens, listing number."""
+    """Parallel arrays: row position, text position, text tokens, number that draws are keyed by."""
 
     rows: Ints
     texts: Ints
@@ -125,12 +139,14 @@ class Stream:
         self._left: list[dict[Bucket, int]] = []  # samples carried out of each segment
         self._orders: OrderedDict[tuple[int, int], Order] = OrderedDict()
         self._carried: dict[int, dict[Bucket, Samples]] = {}
+        self._epoch_counts: dict[int, EpochCounts] = {}
+        self._epoch_ends: list[int] = []  # of one repeating segment with weights: batches up to the end of each epoch
 
     def append(self, segment: Segment) -> None:
         """Further rows join; only counts are computed here."""
         counts = dict(self._carry_counts(len(self._segments), segment.epoch))
         if segment.catalog is not None:
-            for bucket, num in self._counts(segment.catalog).items():
+            for bucket, num in self._counts(segment.catalog, segment.epoch).items():
                 counts[bucket] = counts.get(bucket, 0) + num
         size = self.phase.global_batch
         batches = sum(-(-num // size) if segment.last else num // size for num in counts.values())
@@ -141,6 +157,8 @@ class Stream:
     def locate(self, position: int) -> At | None:
         """Segment, epoch and index of the `position`-th batch; None where the stream does not reach it yet."""
         if self._segments and self._segments[0].phase is None:
+            if self._selection.weights:
+                return self._locate_in_epochs(position)
             # One segment that repeats: every epoch has the same number of batches.
             per_epoch = self._ends[0]
             if per_epoch == 0:
@@ -151,6 +169,20 @@ class Stream:
             return None
         start = self._ends[segment - 1] if segment else 0
         return At(segment=segment, epoch=self._segments[segment].epoch, index=position - start)
+
+    def _locate_in_epochs(self, position: int) -> At | None:
+        """With weights, epochs differ in length."""
+        catalog = self._segments[0].catalog
+        if catalog is None or not self._counter(catalog):
+            return None
+        size = self.phase.global_batch
+        while not self._epoch_ends or self._epoch_ends[-1] <= position:
+            counts = self._counts(catalog, len(self._epoch_ends))
+            batches = sum(-(-num // size) for num in counts.values())
+            self._epoch_ends.append((self._epoch_ends[-1] if self._epoch_ends else 0) + batches)
+        epoch = bisect_right(self._epoch_ends, position)
+        start = self._epoch_ends[epoch - 1] if epoch else 0
+        return At(segment=0, epoch=epoch, index=position - start)
 
     def order(self, segment: int, epoch: int) -> Order:
         """All batches of a segment in an epoch; the newest few are kept."""
@@ -165,7 +197,7 @@ class Stream:
 
     @property
     def num_batches(self) -> int:
-        """Batches of all segments."""
+        """Batches of all segments; of one that repeats, its first epoch's."""
         return self._ends[-1] if self._ends else 0
 
     def why_exhausted(self) -> str:
@@ -177,8 +209,9 @@ class Stream:
         return (
             f"{name} has nothing to train on: {kept} rows were kept, {encoded} of them have latents at "
             f"{self.resolution} px, {selected} of these pass "
-            f"where={' and '.join(w.expression for w in self._wheres) or 'none'!r} and are not held out; "
-            "produce more, or change the curriculum's resolutions, `where` or data.held_out"
+            f"where={' and '.join(w.expression for w in self._wheres) or 'none'!r} and are not held out"
+            f"{', and have a weight above 0' if self._selection.weights else ''}; "
+            "produce more, or change the curriculum's resolutions, `where`, data.weights or data.held_out"
         )
 
     def _totals(self) -> tuple[int, int, int]:
@@ -188,7 +221,10 @@ class Stream:
             catalog = self._catalogs[index]
             kept += catalog.num_rows
             encoded += int(np.count_nonzero(catalog.latents[self.resolution].bucket >= 0))
-            selected += len(self._selected(catalog))
+            local = self._selected(catalog)
+            if self._selection.weights:
+                local = local[row_weights(catalog, local, self._selection.weights) > 0]
+            selected += len(local)
         return kept, encoded, selected
 
     def _selected(self, catalog: Catalog) -> Ints:
@@ -199,11 +235,28 @@ class Stream:
             mask = mask & where.mask(catalog.columns, catalog.num_rows)
         return np.flatnonzero(mask)
 
-    def _counts(self, catalog_index: int) -> dict[Bucket, int]:
+    def _counts(self, catalog_index: int, epoch: int) -> dict[Bucket, int]:
+        """Samples per bucket."""
         catalog = self._catalogs[catalog_index]
         latents = catalog.latents[self.resolution]
+        if self._selection.weights:
+            return {latents.buckets[bucket]: num for bucket, num in self._counter(catalog_index).at(epoch).items()}
         counts = np.bincount(latents.bucket[self._selected(catalog)], minlength=len(latents.buckets))
         return {bucket: int(num) for bucket, num in zip(latents.buckets, counts, strict=True) if num}
+
+    def _counter(self, catalog_index: int) -> EpochCounts:
+        if catalog_index not in self._epoch_counts:
+            catalog = self._catalogs[catalog_index]
+            local = self._selected(catalog)
+            self._epoch_counts[catalog_index] = EpochCounts(
+                catalog.latents[self.resolution].bucket[local], *self._weighed(catalog, local)
+            )
+        return self._epoch_counts[catalog_index]
+
+    def _weighed(self, catalog: Catalog, local: Ints) -> tuple[Ints, Ints]:
+        """Weights and offsets of rows."""
+        key = draw_key(self._seed, "weights", self.phase.index, self.resolution)
+        return row_weights(catalog, local, self._selection.weights), offsets(key, catalog.rows[local])
 
     def _carry_counts(self, segment: int, epoch: int) -> dict[Bucket, int]:
         """Samples per bucket that the segment before leaves to this one."""
@@ -249,14 +302,18 @@ class Stream:
         catalog = self._catalogs[catalog_index]
         latents = catalog.latents[self.resolution]
         local = self._selected(catalog)
+        numbers = catalog.rows[local].astype(np.int64)
+        if self._selection.weights:
+            local, copy = repeat(local, times_in_epoch(*self._weighed(catalog, local), epoch))
+            numbers = catalog.rows[local] + (copy << COPY_BITS)
         units, unit_of_row = np.unique(catalog.units[local], return_inverse=True)
         rank = np.empty(len(units), dtype=np.int64)
         rank[np.argsort(hashes(self._key("units", epoch), units), kind="stable")] = np.arange(len(units))
         block = rank[unit_of_row] // self._block_units
-        shuffle = hashes(self._key("rows", epoch), catalog.rows[local])
+        shuffle = hashes(self._key("rows", epoch), numbers)
         bucket = latents.bucket[local]
-        local = local[np.lexsort((shuffle, block, bucket))]
-        samples = self._draw_texts(catalog, catalog_index, local, epoch)
+        order = np.lexsort((shuffle, block, bucket))
+        samples = self._draw_texts(catalog, catalog_index, local[order], numbers[order], epoch)
         ends = np.cumsum(np.bincount(bucket, minlength=len(latents.buckets)))
         starts = ends - np.diff(ends, prepend=0)
         return {
@@ -265,12 +322,14 @@ class Stream:
             if end > start
         }
 
-    def _draw_texts(self, catalog: Catalog, catalog_index: int, local: Ints, epoch: int) -> Samples:
+    def _draw_texts(self, catalog: Catalog, catalog_index: int, local: Ints, numbers: Ints, epoch: int) -> Samples:
         """One caption of each row, or the empty prompt. Drawn per listing number, so that nothing else matters."""
-        numbers = catalog.rows[local]
         start = catalog.caption_start[local]
-        num = catalog.caption_start[local + 1] - start
-        choice = (uniform(self._key("caption", epoch), numbers) * num).astype(np.int64)
+        draws = uniform(self._key("caption", epoch), numbers)
+        if self._selection.caption_weights is None:
+            choice = (draws * (catalog.caption_start[local + 1] - start)).astype(np.int64)
+        else:
+            choice = choose_captions(catalog, local, draws, self._selection.caption_weights)
         texts = catalog.caption_text[start + choice].astype(np.int64)
         dropped = uniform(self._key("dropout", epoch), numbers) < self._dropout
         texts = np.where(dropped, catalog.empty_text, texts)
@@ -278,7 +337,7 @@ class Stream:
             rows=local + self._catalogs.row_base(catalog_index),
             texts=texts + self._catalogs.text_base(catalog_index),
             tokens=catalog.text_tokens[texts].astype(np.int64),
-            numbers=numbers.astype(np.int64),
+            numbers=numbers,
         )
 
     def _make_order(self, segment: int, epoch: int) -> Order:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qwenimg_dist.data.where import WhereError, compile_where
 
@@ -17,6 +19,7 @@ COLUMNS: dict[str, npt.NDArray[Any]] = {
     "format": np.array(["JPEG", "PNG", "JPEG", "WEBP"]),
     "status": np.array(["kept"] * 4),
     "score_aesthetic": np.array([5.0, np.nan, 6.0, 7.0], dtype=np.float32),
+    "label_category": np.array(["text", "text", "", "text"]),
 }
 
 
@@ -41,6 +44,17 @@ COLUMNS: dict[str, npt.NDArray[Any]] = {
         ("2 > 3", []),
         (" aspect > 0 ", [0, 1, 2, 3]),
         ("width / (height - 100) > 1", [0, 1, 2, 3]),
+        ("top(2, aspect)", [2, 3]),
+        ("top(0.25, aspect)", [3]),
+        ("top(0.26, aspect)", [2, 3]),  # a share is rounded up
+        ("top(1, height)", [0]),  # of equal ones the first
+        ("top(1, -aspect, format)", [0, 1, 3]),
+        ("top(9, aesthetic)", [0, 2, 3]),  # what has no score is not counted
+        ("top(0.5, aesthetic, category)", [3]),  # nor what has no group
+        ("top(0.51, aesthetic, category)", [0, 3]),
+        ("top(1, aspect + width, height / 50) and aspect > 3", [3]),
+        ("top(1, aspect) and aspect < 4", []),  # rows compete with all rows
+        ("not top(2, aspect)", [0, 1]),
     ],
 )
 def test_rows_are_selected(expression: str, expected: list[int]) -> None:
@@ -72,12 +86,36 @@ def test_rows_are_selected(expression: str, expected: list[int]) -> None:
         ("None == aspect", "not allowed"),
         ("aspect in width", "needs a list"),
         ("(a := 1) == 1", "not allowed"),
+        ("top(aspect, 2)", "begins with a share below 1 or a whole number"),
+        ("top(1.5, aspect)", "begins with a share"),
+        ("top(0, aspect)", "begins with a share"),
+        ("top(True, aspect)", "begins with a share"),
+        ("top(0.5)", "not allowed"),
+        ("top(0.5, aspect, format, width)", "not allowed"),
+        ("top(0.5, aspect, by=format)", "not allowed"),
+        ("bottom(0.5, aspect) ", "not allowed"),
+        ("top(0.5, format)", "needs a number to compare by"),
+        ("top(0.5, aspct)", "did you mean 'aspect'"),
     ],
 )
 def test_mistakes_are_named(expression: str, message: str) -> None:
     with pytest.raises(WhereError) as caught:
         compile_where(expression).mask(COLUMNS, 4)
     assert message in str(caught.value)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 1.0, 2.0, np.nan])), max_size=40), st.integers(1, 99)
+)
+def test_top_is_the_best_of_each_group_by_a_plain_loop(rows: list[tuple[int, float]], percent: int) -> None:
+    groups, scores = np.array([g for g, _ in rows], dtype=np.int64), np.array([s for _, s in rows])
+    mask = compile_where(f"top({percent / 100}, score, group)").mask({"score": scores, "group": groups}, len(rows))
+    expected = set()
+    for group in range(4):
+        mine = [i for i, (g, s) in enumerate(rows) if g == group and s == s]
+        best = sorted(mine, key=lambda i: (-scores[i], i))
+        expected |= set(best[: -(-percent * len(mine) // 100)])
+    assert set(np.flatnonzero(mask).tolist()) == expected
 
 
 def test_names_are_known_before_any_data_is_there() -> None:
