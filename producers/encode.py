@@ -43,7 +43,7 @@ class PipelineEncoders:
         """Load both frozen models. Raises ValueError or WeightsError for an unusable pipeline directory."""
         dtype, device = _DTYPES[config.encode.compute_dtype], config.cluster.device
         return cls(
-            LatentCodec.load(pipeline_dir, dtype=dtype, device=device),
+            LatentCodec.load(pipeline_dir, dtype=dtype, device=device, collapse=config.encode.collapse_vae),
             TextEncoder.load(
                 pipeline_dir, dtype=dtype, device=device, max_sequence_length=config.model.max_text_tokens
             ),

@@ -82,6 +82,9 @@ class EncodeConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Storage type of latents and text features."""
     compute_dtype: Literal["bfloat16", "float32"] = "float32"
+    collapse_vae: bool = True
+    """Compute the VAE's 3-D convolutions in 2-D, which is the same for single pictures within rounding and 2 to 3
+    times faster; off, the stock class runs."""
     image_batch_pixels: PositiveInt = 4 * 1024 * 1024
     """Pixels per VAE batch."""
     text_batch_tokens: PositiveInt = 8192

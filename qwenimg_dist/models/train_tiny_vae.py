@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from qwenimg_dist.demo.photos import generic_picture
 from qwenimg_dist.demo.shapes import all_scenes, render
+from qwenimg_dist.models.frame_vae import collapse_frames
 
 logger = logging.getLogger(__name__)
 
@@ -65,27 +66,6 @@ class TrainConfig:
     scale_penalty: float = 1e-5
     """Weight of mean(z^2): keeps the latents from growing without bound against the posterior's noise."""
     seed: int = 0
-
-
-class _FrameConv(nn.Module):
-    """A causal 3-D convolution applied to one frame, as the 2-D convolution it then is. Same parameters."""
-
-    def __init__(self, conv: QwenImageCausalConv3d) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(conv.weight.detach()[:, :, -1].clone())
-        self.bias = nn.Parameter(conv.bias.detach().clone())
-        self.padding = (conv._padding[2], conv._padding[0])
-
-    def forward(self, x_BC1HW: Tensor) -> Tensor:
-        return F.conv2d(x_BC1HW[:, :, 0], self.weight, self.bias, padding=self.padding).unsqueeze(2)
-
-
-def collapse_frames(vae: nn.Module) -> None:
-    """Replace every causal 3-D convolution by its single-frame form, in place."""
-    for parent in list(vae.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, QwenImageCausalConv3d):
-                setattr(parent, name, _FrameConv(child))
 
 
 def expand_frames(frame_vae: nn.Module) -> dict[str, Tensor]:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
 
+from qwenimg_dist.models.frame_vae import collapse_frames
 from qwenimg_dist.models.tiny import ASSETS
 from qwenimg_dist.models.train_tiny_vae import (
     ARCHITECTURE,
     TrainConfig,
-    collapse_frames,
     demo_pictures,
     expand_frames,
     initialise,
