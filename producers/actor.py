@@ -28,7 +28,7 @@ from producers.write import Encoders
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.facets import Dataset
 
-FailureKind = Literal["full_disk", "try_again", "fatal"]
+FailureKind = Literal["full_disk", "out_of_memory", "try_again", "fatal"]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -100,6 +100,7 @@ class UnitActor:
                 encoders=self._load_encoders,
                 scorers=self._scorers,
                 num_threads=self._job.num_threads,
+                max_poison_rows=self._config.cluster.max_poison_rows,
             )
         except Exception as error:
             return Reply(failure=describe_failure(error))
@@ -117,11 +118,13 @@ class UnitActor:
 
 
 def describe_failure(error: Exception) -> Failure:
-    """Which kind it is: a full disk ends everything, what the moment brought is tried again, the rest is a bug or
-    unusable input."""
+    """Which kind it is: a full disk ends everything, a process out of memory is replaced, what the moment brought is
+    tried again, the rest is a bug or unusable input."""
     kind: FailureKind = "fatal"
     if (isinstance(error, OSError) and error.errno in _FULL) or "No space left on device" in str(error):
         kind = "full_disk"
+    elif isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        kind = "out_of_memory"
     elif isinstance(error, UnitConflictError | SourceGoneError | OSError):
         kind = "try_again"
     return Failure(kind=kind, message=f"{type(error).__name__}: {error}", trace=traceback.format_exc())

@@ -20,12 +20,12 @@ from producers.dedup import DigestIndex, load_index, settle_unit
 from producers.listing import ListingChange, sync_listing
 from producers.plan import Plan
 from producers.sources.base import Found, locate
-from producers.state import is_done, passing_faults
+from producers.state import is_done, passing_faults, read_record
 from producers.unit import UnitReport
 from producers.workers import Task, Workers
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.files import fsync_dir, write_json
-from qwenimg_dist.schema import LISTING, SOURCE_COMPLETE
+from qwenimg_dist.schema import DEDUP, LISTING, SCAN, SOURCE_COMPLETE
 
 _POLL_S: Final = 0.5
 
@@ -100,6 +100,8 @@ class Driver:
         if self._workers is None:
             self._workers = self.make_workers()
         workers = self._workers
+        if not self._rescan(pending, workers):
+            return False
         schedule = _Schedule(pending, scan_ahead=workers.num_workers + 2)
         while not schedule.finished:
             while not self.stopping() and workers.num_idle() > 0:
@@ -117,6 +119,26 @@ class Driver:
                     self.observer.unit_done(outcome.report)
             self.observer.tick()
         return True
+
+    def _rescan(self, pending: Sequence[Pending], workers: Workers) -> bool:
+        """Scan what was settled before, but whose scan was lost (`data repair`): nothing can be settled without the
+        sha256 of all that is kept. False if stopped."""
+        todo = deque(one for one in pending if self._lacks_scan(one.unit))
+        in_flight = 0
+        while todo or in_flight:
+            while todo and not self.stopping() and workers.num_idle() > 0:
+                one = todo.popleft()
+                workers.submit(Task(kind="scan", unit=one.unit, again=one.scan_again))
+                in_flight += 1
+            if self.stopping() and in_flight == 0:
+                return False
+            in_flight -= len(workers.wait(_POLL_S))
+            self.observer.tick()
+        return True
+
+    def _lacks_scan(self, unit: int) -> bool:
+        settled = bool(self.dataset.unit_parts(DEDUP, unit))
+        return settled and SCAN not in read_record(self.dataset, unit).get("inputs", {})
 
     def _digests(self) -> DigestIndex:
         if self._index is None:

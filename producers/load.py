@@ -90,15 +90,16 @@ def open_header(data: bytes) -> Header:
 
 
 def load_image(data: bytes) -> Loaded:
-    """Decode wholly. Raises `ImageFault`; besides the header's: `truncated`, `decode_error`, `unsupported_mode`."""
+    """Decode wholly. Raises `ImageFault`; besides the header's: `truncated`, `decode_error`, `unsupported_mode`.
+
+    MemoryError passes: how much there is to be had says something about the moment, not yet about the picture.
+    """
     header, image = _header(data)
     try:
         num_frames = 1 if header.format == "MPO" else int(getattr(image, "n_frames", 1))
         image.load()
         upright = image.transpose(_TRANSPOSE[header.orientation]) if header.orientation in _TRANSPOSE else image
         picture = _to_srgb(upright, image.info.get("icc_profile"))
-    except MemoryError as error:
-        raise ImageFault("too_many_pixels", f"{header.width}x{header.height} does not fit in memory") from error
     except _DECODE_ERRORS as error:
         reason = "truncated" if "truncated" in str(error) or isinstance(error, EOFError) else "decode_error"
         raise ImageFault(reason, f"{header.format}: {error}"[:200]) from error

@@ -3,7 +3,8 @@
 Place in the flow: `driver.py` sees it as `Workers`. Ray carries control messages only. Nothing is left to Ray's own
 retries (`max_restarts=0`, `max_task_retries=0`): a dead or silent actor is replaced here, its task is tried again on
 another, and after `cluster.unit_retries` further tries the error names the unit and the cause. Units are safe to
-repeat, also while the first try still runs: only one can commit.
+repeat, also while the first try still runs: only one can commit. A repeated task is a careful one, which finds the
+picture that kills its process (`poison.py`); deaths that bring it nearer to that picture are no failures of the unit.
 
 The driver's process reserves no GPU, and must not touch CUDA.
 """
@@ -19,13 +20,15 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 import ray
 from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayActorError, RayError
 
 from producers.actor import Job, Reply, Seat, UnitActor
+from producers.poison import Trail, read_trail, trail_file
 from producers.workers import Outcome, ProduceError, Task
 from qwenimg_dist.config import ClusterConfig
 
@@ -34,6 +37,7 @@ _OBJECT_STORE_BYTES: Final = 128 * 1024**2
 _PLACED_S: Final = 600.0
 """After this long without a single actor running, waiting for one is of no use. Not about loading models: an actor
 answers before it does."""
+_LESS_MEMORY: Final = "lower encode.image_batch_pixels or filters.resolution.max_pixels, or run fewer producers"
 
 
 @contextlib.contextmanager
@@ -94,7 +98,7 @@ class RayWorkers:
         self._cluster = cluster
         self._slots = [self._start() for _ in range(cluster.producers)]
         self._retry: deque[Task] = deque()
-        self._failures: Counter[Task] = Counter()
+        self._failures: Counter[tuple[str, int]] = Counter()
         self._deaths_at_start = 0
 
     @property
@@ -108,6 +112,8 @@ class RayWorkers:
     def submit(self, task: Task) -> None:
         """Start a task on an idle actor."""
         slot = next(slot for slot in self._slots if slot.idle)
+        if self._trail(task) is not None:  # of this run or of one that was ended
+            task = replace(task, careful=True)
         slot.task, slot.since = task, time.monotonic()
         slot.pending = slot.actor.run.remote(task)
 
@@ -150,7 +156,8 @@ class RayWorkers:
         try:
             reply = ray.get(slot.pending)
         except RayError as error:
-            self._replace(slot, why_died(error), at_start=isinstance(error, ActorDiedError) and error.actor_init_failed)
+            at_start = isinstance(error, ActorDiedError) and error.actor_init_failed
+            self._replace(slot, why_died(error), at_start=at_start, careful=not machine_died(error))
             return None
         slot.pending = slot.task = None
         if task is None:
@@ -167,6 +174,12 @@ class RayWorkers:
             )
         if reply.failure.kind == "fatal":
             raise ProduceError(f"unit {task.unit}: {task.kind} failed: {reply.failure.message}\n{reply.failure.trace}")
+        if reply.failure.kind == "out_of_memory":
+            # What it holds it may not give back: a fresh process starts with little.
+            _end_actor(slot)
+            slot.task = task
+            self._replace(slot, f"the producer ran out of memory ({reply.failure.message}): {_LESS_MEMORY}")
+            return None
         self._again(task, reply.failure.message)
         return None
 
@@ -188,7 +201,7 @@ class RayWorkers:
                 _end_actor(slot)
                 self._replace(slot, f"no answer for cluster.unit_timeout_s={self._cluster.unit_timeout_s:g} s")
 
-    def _replace(self, slot: _Slot, why: str, *, at_start: bool = False) -> None:
+    def _replace(self, slot: _Slot, why: str, *, at_start: bool = False, careful: bool = True) -> None:
         task = slot.task
         if task is None:
             self._deaths_at_start += 1
@@ -197,16 +210,24 @@ class RayWorkers:
         fresh = self._start()
         slot.actor, slot.pending, slot.since, slot.task, slot.seat = fresh.actor, fresh.pending, fresh.since, None, None
         if task is not None:
-            self._again(task, why)
+            self._again(task, why, careful=careful)
 
-    def _again(self, task: Task, why: str) -> None:
-        self._failures[task] += 1
-        if self._failures[task] > self._cluster.unit_retries:
+    def _again(self, task: Task, why: str, *, careful: bool = False) -> None:
+        """Try the task once more, or raise if it was tried often enough."""
+        trail = self._trail(task)
+        # Each such death counts against a picture, and of these only so many are believed.
+        if not (task.careful and careful and trail is not None and trail.opening is not None):
+            self._failures[task.kind, task.unit] += 1
+        failures = self._failures[task.kind, task.unit]
+        if failures > self._cluster.unit_retries:
             raise ProduceError(
-                f"unit {task.unit}: {task.kind} failed {self._failures[task]} times, last: {why}; what is committed is "
-                "kept. Set cluster.unit_retries to try more often"
+                f"unit {task.unit}: {task.kind} failed {failures} times, last: {why}; what is committed is kept. Set "
+                "cluster.unit_retries to try more often"
             )
-        self._retry.append(task)
+        self._retry.append(replace(task, careful=task.careful or careful, why=why.partition(" [")[0]))
+
+    def _trail(self, task: Task) -> Trail | None:
+        return read_trail(trail_file(Path(self._job.data_path), task.kind, task.unit))
 
 
 def machines() -> list[dict[str, float]]:
@@ -257,15 +278,22 @@ def why_died(error: RayError) -> str:
     for guesses in ("Some common causes include", "There are some potential root causes"):
         text = text.partition(guesses)[0]
     if isinstance(error, OutOfMemoryError) or "running low on memory" in text:
-        cause = "Ray ended the producer because its machine ran out of memory: lower encode.image_batch_pixels"
+        cause = f"Ray ended the producer because its machine ran out of memory: {_LESS_MEMORY}"
     elif isinstance(error, ActorDiedError) and error.preempted:
         cause = "its machine was taken away"
     elif isinstance(error, ActorDiedError) and error.actor_init_failed:
         cause = "its start failed"
-    elif "node died" in text or "node has died" in text or isinstance(error, NodeDiedError):
+    elif machine_died(error):
         cause = "its machine died or lost contact"
     elif isinstance(error, RayActorError):
         cause = "the producer was killed (SIGKILL, or the kernel for lack of memory) or crashed in native code"
     else:
         cause = "Ray could not run it"
     return f"{cause} [{text[:400]}]"
+
+
+def machine_died(error: RayError) -> bool:
+    """Whether the whole machine went, so that nothing can be laid to the task's charge."""
+    text = str(error)
+    preempted = isinstance(error, ActorDiedError) and bool(error.preempted)
+    return preempted or isinstance(error, NodeDiedError) or "node died" in text or "node has died" in text

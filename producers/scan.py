@@ -7,15 +7,18 @@ code. Refuses to blame files for a source that is gone as a whole (`SourceGoneEr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pyarrow as pa
 
 from producers.commit import commit_part
 from producers.load import ImageFault, open_header
+from producers.poison import POISON, Watch
 from producers.sources.base import OUTSIDE_ROOT, SourceGoneError, read_bytes
 from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.debug import picture_point
 from qwenimg_dist.schema import LISTING, SCAN, SCAN_COLUMNS
 
 MISSING_FILE = "missing_file"
@@ -44,6 +47,7 @@ def scan_row(root: str, row: int, uri: str, listing_fault: str | None) -> dict[s
     try:
         data = read_or_fault(root, uri)
         facts |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        picture_point("scan", facts["sha256"])
         header = open_header(data)
     except ImageFault as fault:
         return {**facts, "fault": fault.reason, "detail": fault.detail}
@@ -57,18 +61,39 @@ def scan_row(root: str, row: int, uri: str, listing_fault: str | None) -> dict[s
     }
 
 
-def scan_unit(dataset: Dataset, unit: int, *, root: str, again: Sequence[int] = (), config_hash: str) -> int:
-    """Scan what is listed and not yet scanned, and the rows in `again`; commit one part. Returns the rows scanned."""
+def scan_unit(
+    dataset: Dataset,
+    unit: int,
+    *,
+    root: str,
+    again: Sequence[int] = (),
+    config_hash: str,
+    watch: Watch | None = None,
+) -> int:
+    """Scan what is listed and not yet scanned, and the rows in `again`; commit one part. Returns the rows scanned.
+
+    With `watch`, rows that killed earlier tries get the fault `poison` unopened.
+    """
     listing = dataset.read_unit(LISTING, unit, ["row", "uri", "caption_fault"])
     assert listing is not None  # units come from the listing
     scanned = dataset.read_unit(SCAN, unit, ["row"])
     known = set(scanned["row"].to_pylist()) - set(again) if scanned is not None else set()
-    rows = [
-        scan_row(root, entry["row"], entry["uri"], entry["caption_fault"])
-        for entry in listing.to_pylist()
-        if entry["row"] not in known
-    ]
+    todo = [entry for entry in listing.to_pylist() if entry["row"] not in known]
+    with watch or nullcontext():
+        rows = [_scan_watched(root, entry, watch) for entry in todo]
     if rows:
         table = pa.Table.from_pylist(rows, schema=SCAN_COLUMNS)
         commit_part(dataset, dataset.next_part(SCAN, unit), table, config_hash=config_hash)
+    if watch is not None:
+        watch.forget()
     return len(rows)
+
+
+def _scan_watched(root: str, listed: Mapping[str, Any], watch: Watch | None) -> dict[str, Any]:
+    row = listed["row"]
+    if watch is not None and row in watch.poison:
+        facts = {"row": row, "bytes": 0, "width": 0, "height": 0, "orientation": 1}
+        return {**facts, "fault": POISON, "detail": watch.poison[row]}
+    if watch is not None:
+        watch.opening(row)
+    return scan_row(root, row, listed["uri"], listed["caption_fault"])

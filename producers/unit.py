@@ -27,9 +27,10 @@ from producers.load import ImageFault, load_image, render
 from producers.plan import Plan
 from producers.scan import read_or_fault
 from producers.state import Decision, Row, UnitState, read_state
-from producers.write import Encoders, LatentsWriter, write_text
+from producers.write import Encoders, LatentsWriter, Pixels, write_text
+from qwenimg_dist.data.buckets import Placement
 from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.debug import fault_point
+from qwenimg_dist.debug import fault_point, picture_point
 from qwenimg_dist.schema import DEDUP, LABEL_PREFIX, LISTING, ROWS, ROWS_COLUMNS, SCAN, SCORE_PREFIX
 
 _BATCH_ROWS: Final = 16
@@ -50,7 +51,7 @@ class UnitReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Opened:
+class Opened:
     """A decoded row: the picture where no filter has rejected it so far."""
 
     assessment: Assessment
@@ -70,9 +71,10 @@ def produce_unit(
     to_open = [one for one in assessed if one.decision is None]
     with LatentsWriter(dataset, unit, plan, encoders) as writer:
         for batch in _batches(_open_all(to_open, plan, root, num_threads)):
-            for opened in _ask_models(batch, plan, scorers):
+            for opened in ask_models(batch, plan, scorers):
                 decisions[opened.assessment.row.row] = opened.decision
-                _queue(opened, writer)
+                for resolution, placement, pixels in cut(opened):
+                    writer.add(opened.assessment.row, resolution, placement, pixels)
         decisions = {one.row.row: replace(decisions[one.row.row], caption_faults=one.faults) for one in judged}
         captions = [text for one in judged if decisions[one.row.row].kept for text in one.row.captions]
         num_captions = write_text(dataset, unit, plan, encoders, captions, state.texts)
@@ -88,41 +90,43 @@ def produce_unit(
     )
 
 
-def _open_all(to_open: Sequence[Assessment], plan: Plan, root: str, num_threads: int) -> Iterator[_Opened]:
+def _open_all(to_open: Sequence[Assessment], plan: Plan, root: str, num_threads: int) -> Iterator[Opened]:
     """Open pictures in row order; with several threads, a few ahead of the encoder (Pillow lets threads run)."""
     if num_threads <= 1:
         for one in to_open:
-            yield _open(one, plan, root)
+            yield open_row(one, plan, root)
         return
     with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
-        ahead: deque[Future[_Opened]] = deque()
+        ahead: deque[Future[Opened]] = deque()
         for one in to_open:
-            ahead.append(pool.submit(_open, one, plan, root))
+            ahead.append(pool.submit(open_row, one, plan, root))
             if len(ahead) > num_threads:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
 
 
-def _open(one: Assessment, plan: Plan, root: str) -> _Opened:
+def open_row(one: Assessment, plan: Plan, root: str) -> Opened:
     """Decode, score by the filters without a model, decide."""
     row, scores = one.row, dict(one.scores)
     try:
         data = read_or_fault(root, row.uri)
-        if hashlib.sha256(data).hexdigest() != row.sha256:
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 != row.sha256:
             raise ImageFault(CHANGED_FILE, "not the bytes that were scanned: give a changed picture a new name")
+        picture_point("decode", sha256)
         loaded = load_image(data)
     except ImageFault as fault:
         decision = Decision(status="fault", reason=fault.reason, detail=fault.detail, scores=scores)
-        return _Opened(assessment=one, decision=decision)
+        return Opened(assessment=one, decision=decision)
     facts = facts_of(row, loaded)
     filters = [each for each in plan.filters if each.filter.looks_at == "pixels" and each.filter.load is None]
     for each in filters:
         scores |= each.score(facts)
-    return _decide(_Opened(assessment=one, decision=Decision(status="kept", scores=scores), facts=facts), filters)
+    return _decide(Opened(assessment=one, decision=Decision(status="kept", scores=scores), facts=facts), filters)
 
 
-def _decide(opened: _Opened, filters: Sequence[BoundFilter]) -> _Opened:
+def _decide(opened: Opened, filters: Sequence[BoundFilter]) -> Opened:
     """The row after these filters; a rejected one lets go of its picture."""
     rejected = first_rejection(filters, opened.decision.scores)
     if rejected is None:
@@ -132,9 +136,9 @@ def _decide(opened: _Opened, filters: Sequence[BoundFilter]) -> _Opened:
     return replace(opened, decision=decision, facts=None)
 
 
-def _batches(opened: Iterable[_Opened]) -> Iterator[list[_Opened]]:
+def _batches(opened: Iterable[Opened]) -> Iterator[list[Opened]]:
     """Rows in order, cut where their pictures would hold too much memory or be more than a model takes at once."""
-    batch: list[_Opened] = []
+    batch: list[Opened] = []
     pixels = 0
     for one in opened:
         size = one.facts.width * one.facts.height if one.facts is not None else 0
@@ -147,7 +151,7 @@ def _batches(opened: Iterable[_Opened]) -> Iterator[list[_Opened]]:
         yield batch
 
 
-def _ask_models(batch: Sequence[_Opened], plan: Plan, scorers: Scorers) -> list[_Opened]:
+def ask_models(batch: Sequence[Opened], plan: Plan, scorers: Scorers) -> list[Opened]:
     """Score by one model after the other, each for the rows that all before it admit."""
     asked = list(batch)
     for each in plan.filters:
@@ -164,14 +168,14 @@ def _ask_models(batch: Sequence[_Opened], plan: Plan, scorers: Scorers) -> list[
     return asked
 
 
-def _queue(opened: _Opened, writer: LatentsWriter) -> None:
-    """Cut every missing resolution of a kept picture."""
+def cut(opened: Opened) -> Iterator[tuple[int, Placement, Pixels]]:
+    """Every missing resolution of a kept picture."""
     one = opened.assessment
     if opened.facts is None or opened.facts.image is None:
         return
     for resolution in one.missing:
         placement = one.placements[resolution]
-        writer.add(one.row, resolution, placement, render(opened.facts.image, placement))
+        yield resolution, placement, render(opened.facts.image, placement)
 
 
 def _commit_rows(dataset: Dataset, unit: int, plan: Plan, state: UnitState, decisions: Mapping[int, Decision]) -> None:

@@ -13,7 +13,9 @@ from typing import Literal, Protocol
 
 from producers.filters.base import Scorers
 from producers.plan import Plan
+from producers.poison import Watch
 from producers.scan import scan_unit
+from producers.sieve import sieve_unit
 from producers.unit import UnitReport, produce_unit
 from producers.write import Encoders
 from qwenimg_dist.data.facets import Dataset
@@ -31,6 +33,10 @@ class Task:
     unit: int
     again: tuple[int, ...] = ()
     """Rows to scan once more, though they were scanned."""
+    careful: bool = False
+    """Open one picture at a time and leave a trail, since an earlier try took its process with it."""
+    why: str = ""
+    """How the earlier try ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +78,21 @@ def run_task(
     encoders: Callable[[], Encoders],
     scorers: Scorers,
     num_threads: int = 1,
+    max_poison_rows: int = 0,
 ) -> UnitReport | None:
-    """Do it here. `encoders` is called only by the encode task, so that a scan loads no model."""
+    """Do it here. `encoders` is called only by the encode task, so that a scan loads no model.
+
+    Raises `PoisonError` if a careful task finds more than `max_poison_rows` pictures that kill.
+    """
+    watch = None
+    if task.careful:
+        watch = Watch(dataset.root, task.kind, task.unit, why=task.why, limit=max_poison_rows)
     if task.kind == "scan":
-        scan_unit(dataset, task.unit, root=root, again=task.again, config_hash=plan.config_hash)
+        scan_unit(dataset, task.unit, root=root, again=task.again, config_hash=plan.config_hash, watch=watch)
         return None
+    if watch is not None:
+        sieve_unit(dataset, task.unit, plan=plan, root=root, scorers=scorers, watch=watch)
+        num_threads = 1
     return produce_unit(
         dataset, task.unit, plan=plan, root=root, encoders=encoders(), scorers=scorers, num_threads=num_threads
     )

@@ -278,6 +278,9 @@ class ClusterConfig(Section):
     unit_retries: NonNegativeInt = 3
     """Tries of one unit after its actor died."""
     unit_timeout_s: PositiveFloat = 3600
+    """An actor that has not answered for so long is replaced."""
+    max_poison_rows: NonNegativeInt = 8
+    """Pictures of one unit that may kill the process which opens them; more, and `produce` stops and says so."""
     max_restarts: NonNegativeInt = 3
     """Restarts of the training gang after a rank died."""
 

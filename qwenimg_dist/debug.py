@@ -1,19 +1,24 @@
 """Named fault points: places where a test may end the process as a real SIGKILL would, once per token.
 
 A test puts empty files `NAME@COUNT` into the folder named by `QWENIMG_DIST_FAULT_DIR`; the process that passes point
-NAME for the COUNT-th time (counted per process) and wins the removal of the file kills itself. Without the variable a
-fault point costs one dictionary look-up.
+NAME for the COUNT-th time (counted per process) and wins the removal of the file kills itself. A file `NAME@SHA16`
+with a word in it marks a picture by the first 16 digits of its sha256: what happens at each opening of that picture is
+what the word says. Without the variable a fault point costs one dictionary look-up.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Final
 
 FAULT_DIR_VARIABLE: Final = "QWENIMG_DIST_FAULT_DIR"
+_BITE_BYTES: Final = 128 * 1024**2
 _passed: Counter[str] = Counter()
 
 
@@ -31,3 +36,35 @@ def fault_point(name: str) -> None:
     except OSError:
         return
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def picture_point(name: str, sha256: str) -> None:
+    """Do to this process what a mark on the picture asks for. Names in use: `scan`, `decode`. Words:
+
+    `crash`    a segmentation fault in native code, at every opening
+    `starve`   no further memory may be had from now on (RLIMIT_AS); once
+    `gorge`    takes memory until somebody ends the process; once
+    `sleep`    never returns, at every opening
+    """
+    folder = os.environ.get(FAULT_DIR_VARIABLE)
+    if not folder:
+        return
+    mark = Path(folder) / f"{name}@{sha256[:16]}"
+    try:
+        word = mark.read_text()
+        if word in ("starve", "gorge"):
+            mark.unlink()
+    except OSError:
+        return
+    if word == "crash":
+        ctypes.string_at(0)
+    elif word == "starve":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used, used))
+    elif word == "gorge":
+        taken = []
+        while True:
+            taken.append(b"\1" * _BITE_BYTES)
+            time.sleep(0.05)
+    elif word == "sleep":
+        time.sleep(1e6)

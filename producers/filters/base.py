@@ -158,13 +158,18 @@ class Scorers:
         self._resources = resources
         self._loaded: dict[tuple[str, str], Scorer] = {}
 
+    def load(self, filters: Sequence[BoundFilter]) -> None:
+        """Load the models of these filters, where they are not."""
+        for one in filters:
+            made_by = (one.name, one.fingerprint)
+            if made_by not in self._loaded:
+                assert one.filter.load is not None
+                self._loaded[made_by] = one.filter.load(one.params, self._resources)
+
     def score(self, one: BoundFilter, facts: Sequence[Facts]) -> list[dict[str, Value]]:
         """Scores and labels of each, by the filter's model."""
-        made_by = (one.name, one.fingerprint)
-        if made_by not in self._loaded:
-            assert one.filter.load is not None
-            self._loaded[made_by] = one.filter.load(one.params, self._resources)
-        return self._loaded[made_by](facts)
+        self.load([one])
+        return self._loaded[one.name, one.fingerprint](facts)
 
 
 def number(values: Values, name: str) -> float:

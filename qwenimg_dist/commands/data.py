@@ -1,14 +1,16 @@
-"""Looks at a data set; reads what is committed and changes nothing of it.
+"""Looks at a data set; reads what is committed and, `repair` apart, changes nothing of it.
 
     qwenimg-dist data inspect data.path=DATA [source.path=PICTURES]   contact sheet, one HTML file
     qwenimg-dist data verify  data.path=DATA                          is everything there and whole?
+    qwenimg-dist data repair  data.path=DATA                          damage out of the way, for `produce` to make anew
     qwenimg-dist data stats   data.path=DATA [--json]                 funnel, buckets, text lengths, disk
     qwenimg-dist data freeze  data.path=DATA                          fingerprint, also as freeze-<digest>.json
     qwenimg-dist data freeze  data.path=DATA --check FILE             what differs from a freeze
 
 Thumbnails need the source (`source.path`, and `source=manifest` for a manifest). `inspect.out`, `inspect.max_rows` and
 `inspect.thumbnail` set the sheet. Exit codes: 0 sound or done, 1 `verify` or `--check` found something, 2 unusable
-input. All verbs may run beside a working `produce`.
+input. All verbs but `repair` may run beside a working
+`produce`.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.facets import Dataset
 
-SUMMARY: Final = "look at a data set: inspect | verify | stats | freeze"
+SUMMARY: Final = "look at a data set: inspect | verify | repair | stats | freeze"
 
-VERBS: Final = ("inspect", "verify", "stats", "freeze")
+VERBS: Final = ("inspect", "verify", "repair", "stats", "freeze")
 
 
 def run(args: list[str]) -> int:
@@ -47,6 +49,10 @@ def run(args: list[str]) -> int:
         from qwenimg_dist.commands.data_verify import verify
 
         return verify(dataset, console())
+    if verb == "repair":
+        from qwenimg_dist.commands.data_repair import repair
+
+        return repair(dataset, console())
     if verb == "stats":
         return _stats(dataset, as_json)
     from qwenimg_dist.commands.data_freeze import check_freeze, write_freeze

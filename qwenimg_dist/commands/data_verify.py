@@ -17,7 +17,15 @@ import pyarrow as pa
 from rich.console import Console
 
 from qwenimg_dist.commands.data_tar import Place, check_tar
-from qwenimg_dist.commands.data_verify_units import REMAKE, RESTORE, Problem, check_unit, part_name, repeated_keys
+from qwenimg_dist.commands.data_verify_units import (
+    REMAKE,
+    REPAIRED,
+    RESTORE,
+    Problem,
+    check_unit,
+    part_name,
+    repeated_keys,
+)
 from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.report.funnel import LATENTS_PREFIX, TEXT_PREFIX
 from qwenimg_dist.report.stats import size_of
@@ -92,6 +100,16 @@ def notes(dataset: Dataset) -> Iterator[str]:
     pending = sorted(set(dataset.units(LISTING)) - set(dataset.units(ROWS)))
     if pending:
         yield f"{len(pending)} listed units are not finished (first: {pending[0]}); `produce` goes on with them"
+    repaired = [unit for unit, parts in dataset.parts_by_unit(ROWS).items() if _waits(dataset, parts[-1])]
+    if repaired:
+        yield f"{len(repaired)} units wait for `produce` since `data repair` (first: {min(repaired)})"
+
+
+def _waits(dataset: Dataset, newest: Part) -> bool:
+    try:
+        return REPAIRED in dataset.meta(newest)
+    except DataError:
+        return False  # reported as a problem
 
 
 def _check_part(dataset: Dataset, part: Part, tally: Tally) -> Iterator[Problem]:
@@ -103,7 +121,7 @@ def _check_part(dataset: Dataset, part: Part, tally: Tally) -> Iterator[Problem]
         tars = dataset.tars(part)
         table = dataset.read(part)
     except (DataError, TypeError) as error:
-        yield Problem(file=name, unit=part.unit, what=f"is damaged: {error}", remedy=remedy)
+        yield Problem(file=name, unit=part.unit, what=f"is damaged: {error}", remedy=remedy, part=part)
         return
     if meta.get("schema_version") != SCHEMA_VERSION:
         what = f"has schema version {meta.get('schema_version')}, this program reads {SCHEMA_VERSION}"
@@ -111,22 +129,22 @@ def _check_part(dataset: Dataset, part: Part, tally: Tally) -> Iterator[Problem]
         return
     wrong = _wrong_columns(part.facet, table.schema)
     if wrong:
-        yield Problem(file=name, unit=part.unit, what=wrong, remedy=remedy)
+        yield Problem(file=name, unit=part.unit, what=wrong, remedy=remedy, part=part)
         return
     by = "row" if "row" in table.column_names else "key"
     for column in {by, "key"} & set(table.column_names):
         for what in _wrong_values(column, table[column].to_pylist()):
-            yield Problem(file=name, unit=part.unit, what=what, remedy=remedy)
+            yield Problem(file=name, unit=part.unit, what=what, remedy=remedy, part=part)
     if "tar" in table.column_names:
         indices = _indices(table)
         for stranger in sorted(set(indices) - {tar.name for tar in tars}):
             what = f"has index rows in {stranger}, which its commit record does not name"
-            yield Problem(file=name, unit=part.unit, what=what, remedy=remedy)
+            yield Problem(file=name, unit=part.unit, what=what, remedy=remedy, part=part)
         for tar in tars:
             tally.tars += 1
             tally.bytes += tar.size_bytes
             for what in check_tar(dataset.tar(part.facet, tar.name), tar, indices.get(tar.name, {})):
-                yield Problem(file=f"{part.facet}/{tar.name}", unit=part.unit, what=what, remedy=remedy)
+                yield Problem(file=f"{part.facet}/{tar.name}", unit=part.unit, what=what, remedy=remedy, part=part)
 
 
 def _check_units(dataset: Dataset, broken: set[Part], tally: Tally) -> Iterator[Problem]:

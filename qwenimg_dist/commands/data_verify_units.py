@@ -19,12 +19,10 @@ from qwenimg_dist.data.facets import Dataset, Part
 from qwenimg_dist.report.funnel import LATENTS_PREFIX, TEXT_PREFIX, latents_order
 from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN, caption_key
 
-# `produce` asks a unit's newest rows part what is there, so that part has to go too.
-REMAKE: Final = (
-    "restore it from a backup, or remove all of this unit's parquet files in this facet and in `rows` "
-    "and run `produce` again"
-)
+REMAKE: Final = "restore it from a backup, or run `qwenimg-dist data repair` and then `produce` again"
 RESTORE: Final = "restore it from a backup, or make the data set anew"
+REPAIRED: Final = "repaired"
+"""In the record of a unit that `data repair` took damage from and that waits for `produce`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +34,10 @@ class Problem:
     unit: int | None
     what: str
     remedy: str = RESTORE
+    part: Part | None = None
+    """The part that is damaged; `data repair` moves it aside."""
+    facet: str | None = None
+    """The facet that lacks something, though none of its parts is damaged."""
 
     def __str__(self) -> str:
         unit = f" (unit {self.unit})" if self.unit is not None else ""
@@ -46,7 +48,8 @@ def check_unit(dataset: Dataset, unit: int, parts: dict[str, list[Part]]) -> Ite
     for of_facet in parts.values():
         if [part.part for part in of_facet] != list(range(len(of_facet))):
             what = f"is one of parts {[part.part for part in of_facet]}: one between is gone"
-            yield Problem(file=part_name(dataset, of_facet[-1]), unit=unit, what=what, remedy=REMAKE)
+            facet = of_facet[-1].facet
+            yield Problem(file=part_name(dataset, of_facet[-1]), unit=unit, what=what, remedy=REMAKE, facet=facet)
     listing = dataset.merge(parts[LISTING], ["row", "key", "captions"])
     keys = dict(zip(listing["row"].to_pylist(), listing["key"].to_pylist()))
     name = part_name(dataset, parts[LISTING][-1])
@@ -65,13 +68,15 @@ def check_unit(dataset: Dataset, unit: int, parts: dict[str, list[Part]]) -> Ite
         there = len(parts.get(facet, []))
         if there < count:
             what = f"was made from {count} parts of {facet}, of which {there} are there"
-            yield Problem(file=name, unit=unit, what=what, remedy=f"restore {facet} from a backup")
+            yield Problem(file=name, unit=unit, what=what, remedy=REMAKE, facet=facet)
+    if REPAIRED in record:
+        return  # the next `produce` adds what is missing
     # Rows listed later are decided by a later part; up to then the decisions cover what `inputs` says.
     seen = dataset.merge(parts[LISTING][: int(inputs.get(LISTING, len(parts[LISTING])))], ["row", "captions"])
     undecided = set(seen["row"].to_pylist()) - set(table["row"].to_pylist())
     if undecided:
         what = f"has no decision on {len(undecided)} listed rows (first: row {min(undecided)})"
-        yield Problem(file=name, unit=unit, what=what, remedy=REMAKE)
+        yield Problem(file=name, unit=unit, what=what, remedy=REMAKE, facet=ROWS)
     kept = {row for row, status in zip(table["row"].to_pylist(), table["status"].to_pylist()) if status == "kept"}
     faults = {entry["row"]: entry.get("caption_faults") or [] for entry in table.to_pylist()}
     for facet in sorted(facet for facet in inputs if facet.startswith(TEXT_PREFIX) and facet in parts):
@@ -94,7 +99,8 @@ def _check_encoded(
         absent = len(kept - there) - int(left_out)
         if absent > 0:
             what = f"lacks the latents of {absent} kept rows that are large enough"
-            yield Problem(file=part_name(dataset, parts[facet][-1]), unit=unit, what=what, remedy=REMAKE)
+            name = part_name(dataset, parts[facet][-1])
+            yield Problem(file=name, unit=unit, what=what, remedy=REMAKE, facet=facet)
 
 
 def _check_rows_known(
@@ -106,12 +112,12 @@ def _check_rows_known(
         strange = sorted(set(schema["row"]) - set(keys))
         if strange:
             what = f"has {len(strange)} rows that are not listed (first: row {strange[0]})"
-            yield Problem(file=part_name(dataset, part), unit=unit, what=what, remedy=REMAKE)
+            yield Problem(file=part_name(dataset, part), unit=unit, what=what, remedy=REMAKE, part=part)
         pairs = zip(schema["row"], schema.get("key", []))
         other = [row for row, key in pairs if row in keys and keys[row] != key]
         if other:
             what = f"has {len(other)} rows under another key than the listing's (first: row {other[0]})"
-            yield Problem(file=part_name(dataset, part), unit=unit, what=what, remedy=REMAKE)
+            yield Problem(file=part_name(dataset, part), unit=unit, what=what, remedy=REMAKE, part=part)
 
 
 def _check_captions(
@@ -135,7 +141,8 @@ def _check_captions(
     absent = sorted(wanted[key] for key in set(wanted) - there)
     if absent:
         what = f"lacks the features of {len(absent)} captions of kept rows (first: {absent[0][:60]!r})"
-        yield Problem(file=part_name(dataset, parts[-1]), unit=unit, what=what, remedy=REMAKE)
+        facet = parts[-1].facet
+        yield Problem(file=part_name(dataset, parts[-1]), unit=unit, what=what, remedy=REMAKE, facet=facet)
 
 
 def repeated_keys(dataset: Dataset, listing: dict[int, list[Part]], repeated: set[int]) -> Iterator[Problem]:

@@ -55,7 +55,8 @@ def pin_unit(dataset: Dataset, unit: int, rows_parts: int, facets: RunFacets) ->
     """Pins of a unit as its `rows_parts`-th rows part recorded it; None if that state lacks a facet of the run."""
     meta = dataset.meta(Part(facet=ROWS, unit=unit, part=rows_parts - 1))
     recorded: dict[str, int] = meta.get("inputs", {})
-    if any(recorded.get(facet, 0) < 1 for facet in facets.names):
+    # A record without the listing is that of a repaired unit, which waits for `produce`.
+    if any(recorded.get(facet, 0) < 1 for facet in (LISTING, *facets.names)):
         return None
     inputs = {facet: recorded[facet] for facet in run_inputs(facets) if recorded.get(facet, 0) > 0}
     return UnitPins(unit=unit, rows_parts=rows_parts, inputs=inputs)

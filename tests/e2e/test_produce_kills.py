@@ -10,35 +10,15 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-import webdataset
-from photo_folder import photo
 from produce_command import TIMEOUT_S, produce, start
-from producer_world import SCORERS, rows_of, tensor_at
+from producer_world import rows_of
+from undisturbed import assert_same, produce_quietly, words, write_source
 
 from producers.dedup import KEPT
-from producers.driver import Driver
-from producers.encode import PipelineEncoders
-from producers.plan import make_plan
-from producers.sources import open_source
-from producers.workers import InlineWorkers
-from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
-from qwenimg_dist.models.tiny import tiny_pipeline_dir
-from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN
-
-
-def write_source(root: Path, num_pictures: int, num_different: int) -> Path:
-    root.mkdir(parents=True)
-    for number in range(num_pictures):
-        file = root / f"{number:03d}.png"
-        photo(number % num_different, 70 + 5 * (number % 5), 80).save(file)
-        file.with_suffix(".txt").write_text(f"picture {number % 9}, seen from {'far ' * (number % 4)}away")
-    (root / "010.png").write_bytes((root / "010.png").read_bytes()[:-500])
-    return root
+from qwenimg_dist.schema import DEDUP, ROWS
 
 
 @pytest.fixture(scope="module")
@@ -46,38 +26,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_source(tmp_path_factory.mktemp("kills") / "source", 30, 25)
 
 
-def words(source: Path, data: Path) -> list[str]:
-    return [
-        f"source.path={source}",
-        f"data.path={data}",
-        "data.unit_size=5",
-        "encode.resolutions=[64]",
-        "encode.dtype=float32",
-        "cluster.producers=2",
-    ]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(source: Path) -> Dataset:
     return produce_quietly(source, source.parent / "undisturbed")
-
-
-def produce_quietly(source: Path, data: Path) -> Dataset:
-    """By the same driver and encoders, in this process and without Ray."""
-    config = load_config(words(source, data))
-    pipeline = tiny_pipeline_dir()
-    plan = make_plan(
-        config,
-        text_facet=text_facet_name(pipeline, config),
-        latents_facets=latents_facet_names(pipeline, config),
-    )
-    dataset = Dataset.create(data, 5)
-    opened, encoders = open_source(config.source), PipelineEncoders.load(pipeline, config)
-    workers = InlineWorkers(dataset, plan, opened.root, encoders, SCORERS)
-    driver = Driver(dataset=dataset, plan=plan, root=opened.root, make_workers=lambda: workers)
-    change = driver.list_source(opened.find())
-    assert driver.produce(driver.pending(), change.num_rows)
-    return dataset
 
 
 def kill_in_tar_write(command: list[str], faults: Path, count: int) -> bool:
@@ -110,29 +61,9 @@ def end(process: object) -> bool:
 
 
 def assert_as_undisturbed(dataset: Dataset, calm: Dataset) -> None:
-    for facet in (LISTING, SCAN, DEDUP, ROWS):
-        assert rows_of(dataset, facet) == rows_of(calm, facet)
+    assert_same(dataset, calm)
     assert sum(entry["duplicate_of"] != KEPT for entry in rows_of(calm, DEDUP).values()) == 5
     assert {entry["reason"] for entry in rows_of(calm, ROWS).values()} == {"", "duplicate", "truncated"}
-    assert not dataset.strays()
-    for facet in calm.facets():
-        if facet in (LISTING, SCAN, DEDUP, ROWS):
-            continue
-        here, there = rows_of(dataset, facet), rows_of(calm, facet)
-        assert here.keys() == there.keys()
-        for key, entry in there.items():
-            # Batches may differ on another machine; here they do not, but the promise is a tolerance.
-            assert np.allclose(tensor_at(dataset, facet, here[key]), tensor_at(calm, facet, entry), atol=1e-4)
-            assert {k: v for k, v in here[key].items() if k not in ("tar", "offset")} == {
-                k: v for k, v in entry.items() if k not in ("tar", "offset")
-            }
-    keys = {entry["key"] for facet in calm.facets() for entry in rows_of(calm, facet).values() if "tar" in entry}
-    read = {
-        sample["__key__"]
-        for tar in dataset.root.rglob("*.tar")
-        for sample in webdataset.WebDataset(str(tar), shardshuffle=False)
-    }
-    assert read == keys
 
 
 def test_two_kills_and_a_worker_that_dies_leave_no_trace(source: Path, undisturbed: Dataset, tmp_path: Path) -> None:
