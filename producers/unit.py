@@ -14,7 +14,7 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import pyarrow as pa
@@ -48,6 +48,8 @@ class UnitReport:
     decoded: int
     latents: int
     captions: int
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    """Why rows were not admitted -> how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ def produce_unit(
         decoded=len(to_open),
         latents=num_latents,
         captions=num_captions,
+        reasons=dict(Counter(decision.reason for decision in decisions.values() if not decision.kept)),
     )
 
 

@@ -64,8 +64,10 @@ def run(args: list[str]) -> int:
 
         def make_workers() -> Workers:
             from producers.pool import RayWorkers, ray_session  # Ray takes seconds: only when there is work
+            from producers.ray_metrics import RayGauges
 
             stack.enter_context(ray_session(config.cluster))
+            progress.gauges = RayGauges()
             workers = RayWorkers(_job(config, pipeline_dir, plan, source), config.cluster)
             stack.callback(workers.close)
             _catch_signals(stop)  # Ray has put its own handlers there

