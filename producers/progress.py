@@ -127,8 +127,8 @@ class ProduceProgress(Observer):
 
 def show_reasons(reasons: Counter[str]) -> str:
     """How many rows were not admitted, and the most frequent reasons."""
-    named = [f"{reason} {count:,}" for reason, count in reasons.most_common(_NUM_REASONS)]
-    if len(reasons) > _NUM_REASONS:
+    named = [f"{reason} {count:,}" for reason, count in reasons.most_common(_NUM_REASONS) if count]
+    if len(+reasons) > _NUM_REASONS:
         named.append("...")
     return f"{reasons.total():,} not admitted" + (f" ({', '.join(named)})" if named else "")
 

@@ -26,7 +26,7 @@ def made(pristine: PictureDataset, tmp_path: Path) -> PictureDataset:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([], "inspect, verify, stats, freeze"),
+        ([], "inspect, verify, repair, stats, freeze"),
         (["look"], "'look' does not exist"),
         (["stats"], "data.path is not set"),
         (["stats", "data.path=/nowhere"], "is not a data set"),
