@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hashlib
 import os
 import signal
@@ -73,7 +74,7 @@ def in_a_process(work: Callable[[], object]) -> int:
     if child == 0:
         code = 1
         try:
-            os.close(2)  # the fault handler's report is of no interest
+            faulthandler.disable()  # its report is of no interest
             work()
             code = 0
         except UnitConflictError:
