@@ -83,7 +83,13 @@ class UnitActor:
         self._fence = fence.enter(self._dataset.root)
         self._plan = make_plan(self._config, text_facet=job.text_facet, latents_facets=job.latents_facets)
         self._encoders: Encoders | None = None
-        self._scorers = Scorers(Resources(pipeline_dir=Path(job.pipeline_dir), device=self._config.cluster.device))
+        self._scorers = Scorers(
+            Resources(
+                pipeline_dir=Path(job.pipeline_dir),
+                device=self._config.cluster.device,
+                num_threads=job.num_threads,
+            )
+        )
 
     def ready(self) -> Seat:
         """Answers once the actor is placed and made."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final, Literal
 
 import numpy as np
@@ -24,16 +26,16 @@ _MIN_SHARE: Final = 0.5
 _KANA_OR_HANGUL_SHARE: Final = 0.1
 """Japanese is mostly Han with some Kana: from this share on, it is not Chinese."""
 
-_ANY: Final = r"((?:(?!{close}).){{0,%d}}?)" % MAX_QUOTE_CHARACTERS
+_ANY: Final = rf"((?:(?!{{}}).){{{{0,{MAX_QUOTE_CHARACTERS}}}}}?)"
 _LATIN: Final = "A-Za-z\\u00c0-\\u024f"
 _PAIRS: Final = (("“", "”"), ("「", "」"), ("『", "』"), ("《", "》"))
-# A straight mark opens neither after a Latin letter nor after a digit (12" is a measure), and an apostrophe within a word
-# closes nothing. Chinese is written without spaces around marks.
-_QUOTED: Final = re.compile(
+# A straight mark opens neither after a Latin letter nor after a digit (12" is a measure), and an apostrophe within a
+# word closes nothing. Chinese is written without spaces around marks.
+QUOTED: Final = re.compile(
     "|".join(
         [
-            f'(?<![0-9{_LATIN}])"' + _ANY.format(close='"') + '"',
-            *(opening + _ANY.format(close=closing) + closing for opening, closing in _PAIRS),
+            f'(?<![0-9{_LATIN}])"' + _ANY.format('"') + '"',
+            *(opening + _ANY.format(closing) + closing for opening, closing in _PAIRS),
             *(
                 rf"(?<![0-9{_LATIN}]){opening}"
                 rf"((?:[^{closing}]|(?<=[{_LATIN}]){closing}(?=[{_LATIN}])){{0,{MAX_QUOTE_CHARACTERS}}}?)"
@@ -44,44 +46,45 @@ _QUOTED: Final = re.compile(
     ),
     re.DOTALL,
 )
-_SCRIPTS: Final = {
-    "LATIN": "latin",
-    "CJK": "han",
-    "HIRAGANA": "kana_or_hangul",
-    "KATAKANA": "kana_or_hangul",
-    "HANGUL": "kana_or_hangul",
-}
+"""One quoted text with its marks."""
+_NAMES: Final = {"CJK": "han", "IDEOGRAPHIC": "han", "HIRAGANA": "kana", "KATAKANA": "kana"}
 
 
-def script_counts(text: str) -> dict[str, int]:
-    """Letters by script: `latin`, `han`, `kana_or_hangul`, `other`. Digits, signs and spaces count for none."""
-    counts = dict.fromkeys(("latin", "han", "kana_or_hangul", "other"), 0)
-    for character in unicodedata.normalize("NFKC", text):
-        if unicodedata.category(character).startswith("L"):
-            first_word = re.match("[A-Z]*", unicodedata.name(character, ""))
-            counts[_SCRIPTS.get(first_word.group() if first_word else "", "other")] += 1
-    return counts
+@lru_cache(maxsize=1 << 16)
+def script_of(character: str) -> str:
+    """The letter's script by its Unicode name: `latin`, `han`, `kana`, `hangul`, `cyrillic`, `arabic`, ..."""
+    first = unicodedata.name(character, "OTHER").split(" ")[0].split("-")[0]
+    if first in ("FULLWIDTH", "HALFWIDTH", "MODIFIER", "MATHEMATICAL", "FEMININE", "MASCULINE", "MICRO"):
+        return "latin"
+    return _NAMES.get(first, first.lower())
+
+
+def script_counts(text: str) -> Counter[str]:
+    """Letters by script. Digits, signs and spaces count for none."""
+    return Counter(script_of(character) for character in unicodedata.normalize("NFKC", text) if character.isalpha())
 
 
 def language(text: str) -> Language:
     """The language by scripts: `en` or `zh` if most letters are Latin or Han (a Han character weighs as much as two
     Latin letters, being about half a word), `none` without any letter or digit."""
     counts = script_counts(text)
-    weights = {"en": counts["latin"], "zh": 2 * counts["han"], "other": counts["kana_or_hangul"] + counts["other"]}
+    foreign = counts["kana"] + counts["hangul"]
+    weights = {"en": counts["latin"], "zh": 2 * counts["han"]}
+    weights["other"] = counts.total() - counts["latin"] - counts["han"]
     total = sum(weights.values())
     if not total:
         return "en" if any(character.isdigit() for character in text) else "none"
-    if counts["kana_or_hangul"] > _KANA_OR_HANGUL_SHARE * (counts["han"] + counts["kana_or_hangul"]) > 0:
-        weights["other"] += weights["zh"]
-        weights["zh"] = 0
-    if weights["zh"] >= _MIN_SHARE * total:
+    if foreign > _KANA_OR_HANGUL_SHARE * (counts["han"] + foreign):
+        weights["other"] += weights.pop("zh")
+    if weights.get("zh", 0) >= _MIN_SHARE * total:
         return "zh"
     return "en" if weights["en"] >= _MIN_SHARE * total else "other"
 
 
 def quoted_texts(caption: str) -> list[str]:
-    """What the caption puts between "", '', “”, ‘’, 「」, 『』 or 《》, in order, each text once; outermost marks count."""
-    found = (next(group for group in match.groups() if group is not None) for match in _QUOTED.finditer(caption))
+    """What stands between "", '', “”, ‘’, 「」, 『』 or 《》: the text that the picture is to show. In order, each
+    once; the outermost marks count."""
+    found = (next(group for group in match.groups() if group is not None) for match in QUOTED.finditer(caption))
     return list(dict.fromkeys(text.strip() for text in found if normalise(text)))
 
 

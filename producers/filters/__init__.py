@@ -23,6 +23,7 @@ from producers.filters import (
     entropy,
     file_size,
     luma,
+    ocr,
     resolution,
     rotation,
     saturation,
@@ -47,6 +48,7 @@ FILTERS: Final[dict[str, Filter[Any]]] = {
     "clarity": clarity.FILTER,
     "texture": texture.FILTER,
     "barcode": barcode.FILTER,
+    "ocr": ocr.FILTER,
 }
 
 

@@ -85,6 +85,8 @@ class Resources:
 
     pipeline_dir: Path
     device: Literal["cpu", "cuda"]
+    num_threads: int = 1
+    """Of the worker; torch knows it already."""
 
 
 Scorer = Callable[[Sequence[Facts]], list[dict[str, Value]]]
@@ -108,6 +110,8 @@ class Filter(Generic[P]):
     score: Callable[[Facts], dict[str, Value]] | None = None
     load: Callable[[P, Resources], Scorer] | None = None
     """Load the model (once per worker) and return what scores with it."""
+    check: Callable[[P], None] | None = None
+    """Whether the model can be had, asked before any work. Raises ValueError saying what is missing and the way out."""
     per_caption: bool = False
     """With `looks_at="captions"`: asked for each caption alone (`Facts.captions` has one). What it does not admit is
     left out of training; the row keeps the values of the first caption that is left."""
@@ -138,6 +142,14 @@ class BoundFilter:
         """Of what makes the scores; recorded with them."""
         given = json.loads(self.params.model_dump_json(include=set(self.filter.scored_by)))
         return stable_hash([self.filter.version, given], digits=8)
+
+    def check(self) -> None:
+        """Raises ValueError naming the filter if its model cannot be had."""
+        if self.filter.check is not None:
+            try:
+                self.filter.check(self.params)
+            except ValueError as error:
+                raise ValueError(f"filters.{self.name}: {error}; or set filters.{self.name}.enabled=false") from error
 
     def scored(self, values: Values) -> bool:
         """Whether the row has all of this filter's scores and labels."""

@@ -11,13 +11,12 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Final, Literal
 
 from pydantic import Field, field_validator
 
 from producers.filters.base import Facts, Filter, FilterParams, Rejection, Resources, Scorer, Value, Values, number
-from qwenimg_dist.models.prompt_enhance import quoted_texts
+from qwenimg_dist.text_match import quoted_texts, script_of
 
 Fault = Literal["empty", "not_text", "refusal", "url", "file_name", "boilerplate"]
 
@@ -55,7 +54,6 @@ _REFUSAL: Final = re.compile(
     re.IGNORECASE,
 )
 _RUN: Final = 3
-_NAMES: Final = {"CJK": "han", "HIRAGANA": "kana", "KATAKANA": "kana", "IDEOGRAPHIC": "han"}
 
 
 class Params(FilterParams):
@@ -134,15 +132,7 @@ def _is_json(text: str) -> bool:
 def other_script(text: str, scripts: Sequence[str]) -> float:
     """Share of the letters that are written in none of these scripts."""
     letters = [char for char in text if char.isalpha()]
-    return sum(_script(char) not in scripts for char in letters) / len(letters) if letters else 0.0
-
-
-@lru_cache(maxsize=1 << 16)
-def _script(char: str) -> str:
-    first = unicodedata.name(char, "OTHER").split(" ")[0].split("-")[0]
-    if first in ("FULLWIDTH", "HALFWIDTH", "MODIFIER", "MATHEMATICAL", "FEMININE", "MASCULINE", "MICRO"):
-        return "latin"
-    return _NAMES.get(first, first.lower())
+    return sum(script_of(char) not in scripts for char in letters) / len(letters) if letters else 0.0
 
 
 def repetition(text: str) -> float:

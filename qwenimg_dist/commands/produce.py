@@ -134,6 +134,8 @@ def _plan(config: Config) -> tuple[Path, Plan]:
     plan = make_plan(
         config, text_facet="", latents_facets=dict.fromkeys(config.resolutions, "")
     )  # cheap refusals first
+    for one in plan.filters:
+        one.check()
     folder = pipeline_dir(config.model, components=("vae", "text_encoder", "tokenizer"))
     plan = make_plan(
         config, text_facet=text_facet_name(folder, config), latents_facets=latents_facet_names(folder, config)

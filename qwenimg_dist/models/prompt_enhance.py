@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from typing import Final, Literal
 
+from qwenimg_dist.text_match import QUOTED, quoted_texts
+
 Language = Literal["en", "zh"]
 Category = Literal["general", "portrait", "text", "design"]
 
@@ -22,7 +24,6 @@ NEGATIVE_PROMPT: Final = "低分辨率，低画质，肢体畸形，手指畸形
 """Recommended for a model of full size; the tiny model knows only the empty prompt."""
 
 _HAN: Final = re.compile("[\u4e00-\u9fff]")
-_QUOTED: Final = re.compile("\"[^\"]+\"|“[^”]+”|「[^」]+」|『[^』]+』|(?<!\\w)'[^']{2,}'(?!\\w)|‘[^’]{2,}’")
 
 
 def _words(*words: str) -> re.Pattern[str]:
@@ -79,14 +80,9 @@ def language_of(text: str) -> Language:
     return "zh" if _HAN.search(text) else "en"
 
 
-def quoted_texts(text: str) -> list[str]:
-    """What stands in quotation marks, without them: the text that the picture is to show."""
-    return [found.group(0)[1:-1] for found in _QUOTED.finditer(text)]
-
-
 def category_of(text: str) -> Category:
     """The category whose words occur most often; quoted text speaks for `text` as two words do."""
-    plain = _QUOTED.sub(" ", text)
+    plain = QUOTED.sub(" ", text)
     counts = {name: len(_EN[name].findall(plain)) + len(_ZH[name].findall(plain)) for name in _EN}
     counts["text"] += 2 * bool(quoted_texts(text))
     best = max(counts, key=lambda name: counts[name])
@@ -105,7 +101,7 @@ def quote_text(text: str) -> str:
         return f'{whole[:start]}"{whole[start:end]}"{whole[end:]}'
 
     pieces, last = [], 0
-    for quoted in (*_QUOTED.finditer(text), None):  # what is quoted already stays
+    for quoted in (*QUOTED.finditer(text), None):  # what is quoted already stays
         end = quoted.start() if quoted else len(text)
         pieces.append(_ZH_CUE.sub(marked, _EN_CUE.sub(marked, text[last:end])))
         if quoted:

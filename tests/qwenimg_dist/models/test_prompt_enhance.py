@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenimg_dist.models.prompt_enhance import SUFFIXES, enhance, language_of, quote_text, quoted_texts
+from qwenimg_dist.models.prompt_enhance import SUFFIXES, enhance, language_of, quote_text
 
 EN, ZH = SUFFIXES["en"], SUFFIXES["zh"]
 
@@ -41,11 +41,6 @@ def test_language_is_chinese_with_one_han_character_as_the_reference_has_it() ->
     assert [language_of(text) for text in ("", "cat", "a 猫", "ねこ", "\u4e00", "\u9fff", "\ua000")] == [
         "en", "en", "zh", "en", "zh", "zh", "en",
     ]  # fmt: skip
-
-
-def test_quoted_texts_of_all_kinds_of_marks() -> None:
-    text = "\"A b\" “C” 「丁」 it's Bob's 'two words' ‘single’"
-    assert quoted_texts(text) == ["A b", "C", "丁", "two words", "single"]
 
 
 @given(st.text(max_size=80))
