@@ -9,7 +9,6 @@ must happen in source order and so in one place. Only the holder of the data set
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from producers import fence
 from producers.dedup import DigestIndex, load_index, settle_unit
 from producers.listing import ListingChange, sync_listing
 from producers.plan import Plan
-from producers.sources.base import Found, locate
+from producers.sources.base import Found, can_be_read
 from producers.state import is_done, passing_faults, read_record
 from producers.unit import UnitReport
 from producers.workers import Task, Workers
@@ -151,8 +150,7 @@ class Driver:
         faults = passing_faults(self.dataset, unit)
         (self._watched.add if faults else self._watched.discard)(unit)
         for row, uri, by_scan in faults:
-            place = locate(self.root, uri)
-            if "://" in place or "\0" in place or not os.path.isfile(place) or not os.access(place, os.R_OK):
+            if not can_be_read(self.root, uri):
                 continue
             if by_scan:
                 again.append(row)

@@ -56,7 +56,7 @@ def sync_listing(
     added = recaptioned = 0
     for batch in _batches(rows):
         digests = [_digest(one.captions, one.fault) for one in batch]
-        for source_row, (key, number), digest in zip(batch, known.meet([one.uri for one in batch]), digests):
+        for source_row, (key, number), digest in zip(batch, known.meet([one.identity for one in batch]), digests):
             if number == ABSENT:
                 number, added = known.add(key, digest), added + 1
             elif known.recaption(number, digest):
@@ -94,32 +94,32 @@ class _Known:
     def __len__(self) -> int:
         return len(self._index)
 
-    def meet(self, uris: Sequence[str]) -> Iterable[tuple[bytes, int]]:
-        """(key, row or `ABSENT`) of each uri's next occurrence: the n-th one in the source has the n-th key.
+    def meet(self, identities: Sequence[str]) -> Iterable[tuple[bytes, int]]:
+        """(key, row or `ABSENT`) of each one's next occurrence: the n-th one in the source has the n-th key.
 
         Lazily, so that the caller can `add` what is absent before the next one is looked up.
         """
-        keys = [bytes.fromhex(row_key(uri)) for uri in uris]
+        keys = [bytes.fromhex(row_key(identity)) for identity in identities]
         rows = self._index.find_many(keys).tolist()
         of_batch: set[bytes] = set()
-        for uri, key, row in zip(uris, keys, rows):
+        for identity, key, row in zip(identities, keys, rows):
             if key in of_batch or (row != ABSENT and self._met[row]):
-                key, row = self._next_free(uri)
+                key, row = self._next_free(identity)
             if row == ABSENT:
                 of_batch.add(key)
             else:
                 self._met[row] = True
             yield key, row
 
-    def _next_free(self, uri: str) -> tuple[bytes, int]:
-        repeat = self._next_repeat.get(uri, 1)
+    def _next_free(self, identity: str) -> tuple[bytes, int]:
+        repeat = self._next_repeat.get(identity, 1)
         while True:
-            key = bytes.fromhex(row_key(uri, repeat))
+            key = bytes.fromhex(row_key(identity, repeat))
             row = self._index.find(key)
             repeat += 1
             if row == ABSENT or not self._met[row]:
                 if repeat > _REPEATS_REMEMBERED:
-                    self._next_repeat[uri] = repeat
+                    self._next_repeat[identity] = repeat
                 return key, row
 
     def add(self, key: bytes, digest: int, *, met: bool = True) -> int:

@@ -66,7 +66,20 @@ class ManifestSource(Section):
     """What relative uris are relative to; `None` is the manifest's folder."""
 
 
-SourceConfig = Annotated[FolderSource | ManifestSource, Field(discriminator="kind")]
+class WebdatasetSource(Section):
+    """Tars of samples, as img2dataset and WebDataset write them."""
+
+    kind: Literal["webdataset"]
+    path: str | tuple[str, ...] | None = None
+    """A folder of tars, a glob, a range such as `{00000..00099}.tar`, or a list of these; uris are relative to the
+    folder that all of them start in."""
+    captions: Literal["auto", "json", "txt"] = "auto"
+    """`auto` takes the `.json` member where it has a caption, else the `.txt`."""
+    caption_column: str = "caption"
+    """Key of the caption, or list of captions, in `.json` members."""
+
+
+SourceConfig = Annotated[FolderSource | ManifestSource | WebdatasetSource, Field(discriminator="kind")]
 
 
 class EncodeConfig(Section):

@@ -8,9 +8,14 @@ from typing import Any, Final
 from producers.sources.base import Source
 from producers.sources.folder import Folder
 from producers.sources.manifest import Manifest
+from producers.sources.webdataset import Webdataset
 from qwenimg_dist.config import SourceConfig
 
-SOURCES: Final[dict[str, Callable[[Any], Source]]] = {"folder": Folder, "manifest": Manifest}
+SOURCES: Final[dict[str, Callable[[Any], Source]]] = {
+    "folder": Folder,
+    "manifest": Manifest,
+    "webdataset": Webdataset,
+}
 
 
 def open_source(config: SourceConfig) -> Source:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
+from producers.sources import tars
+
 NO_CAPTION: Final = "no_caption"
 BAD_CAPTION: Final = "bad_caption"
 OUTSIDE_ROOT: Final = "outside_root"
@@ -37,6 +39,11 @@ class SourceRow:
     fault: str | None = None
     """Why the row cannot be used, known before the file is looked at: `no_caption`, `bad_caption`, `outside_root`."""
 
+    @property
+    def identity(self) -> str:
+        """What the sample key is made of."""
+        return tars.identity(self.uri)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
@@ -46,7 +53,9 @@ class Found:
     """In a stable order, made as they are asked for; to be gone through once. Raises ValueError in the middle only if
     the source was changed after it was looked through."""
     ignored: Counter[str] = field(default_factory=Counter)
-    """Files that are no pictures, by extension; they get no row."""
+    """Files that are no pictures, by extension; they get no row. Complete once the rows were gone through."""
+    problems: list[str] = field(default_factory=list)
+    """What is wrong with parts of the source, whose other rows are used; complete once the rows were gone through."""
 
 
 class Source(Protocol):
@@ -75,12 +84,14 @@ def encode_uri(path: str) -> str:
         raw = os.fsencode(path)
     except UnicodeEncodeError as error:
         raise ValueError(f"{path!a} cannot be a file name: it holds half a character") from error
-    plain = not path.startswith(_RAW) and all(not "\ud800" <= char <= "\udfff" for char in path)
+    plain = not path.startswith((_RAW, tars.SCHEME)) and all(not "\ud800" <= char <= "\udfff" for char in path)
     return path if plain else _RAW + quote_from_bytes(raw, safe="/")
 
 
 def locate(root: str, uri: str) -> str:
-    """A uri's path or URL. URLs and absolute paths stay as they are."""
+    """A uri's path or URL; of a member of a tar, the tar's. URLs and absolute paths stay as they are."""
+    if uri.startswith(tars.SCHEME):
+        return os.path.join(root, tars.tar_of(uri))
     if uri.startswith(_RAW):
         uri = os.fsdecode(unquote_to_bytes(uri.removeprefix(_RAW)))
     if "://" in uri or uri.startswith("/"):
@@ -89,7 +100,7 @@ def locate(root: str, uri: str) -> str:
 
 
 def read_bytes(root: str, uri: str) -> bytes:
-    """The file's bytes. Raises FileNotFoundError or another OSError for this file alone, `SourceGoneError` if the
+    """The picture's bytes. Raises FileNotFoundError or another OSError for this one alone, `SourceGoneError` if the
     root itself is gone."""
     place = locate(root, uri)
     if "://" in place:
@@ -98,6 +109,8 @@ def read_bytes(root: str, uri: str) -> bytes:
         with fsspec.open(place, "rb") as remote:
             return bytes(remote.read())
     try:
+        if uri.startswith(tars.SCHEME):
+            return tars.read_member(place, uri)
         if not stat.S_ISREG(os.stat(place).st_mode):  # reading a pipe or a device would never end
             raise OSError(errno.EINVAL, "not a regular file", place)
         with open(place, "rb") as file:
@@ -108,6 +121,14 @@ def read_bytes(root: str, uri: str) -> bytes:
         raise
     except ValueError as error:  # a name with a NUL byte, which no file can have
         raise FileNotFoundError(str(error)) from error
+
+
+def can_be_read(root: str, uri: str) -> bool:
+    """Whether a local picture is there; False for remote ones, which cannot be asked cheaply."""
+    place = locate(root, uri)
+    if "://" in place or "\0" in place or not os.path.isfile(place) or not os.access(place, os.R_OK):
+        return False
+    return not uri.startswith(tars.SCHEME) or tars.has_member(place, uri)
 
 
 def clean_captions(value: Any) -> tuple[tuple[str, ...], str | None]:

@@ -99,22 +99,27 @@ def _rounds(
     driver: Driver, source: Source, found: Found, follow: bool, stop: threading.Event, progress: ProduceProgress
 ) -> bool:
     """One round, or with `follow` rounds until a stop; False if the last one did not reach its end."""
-    if found.ignored.total():
-        progress.say(f"no rows for {describe(found.ignored)}")
-    finished = _round(driver, found, progress, every_unit=True)
+    said: set[str] = set()
+    finished = _round(driver, found, progress, said, every_unit=True)
     while follow and not stop.is_set():
         began = time.monotonic()
         try:
             found = source.find(min_age_s=_SETTLED_S)
-            finished = _round(driver, found, progress, every_unit=False)
+            finished = _round(driver, found, progress, said, every_unit=False)
         except ValueError as error:  # a line half written, a folder emptied: what is there next time counts
             progress.say(f"looking again: {error}")
         stop.wait(max(_FOLLOW_POLL_S, 5 * (time.monotonic() - began)))
     return finished
 
 
-def _round(driver: Driver, found: Found, progress: ProduceProgress, *, every_unit: bool) -> bool:
+def _round(driver: Driver, found: Found, progress: ProduceProgress, said: set[str], *, every_unit: bool) -> bool:
     change = driver.list_source(found)
+    if every_unit and found.ignored.total():
+        progress.say(f"no rows for {describe(found.ignored)}")
+    for problem in found.problems:
+        if problem not in said:  # once, though `follow` meets it again and again
+            said.add(problem)
+            progress.say(f"warning: {problem}")
     pending = driver.pending(None if every_unit else change.units)
     if pending or every_unit:
         progress.say(_announce(change, len(pending)))

@@ -1,0 +1,187 @@
+"""Tars of samples, as img2dataset and WebDataset write them: pictures with `.txt` or `.json` captions beside them.
+
+Members that share their name up to its first dot are a sample, and stand next to each other (that is the format). Each
+picture of a sample is a row; rows are in the order of the tars' names, then of their members. Nothing is unpacked, and
+only names, sizes and captions are read: no path leads anywhere, links and devices are passed over, nothing is executed.
+A tar that breaks off gives its samples before the fault, but for the last one, which may lack a member, and is named
+in `Found.problems`; once it is whole, the same command adds the others. Deliberately left out: compressed tars, `pipe:` and other URLs, pickles, captions over 1 MB.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import posixpath
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from producers.sources.base import BAD_CAPTION, NO_CAPTION, OUTSIDE_ROOT, Found, SourceRow, clean_captions
+from producers.sources.folder import EXTENSIONS
+from producers.sources.metadata import Captions
+from producers.sources.tars import Member, TornTarError, member_uri, walk
+from qwenimg_dist.config import WebdatasetSource
+
+_CAPTION_BYTES: Final = 1024**2
+_BRACES: Final = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_NOT_A_FILE: Final = "links and devices"
+
+
+class Webdataset:
+    """`source=webdataset`."""
+
+    def __init__(self, config: WebdatasetSource) -> None:
+        patterns = (config.path,) if isinstance(config.path, str) else config.path or ()
+        if not patterns or not all(patterns):
+            raise ValueError(
+                "source.path is not set: add source.path=FOLDER, 'source.path=FOLDER/*.tar' or a list of tars"
+            )
+        self._patterns = [pattern.removeprefix("file://") for pattern in patterns]
+        for pattern in self._patterns:
+            if "://" in pattern or pattern.startswith("pipe:"):
+                raise ValueError(f"source.path={pattern}: source=webdataset reads tars on local or shared disks only")
+        self._captions, self._column = config.captions, config.caption_column
+        folders = [_fixed_part(os.path.abspath(os.path.expanduser(pattern))) for pattern in self._patterns]
+        self._root = os.path.commonpath(folders)
+
+    @property
+    def root(self) -> str:
+        return self._root
+
+    def find(self, *, min_age_s: float = 0.0) -> Found:
+        """See `Source.find`. Looks for tars, and into them up to the first caption; the rows walk them once."""
+        tars = self._tars()
+        if min_age_s > 0:
+            newest = time.time() - min_age_s
+            tars = [tar for tar in tars if os.stat(tar).st_mtime <= newest]
+        first = Found(rows=())
+        last: SourceRow | None = None
+        for last in self._rows(tars, first):
+            if last.captions:
+                break
+        if last is None:
+            why = first.problems[0] if first.problems else "no member is a picture"
+            raise ValueError(f"{self._show()}: no picture in {len(tars)} tars: {why}")
+        if not last.captions:
+            raise ValueError(
+                f"{self._show()}: no picture has a caption. A sample's members share their name up to the first dot "
+                f"and stand next to each other: 0001.jpg with 0001.txt, or 0001.json with {self._column!r} "
+                "(source.caption_column)"
+            )
+        found = Found(rows=())
+        return replace(found, rows=self._rows(tars, found))
+
+    def _tars(self) -> list[str]:
+        """All tars, once each, sorted within a pattern. Raises ValueError for a pattern without any."""
+        found: dict[str, None] = {}
+        for pattern in self._patterns:
+            path = os.path.abspath(os.path.expanduser(pattern))
+            here = sorted(glob.glob(f"{glob.escape(path)}/*.tar")) if os.path.isdir(path) else _expand(path)
+            if not here:
+                raise ValueError(f"source.path={pattern} names no tar; is it right?")
+            for tar in here:
+                if not os.path.isfile(tar):
+                    raise ValueError(f"source.path: {tar} is not a file that can be read")
+                if not os.access(tar, os.R_OK):
+                    raise ValueError(f"{tar} cannot be read: check its rights")
+                found[tar] = None
+        return list(found)
+
+    def _rows(self, tars: Iterable[str], found: Found) -> Iterator[SourceRow]:
+        for tar in tars:
+            try:
+                with open(tar, "rb") as file:
+                    for _, members in groupby(walk(tar), key=lambda member: _sample_of(member.name)):
+                        yield from self._sample(os.path.relpath(tar, self._root), file, list(members), found)
+            except TornTarError as error:
+                found.problems.append(f"{error}: its samples before the fault are used; replace it and run again")
+            except OSError as error:
+                found.problems.append(f"{tar} cannot be read ({error.strerror}): its samples so far are used")
+
+    def _sample(self, tar: str, file: BinaryIO, members: list[Member], found: Found) -> Iterator[SourceRow]:
+        pictures, texts = [], {}
+        for member in members:
+            kind = posixpath.splitext(member.name)[1].lower()
+            if member.size is None:
+                found.ignored[_NOT_A_FILE] += 1
+            elif kind in EXTENSIONS:
+                pictures.append(member)
+            elif kind in (".txt", ".json"):
+                texts[kind] = member
+            else:
+                found.ignored[kind.encode("utf-8", "replace").decode() or "without extension"] += 1
+        if not pictures:
+            found.ignored.update(list(texts))
+            return
+        captions, fault = self._read_captions(file, texts)
+        for member in pictures:
+            outside = member.name.startswith("/") or ".." in member.name.split("/")
+            yield SourceRow(
+                uri=member_uri(tar, member),
+                captions=() if outside else captions,
+                fault=OUTSIDE_ROOT if outside else fault,
+            )
+
+    def _read_captions(self, file: BinaryIO, texts: dict[str, Member]) -> Captions:
+        """Of `.json` first, which may have several; then of `.txt`."""
+        found: Captions = ((), NO_CAPTION)
+        if self._captions != "txt" and ".json" in texts:
+            found = _json_captions(_read(file, texts[".json"]), self._column)
+        if self._captions != "json" and ".txt" in texts and not found[0]:
+            found = _text_captions(_read(file, texts[".txt"]))
+        return found
+
+    def _show(self) -> str:
+        return ", ".join(self._patterns[:3]) + (", ..." if len(self._patterns) > 3 else "")
+
+
+def _sample_of(name: str) -> str:
+    folder, base = posixpath.split(name)
+    return posixpath.join(folder, base.split(".", 1)[0])
+
+
+def _read(file: BinaryIO, member: Member) -> bytes | None:
+    """None if it is too long for a caption."""
+    assert member.size is not None  # links were passed over
+    return os.pread(file.fileno(), member.size, member.offset) if member.size <= _CAPTION_BYTES else None
+
+
+def _text_captions(raw: bytes | None) -> Captions:
+    try:
+        return clean_captions(raw.decode("utf-8-sig")) if raw is not None else ((), BAD_CAPTION)
+    except UnicodeDecodeError:
+        return (), BAD_CAPTION
+
+
+def _json_captions(raw: bytes | None, column: str) -> Captions:
+    try:
+        entry: Any = json.loads(raw) if raw is not None else None
+    except (ValueError, RecursionError):
+        entry = None
+    return clean_captions(entry.get(column)) if isinstance(entry, dict) else ((), BAD_CAPTION)
+
+
+def _expand(path: str) -> list[str]:
+    """Tars that a path, a glob, or a range such as `{00000..00123}.tar` names; a range must be there wholly."""
+    match = _BRACES.search(path)
+    if match is None:
+        return [path] if os.path.exists(path) else sorted(glob.glob(path))
+    width = len(match[1])
+    numbers = range(int(match[1]), int(match[2]) + 1)
+    names = [f"{path[: match.start()]}{number:0{width}d}{path[match.end() :]}" for number in numbers]
+    return [tar for name in names for tar in (_expand(name) or [name])]
+
+
+def _fixed_part(path: str) -> str:
+    """The folder that a pattern starts in: what uris are relative to."""
+    if os.path.isdir(path):
+        return path
+    folder = Path(path).parent
+    while glob.has_magic(str(folder)) or _BRACES.search(str(folder)):
+        folder = folder.parent
+    return str(folder)
