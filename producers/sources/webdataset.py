@@ -3,8 +3,9 @@
 Members that share their name up to its first dot are a sample, and stand next to each other (that is the format). Each
 picture of a sample is a row; rows are in the order of the tars' names, then of their members. Nothing is unpacked, and
 only names, sizes and captions are read: no path leads anywhere, links and devices are passed over, nothing is executed.
-A tar that breaks off gives its samples before the fault, but for the last one, which may lack a member, and is named
-in `Found.problems`; once it is whole, the same command adds the others. Deliberately left out: compressed tars, `pipe:` and other URLs, pickles, captions over 1 MB.
+A tar that breaks off gives its samples before the fault, but for the last one, which may lack a member, and is named in
+`Found.problems`; once it is whole, the same command adds the others. Deliberately left out: compressed tars, `pipe:`
+and other URLs, pickles, captions over 1 MB.
 """
 
 from __future__ import annotations
