@@ -345,14 +345,24 @@ class DemoConfig(Section):
 
 
 class InspectConfig(Section):
-    """The contact sheet of `data inspect`."""
+    """The contact sheet of `data inspect`. Its counts and histograms are of all rows; these say which get pictures."""
 
     out: str | None = None
     """HTML file; `None` is `inspect.html` in the data set."""
     max_rows: PositiveInt = 2000
     """More rows than this are sampled: half kept ones, half of the others, spread over their reasons."""
+    where: str | None = None
+    """Only rows that this expression selects, written as `data.where`; `status` and `reason` may be named too."""
+    reason: str | None = None
+    """Only rows that were rejected for this reason."""
+    page: PositiveInt | None = None
+    """Instead of a sample: this page of `max_rows` rows, in order of rows."""
     thumbnail: PositiveInt = 192
     """Longer side of a thumbnail (px)."""
+    decode: bool = False
+    """Show cached latents beside the originals, decoded by the VAE of `model`."""
+    clusters: NonNegativeInt = 24
+    """Clusters of duplicates that are shown side by side, the largest of each kind."""
 
 
 class Config(Section):

@@ -10,6 +10,7 @@ A data set directory (see `data/facets.py` for how parts are committed):
     text-<id>/...                     one sample per distinct caption, unpadded features
     latents-<resolution>-<id>/...     one sample per admitted row, normalised posterior
     source-complete.json              exists when the source is known to be listed to its end
+    source.json                       kind and root of the source that was last read; for looking only
 
 `row` is the position in the listing (global, stable); unit = row // unit_size. A later part of a unit adds rows, or
 supersedes earlier rows of the same number (changed captions).

@@ -1,16 +1,19 @@
 """Looks at a data set; reads what is committed and, `repair` apart, changes nothing of it.
 
-    qwenimg-dist data inspect data.path=DATA [source.path=PICTURES]   contact sheet, one HTML file
+    qwenimg-dist data inspect data.path=DATA                          contact sheet, one HTML file
     qwenimg-dist data verify  data.path=DATA                          is everything there and whole?
     qwenimg-dist data repair  data.path=DATA                          damage out of the way, for `produce` to make anew
     qwenimg-dist data stats   data.path=DATA [--json]                 funnel, buckets, text lengths, disk
     qwenimg-dist data freeze  data.path=DATA                          fingerprint, also as freeze-<digest>.json
     qwenimg-dist data freeze  data.path=DATA --check FILE             what differs from a freeze
 
-Thumbnails need the source (`source.path`, and `source=manifest` for a manifest). `inspect.out`, `inspect.max_rows` and
-`inspect.thumbnail` set the sheet. Exit codes: 0 sound or done, 1 `verify` or `--check` found something, 2 unusable
-input. All verbs but `repair` may run beside a working
-`produce`.
+The sheet's counts and histograms are of all rows; pictures are of a sample, of `inspect.page=1` (2, ...), of the rows
+that `"inspect.where='aspect > 2'"` selects, or of one reason (`inspect.reason=too_small`). `inspect.decode=true` shows
+cached latents beside the originals. Pictures come from the source that `produce` read; `source.path` names another.
+`inspect.out`, `inspect.max_rows`, `inspect.thumbnail` and `inspect.clusters` set the rest.
+
+Exit codes: 0 sound or done, 1 `verify` or `--check` found something, 2 unusable input. All verbs but
+`repair` may run beside a working `produce`.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from qwenimg_dist.commands.inputs import required
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.report.funnel import Funnel
 
 SUMMARY: Final = "look at a data set: inspect | verify | repair | stats | freeze"
 
@@ -54,7 +58,7 @@ def run(args: list[str]) -> int:
 
         return repair(dataset, console())
     if verb == "stats":
-        return _stats(dataset, as_json)
+        return _stats(dataset, config, as_json)
     from qwenimg_dist.commands.data_freeze import check_freeze, write_freeze
 
     return write_freeze(dataset) if check is None else check_freeze(dataset, Path(check))
@@ -71,18 +75,30 @@ def _inspect(dataset: Dataset, config: Config) -> int:
     return inspect(dataset, config, console())
 
 
-def _stats(dataset: Dataset, as_json: bool) -> int:
+def _stats(dataset: Dataset, config: Config, as_json: bool) -> int:
+    from qwenimg_dist.commands.data_thresholds import stage_table
+    from qwenimg_dist.data.row_columns import load_row_columns
     from qwenimg_dist.report.funnel import funnel
     from qwenimg_dist.report.stats import stats
 
-    counted, held = funnel(dataset), stats(dataset)
+    columns = load_row_columns(dataset)
+    counted, held = funnel(dataset), stats(dataset, columns)
     if as_json:
         print(json.dumps({"funnel": counted.as_dict(), **held.as_dict()}, indent=1))
         return 0
     out = console()
-    for table in [*counted.tables(), *held.tables()]:
+    first, *others = counted.tables()
+    for table in [first, stage_table(config, columns), *others, *held.tables()]:
         out.print(table.rich())
+    if counted.reasons:
+        print(look_closer(config.data.path, counted))
     return 0
+
+
+def look_closer(data_path: str | None, counted: Funnel) -> str:
+    """The next command, for the most frequent reason."""
+    _, reason = next(iter(counted.reasons))
+    return f"look closer: qwenimg-dist data inspect data.path={data_path} inspect.reason={reason}"
 
 
 def _take_flag(args: Sequence[str], flag: str, allowed: bool) -> tuple[bool, list[str]]:

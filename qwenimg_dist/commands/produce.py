@@ -31,10 +31,12 @@ from producers.sources import open_source
 from producers.sources.base import Found, Source
 from producers.sources.folder import describe
 from producers.workers import ProduceError, Workers
+from qwenimg_dist.commands.data import look_closer
 from qwenimg_dist.commands.inputs import required
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.facets import DataError, Dataset
+from qwenimg_dist.data.origin import Origin, remember_origin
 from qwenimg_dist.report.funnel import funnel
 
 SUMMARY: Final = "a source of pictures and captions -> filtered, encoded shards and their index; resumable"
@@ -58,6 +60,7 @@ def run(args: list[str]) -> int:
     with ExitStack() as stack:
         stack.enter_context(dataset.lock())
         fence.sweep(dataset, timeout_s=_WORKERS_GONE_S)
+        remember_origin(dataset, Origin(kind=config.source.kind, root=_absolute(source.root)))
         stack.callback(_sweep_after, dataset)  # runs after the workers' end
         progress = stack.enter_context(ProduceProgress(console))
         stop = threading.Event()
@@ -87,8 +90,11 @@ def run(args: list[str]) -> int:
             except ProduceError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
-    for table in funnel(dataset).tables():
+    counted = funnel(dataset)
+    for table in counted.tables():
         console.print(table.rich() if console.is_terminal else table.text(), highlight=False)
+    if counted.reasons:
+        console.print(look_closer(config.data.path, counted), highlight=False, markup=False)
     if not finished and not config.follow:
         print("error: stopped before the end; the same command goes on from here", file=sys.stderr)
         return 1
@@ -155,9 +161,13 @@ def _job(config: Config, pipeline_dir: Path, plan: Plan, source: Source) -> Job:
         pipeline_dir=str(pipeline_dir.resolve()),
         text_facet=plan.text_facet,
         latents_facets=dict(plan.latents_facets),
-        root=source.root if "://" in source.root else str(Path(source.root).resolve()),
+        root=_absolute(source.root),
         num_threads=max(1, int(config.cluster.cpus_per_producer)),
     )
+
+
+def _absolute(root: str) -> str:
+    return root if "://" in root else str(Path(root).resolve())
 
 
 def _sweep_after(dataset: Dataset) -> None:

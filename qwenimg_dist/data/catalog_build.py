@@ -114,34 +114,43 @@ def _kept_rows(facet: FacetTable, out: _Output) -> _Kept:
 
 
 def _add_columns(loaded: dict[str, FacetTable], kept: _Kept, out: _Output) -> None:
-    """Columns that `where` may name."""
-    width, height = to_array(kept.table["width"], np.int32), to_array(kept.table["height"], np.int32)
-    columns: dict[str, npt.NDArray[Any]] = {
-        "row": kept.rows,
-        "unit": kept.units,
-        "width": width,
-        "height": height,
-        "aspect": width / np.maximum(height, 1),
-    }
-    words: dict[str, list[str]] = {"status": ["kept"]}
-    columns["status"] = np.zeros(len(kept.rows), dtype=np.int8)
-    for name in kept.table.column_names:
-        if name.startswith(SCORE_PREFIX):
-            columns[name] = to_array(pc.cast(kept.table[name], pa.float32()), np.float32, missing=np.nan)
-        elif name.startswith(LABEL_PREFIX):
-            columns[name], words[name] = _coded(kept.table[name])
-    if SCAN in loaded:
-        scan = newest(loaded[SCAN].table)
-        at, found = match_rows(SCAN, scan, kept.rows)
-        if found.all():
-            columns["bytes"] = to_array(scan["bytes"], np.int64, missing=0)[at]
-            formats, words["format"] = _coded(scan["format"])
-            columns["format"] = formats[at]
+    scan = newest(loaded[SCAN].table) if SCAN in loaded else None
+    columns, words = index_columns(kept.table, scan)
     out.arrays |= {f"column-{name}": array for name, array in columns.items()}
     out.head |= {"columns": list(columns), "words": words}
 
 
-def _coded(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int16], list[str]]:
+def index_columns(table: pa.Table, scan: pa.Table | None) -> tuple[dict[str, npt.NDArray[Any]], dict[str, list[str]]]:
+    """Columns that `where` may name, of the `rows` and `scan` facets; text as codes, with the words beside it.
+
+    Both tables are as `newest` makes them; `table` has its `unit` besides.
+    """
+    rows = to_array(table["row"], np.int64)
+    width, height = to_array(table["width"], np.int32), to_array(table["height"], np.int32)
+    columns: dict[str, npt.NDArray[Any]] = {
+        "row": rows,
+        "unit": to_array(table["unit"], np.int32),
+        "width": width,
+        "height": height,
+        "aspect": width / np.maximum(height, 1),
+    }
+    words: dict[str, list[str]] = {}
+    columns["status"], words["status"] = coded(table["status"])
+    for name in table.column_names:
+        if name.startswith(SCORE_PREFIX):
+            columns[name] = to_array(pc.cast(table[name], pa.float32()), np.float32, missing=np.nan)
+        elif name.startswith(LABEL_PREFIX):
+            columns[name], words[name] = coded(table[name])
+    if scan is not None:
+        at, found = match_rows(SCAN, scan, rows)
+        if found.all():
+            columns["bytes"] = to_array(scan["bytes"], np.int64, missing=0)[at]
+            formats, words["format"] = coded(scan["format"])
+            columns["format"] = formats[at]
+    return columns, words
+
+
+def coded(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int16], list[str]]:
     """A text column as codes and their words; what is missing is the empty word."""
     encoded = pc.fill_null(column, "").combine_chunks().dictionary_encode()
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded

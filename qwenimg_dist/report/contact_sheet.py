@@ -1,34 +1,21 @@
-"""The contact sheet: rows of a data set with thumbnails, filters and paging, as one HTML file.
+"""The contact sheet: a data set's pictures, scores and duplicates, to filter and page through, as one HTML file.
 
 Place in the flow: `data inspect` picks rows, reads thumbnails and calls `write_contact_sheet`. The page holds its rows
-as JSON and builds only the cards it shows, so ten thousand rows stay quick. Nothing outside the file is referred to;
-no text of the data set is ever read as HTML.
+as JSON and builds only the cards it shows, so ten thousand rows stay quick; histograms and tables are of all rows and
+come counted. Nothing outside the file is referred to; no text of the data set is ever read as HTML.
 """
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from qwenimg_dist.report.histograms import Histogram
 from qwenimg_dist.report.page import asset, page, write_html
 from qwenimg_dist.report.table import Table
-
-_BAR: Final = """
-<div class="bar" id="bar">
-<span class="chips" id="status"></span>
-<select id="reason" aria-label="reason"></select>
-<select id="bucket" aria-label="bucket"></select>
-<input id="text" type="search" placeholder="caption, file, key, detail" aria-label="text">
-<label>order <select id="order"></select></label>
-<label>crop <select id="crop"></select></label>
-<span class="where"><span id="count"></span><button id="back">back</button><button id="next">next</button></span>
-</div>
-<div class="cards" id="cards"></div>
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +42,15 @@ class SheetRow:
     num_bytes: int
     captions: tuple[str, ...]
     scores: dict[str, float]
+    labels: dict[str, str]
     cuts: dict[str, Cut]
     """Class (`64 px`) -> cut."""
     thumb: str
     """`data:` URL of the thumbnail; empty if there is none."""
     no_thumb: str = ""
     """Why there is none."""
+    decoded: tuple[str, str] | None = None
+    """(class, `data:` URL) of the picture decoded from the latents."""
 
     def as_dict(self) -> dict[str, Any]:
         """For the page's script."""
@@ -76,36 +66,74 @@ class SheetRow:
             "bytes": self.num_bytes,
             "captions": self.captions,
             "scores": self.scores,
+            "labels": self.labels,
             "places": {name: vars(cut) for name, cut in self.cuts.items()},
             "thumb": self.thumb,
             "no_thumb": self.no_thumb,
+            "decoded": self.decoded,
         }
 
 
-def write_contact_sheet(
-    path: Path,
-    *,
-    title: str,
-    subtitle: str,
-    left_out: str,
-    tables: Sequence[Table],
-    classes: Sequence[str],
-    rows: Sequence[SheetRow],
-) -> None:
-    """Write the page; `left_out` is said above the rows if it is not empty, `tables` are folded away."""
-    content = {
-        "classes": list(classes),
-        "scores": sorted({name for row in rows for name in row.scores}),
-        "rows": [row.as_dict() for row in rows],
-    }
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Rows that were found to be the same picture."""
+
+    kind: str
+    """`exact`, or `near` with its distance."""
+    rows: tuple[int, ...]
+    """The kept one first; not more than are shown."""
+    distances: tuple[int, ...]
+    """Of each to the first."""
+    size: int
+    """Of the whole cluster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """All that the page shows."""
+
+    title: str
+    subtitle: str
+    notices: tuple[str, ...]
+    """Said above the pictures: what is selected, what is left out."""
+    classes: tuple[str, ...]
+    rows: tuple[SheetRow, ...]
+    histograms: tuple[Histogram, ...]
+    clusters: tuple[Cluster, ...]
+    cluster_rows: tuple[SheetRow, ...]
+    """Rows that are shown in clusters only."""
+    tables: tuple[Table, ...]
+
+    def content(self) -> dict[str, Any]:
+        """What the script gets."""
+        return {
+            "classes": self.classes,
+            "scores": sorted({name for row in self.rows for name in row.scores}),
+            "labels": sorted({name for row in self.rows for name in row.labels}),
+            "histograms": [one.as_dict() for one in self.histograms],
+            "clusters": [vars(cluster) for cluster in self.clusters],
+            "clusterRows": [row.as_dict() for row in self.cluster_rows],
+            "rows": [row.as_dict() for row in self.rows],
+        }
+
+
+def write_contact_sheet(path: Path, sheet: Sheet) -> None:
+    """Write the page; an older one is replaced in one move."""
     # `<` could end the script element; escaped, it is the same JSON.
-    data = json.dumps(content, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    notice = f'<p class="left-out">{html.escape(left_out)}</p>' if left_out else ""
-    folded = "".join(f"<div>{table.html()}</div>" for table in tables)
-    body = (
-        f'<main><h1>{html.escape(title)}</h1><p class="subtitle">{html.escape(subtitle)}</p>{notice}'
-        f'<details class="summary"><summary>funnel and buckets</summary><div class="tables">{folded}</div></details>'
-        f'{_BAR}</main>\n<script type="application/json" id="data">{data}</script>\n'
-        f"<script>\n{asset('contact_sheet.js')}</script>"
-    )
-    write_html(path, page(title, asset("report.css") + asset("contact_sheet.css"), body))
+    data = json.dumps(sheet.content(), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    body = asset("contact_sheet.html")
+    for name, text in {
+        "title": html.escape(sheet.title),
+        "subtitle": html.escape(sheet.subtitle),
+        "notices": "".join(f'<p class="notice">{html.escape(text)}</p>' for text in sheet.notices),
+        "tables": "".join(f'<div class="wide">{table.html()}</div>' for table in sheet.tables),
+    }.items():
+        body = body.replace(f"<!-- {name} -->", text, 1)
+    scripts = asset("contact_sheet.js") + asset("contact_sheet_histograms.js") + asset("contact_sheet_cards.js")
+    body += f'\n<script type="application/json" id="data">{data}</script>\n<script>\n{_strict(scripts)}</script>'
+    write_html(path, page(sheet.title, asset("report.css") + asset("contact_sheet.css"), body))
+
+
+def _strict(scripts: str) -> str:
+    """One scope of its own, so that no name meets one of the browser's."""
+    return f'(() => {{\n"use strict";\n{scripts}}})();\n'

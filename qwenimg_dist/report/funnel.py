@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,6 +27,8 @@ from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN
 
 LATENTS_PREFIX = "latents-"
 TEXT_PREFIX = "text-"
+_NUM_EXAMPLES: Final = 2
+_URI_CHARS: Final = 44
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class Funnel:
     """Text facet -> distinct captions with features, the empty prompt included."""
     reasons: dict[tuple[str, str], int]
     """(status, reason) of the rows that were not admitted -> rows, most frequent first."""
+    examples: dict[tuple[str, str], tuple[str, ...]]
+    """(status, reason) -> uris of such rows, at most two."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -69,7 +73,8 @@ class Funnel:
             "too_small": dict(self.too_small),
             "captions": dict(self.captions),
             "reasons": [
-                {"status": status, "reason": reason, "rows": n} for (status, reason), n in self.reasons.items()
+                {"status": status, "reason": reason, "rows": n, "examples": list(self.examples[status, reason])}
+                for (status, reason), n in self.reasons.items()
             ],
         }
 
@@ -90,13 +95,14 @@ class Funnel:
         tables = [Table(title="Funnel", columns=("stage", "rows", "of listed"), rows=rows)]
         if self.reasons:
             reasons = tuple(
-                (reason, status, count, show_share(count, self.listed))
+                (reason, status, count, show_share(count, self.listed), _shortened(self.examples[status, reason]))
                 for (status, reason), count in self.reasons.items()
             )
-            tables.append(Table(title="Not admitted", columns=("reason", "status", "rows", "of listed"), rows=reasons))
+            columns = ("reason", "status", "rows", "of listed", "for example")
+            tables.append(Table(title="Not admitted", columns=columns, rows=reasons))
         if any(self.too_small.values()):
-            columns = ("class", "rows", "of admitted")
-            tables.append(Table(title="Admitted, but too small for a class", columns=columns, rows=small))
+            title = "Admitted, but too small for a class"
+            tables.append(Table(title=title, columns=("class", "rows", "of admitted"), rows=small))
         return tables
 
 
@@ -110,6 +116,7 @@ def funnel(dataset: Dataset) -> Funnel:
     encoded: Counter[str] = Counter(dict.fromkeys(latents, 0))
     too_small: Counter[str] = Counter()
     reasons: Counter[tuple[str, str]] = Counter()
+    first: dict[tuple[str, str], list[int]] = {}
     for unit in sorted(parts[LISTING]):
         tables = {
             name: dataset.merge(parts[name][unit], columns) for name, columns in _COLUMNS.items() if unit in parts[name]
@@ -117,7 +124,9 @@ def funnel(dataset: Dataset) -> Funnel:
         counts.update(_count_unit(tables))
         if ROWS not in tables:
             continue
-        reasons.update(_reasons(tables[ROWS]))
+        for reason, (count, rows) in _reasons(tables[ROWS]).items():
+            reasons[reason] += count
+            first[reason] = [*first.get(reason, []), *rows][:_NUM_EXAMPLES]
         too_small.update(dataset.meta(parts[ROWS][unit][-1]).get("left_out", {}))
         kept = _rows_where(tables[ROWS], pc.equal(tables[ROWS]["status"], "kept"))
         for name in latents:
@@ -136,15 +145,14 @@ def funnel(dataset: Dataset) -> Funnel:
         too_small={px: too_small[px] for px in sorted(too_small, key=int)},
         captions={name: count_captions(dataset, name) for name in texts},
         reasons=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+        examples=_uris(dataset, first),
     )
 
 
 def count_captions(dataset: Dataset, facet: str) -> int:
     """Distinct captions of a text facet: a caption of several units is stored with each and counted once."""
-    keys: set[str] = set()
-    for part in dataset.parts(facet):
-        keys.update(dataset.read(part, ["key"])["key"].to_pylist())
-    return len(keys)
+    tables = [dataset.read(part, ["key"]) for part in dataset.parts(facet)]
+    return int(pc.count_distinct(pa.concat_tables(tables)["key"]).as_py()) if tables else 0
 
 
 def facet_labels(names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
@@ -189,13 +197,30 @@ def _count_unit(tables: Mapping[str, pa.Table]) -> dict[str, int]:
     return counts
 
 
-def _reasons(rows: pa.Table) -> Counter[tuple[str, str]]:
+def _reasons(rows: pa.Table) -> dict[tuple[str, str], tuple[int, list[int]]]:
+    """(status, reason) -> how many, and one or two of them."""
     lost = rows.filter(pc.not_equal(rows["status"], "kept"))
-    grouped = lost.group_by(["status", "reason"]).aggregate([([], "count_all")]).to_pydict()
-    found: Counter[tuple[str, str]] = Counter()
-    for status, reason, count in zip(grouped["status"], grouped["reason"], grouped["count_all"]):
-        found[status, reason or "unknown"] += count
+    grouped = lost.group_by(["status", "reason"]).aggregate([([], "count_all"), ("row", "min"), ("row", "max")])
+    found: dict[tuple[str, str], tuple[int, list[int]]] = {}
+    for group in grouped.to_pylist():
+        some = sorted({group["row_min"], group["row_max"]})
+        found[group["status"], group["reason"] or "unknown"] = (group["count_all"], some)
     return found
+
+
+def _uris(dataset: Dataset, rows: Mapping[tuple[str, str], Sequence[int]]) -> dict[tuple[str, str], tuple[str, ...]]:
+    uris: dict[int, str] = {}
+    wanted = sorted({row for some in rows.values() for row in some})
+    for unit in sorted({row // dataset.unit_size for row in wanted}):
+        listing = dataset.read_unit(LISTING, unit, ["row", "uri"])
+        assert listing is not None  # the unit was counted by it
+        listing = listing.filter(pc.is_in(listing["row"], value_set=pa.array(wanted)))
+        uris.update(zip(listing["row"].to_pylist(), listing["uri"].to_pylist()))
+    return {reason: tuple(uris[row] for row in some if row in uris) for reason, some in rows.items()}
+
+
+def _shortened(uris: Sequence[str]) -> str:
+    return ", ".join(uri if len(uri) <= _URI_CHARS else "..." + uri[-_URI_CHARS:] for uri in uris)
 
 
 def _rows_where(table: pa.Table, mask: pa.ChunkedArray) -> pa.Array:

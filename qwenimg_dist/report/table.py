@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import rich.table
+from rich.cells import cell_len
 from rich.text import Text
 
 Cell = str | int | float | None
@@ -33,7 +34,9 @@ class Table:
 
     def rich(self) -> rich.table.Table:
         """For `rich.console.Console.print`."""
-        table = rich.table.Table(title=self.title, title_justify="left", title_style="bold")
+        # A title wider than its columns would be wrapped.
+        width = cell_len(self.title) + 1
+        table = rich.table.Table(title=self.title, title_justify="left", title_style="bold", min_width=width)
         for name, right in zip(self.columns, self._numeric()):
             table.add_column(name, justify="right" if right else "left")
         for row in self.rows:
