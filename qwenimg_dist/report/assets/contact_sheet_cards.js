@@ -71,7 +71,7 @@ function factList(row, facts) {
 }
 
 function pictures(row, open, side) {
-  const both = state.decoded && row.decoded;
+  const both = state.decoded && row.decoded && (state.view === "pictures" || !open);
   const box = make(open ? "button" : "div", both ? "thumb both" : "thumb");
   if (open) {
     box.setAttribute("aria-label", `look closer at row ${row.row}`);

@@ -4,7 +4,7 @@ const HEIGHT = 120;
 const SVG = "http://www.w3.org/2000/svg";
 const histograms = new Map(data.histograms.map((one) => [one.name, one]));
 
-function draw_(tag, attributes, text) {
+function svgNode(tag, attributes, text) {
   const node = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   if (text !== undefined) node.textContent = text;
@@ -31,40 +31,54 @@ function lineAt(one, line) {
   return Number.isInteger(line.at) ? line.at + (line.inclusive ? -outward : outward) : Math.floor(line.at) + 0.5;
 }
 
+function binName(one, i) {
+  if (one.discrete) return number(one.edges[i] + 0.5);
+  if (i === 0 && one.cut[0]) return `up to ${number(one.edges[1])}`;
+  if (i === one.kept.length - 1 && one.cut[1]) return `${number(one.edges[i])} and more`;
+  return `${number(one.edges[i])} to ${number(one.edges[i + 1])}`;
+}
+
+// [x, anchor, text] of the axis.
+function ticks(one) {
+  if (one.discrete) {
+    const every = Math.ceil(one.kept.length / 8);
+    const whole = one.kept.map((_, i) => Math.round(one.edges[i] + 0.5));
+    return whole.filter((_, i) => i % every === 0).map((value) => [axis(one).x(value), "middle", grouped(value)]);
+  }
+  return [0, 0.25, 0.5, 0.75, 1].map((share) => {
+    const text = number(Number(axis(one).value(WIDTH * share).toPrecision(3)));
+    const beyond = share === 0 && one.cut[0] ? "\u2264 " : share === 1 && one.cut[1] ? "\u2265 " : "";
+    return [WIDTH * share, share === 0 ? "start" : share === 1 ? "end" : "middle", beyond + text];
+  });
+}
+
 function drawing(one, logCounts) {
-  const svg = draw_("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT + 16}`, role: "img", "aria-label": `histogram of ${one.name}` });
+  const svg = svgNode("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT + 16}`, role: "img", "aria-label": `histogram of ${one.name}` });
   const { x } = axis(one);
   const tall = logCounts ? (count) => Math.log1p(count) : (count) => count;
   const most = Math.max(1e-9, ...one.kept.map((count, i) => tall(count + one.others[i])));
   for (const line of one.thresholds) {
     const at = Math.max(0, Math.min(WIDTH, x(lineAt(one, line)) || 0));
     const [from, to] = line.rejects === "below" ? [0, at] : [at, WIDTH];
-    svg.append(draw_("rect", { x: from, y: 0, width: to - from, height: HEIGHT, class: "rejects" }));
+    svg.append(svgNode("rect", { x: from, y: 0, width: to - from, height: HEIGHT, class: "rejects" }));
   }
   one.kept.forEach((kept, i) => {
     const left = x(one.edges[i]);
     const width = Math.max(0.6, x(one.edges[i + 1]) - left - 0.8);
     const whole = (HEIGHT - 8) * (tall(kept + one.others[i]) / most);
     const lower = kept + one.others[i] ? whole * (kept / (kept + one.others[i])) : 0;
-    const [least, above] = one.discrete ? [number(one.edges[i] + 0.5), ""] : [number(one.edges[i]), ` to ${number(one.edges[i + 1])}`];
-    const bar = draw_("g", {});
-    bar.append(draw_("title", {}, `${least}${above}: ${grouped(kept)} kept, ${grouped(one.others[i])} not`));
-    bar.append(draw_("rect", { x: left, y: HEIGHT - lower, width, height: lower, class: "kept" }));
-    bar.append(draw_("rect", { x: left, y: HEIGHT - whole, width, height: whole - lower, class: "others" }));
+    const bar = svgNode("g", {});
+    bar.append(svgNode("title", {}, `${binName(one, i)}: ${grouped(kept)} kept, ${grouped(one.others[i])} not`));
+    bar.append(svgNode("rect", { x: left, y: HEIGHT - lower, width, height: lower, class: "kept" }));
+    bar.append(svgNode("rect", { x: left, y: HEIGHT - whole, width, height: whole - lower, class: "others" }));
     svg.append(bar);
   });
   for (const line of one.thresholds) {
     const at = x(lineAt(one, line));
-    if (at >= 0 && at <= WIDTH) svg.append(draw_("line", { x1: at, x2: at, y1: 0, y2: HEIGHT, class: "threshold" }));
+    if (at >= 0 && at <= WIDTH) svg.append(svgNode("line", { x1: at, x2: at, y1: 0, y2: HEIGHT, class: "threshold" }));
   }
-  svg.append(draw_("line", { x1: 0, x2: WIDTH, y1: HEIGHT, y2: HEIGHT, class: "base" }));
-  for (const [share, anchor] of [[0, "start"], [0.25, "middle"], [0.5, "middle"], [0.75, "middle"], [1, "end"]]) {
-    if (one.discrete && one.kept.length < 5 && share % 0.5) continue;
-    const value = axis(one).value(WIDTH * share);
-    const shift = one.discrete ? (share === 0 ? 0.5 : share === 1 ? -0.5 : 0) : 0;
-    const text = one.discrete ? grouped(Math.round(value + shift)) : number(Number(value.toPrecision(3)));
-    svg.append(draw_("text", { x: WIDTH * share, y: HEIGHT + 13, "text-anchor": anchor }, text));
-  }
+  svg.append(svgNode("line", { x1: 0, x2: WIDTH, y1: HEIGHT, y2: HEIGHT, class: "base" }));
+  for (const [at, anchor, text] of ticks(one)) svg.append(svgNode("text", { x: at, y: HEIGHT + 13, "text-anchor": anchor }, text));
   return svg;
 }
 
@@ -75,7 +89,7 @@ function drawBrush(svg, one) {
   const { x } = axis(one);
   const from = range[0] === null ? 0 : Math.max(0, x(range[0]));
   const to = range[1] === null ? WIDTH : Math.min(WIDTH, x(range[1]));
-  if (to >= from) svg.append(draw_("rect", { x: from, y: 0, width: Math.max(1, to - from), height: HEIGHT, class: "brush" }));
+  if (to >= from) svg.append(svgNode("rect", { x: from, y: 0, width: Math.max(1, to - from), height: HEIGHT, class: "brush" }));
 }
 
 function brushable(svg, one) {
@@ -175,7 +189,7 @@ function histogram(one) {
   for (const line of one.thresholds) {
     const [sign, by, lost, pass] = lineText(line);
     const text = make("p", "line");
-    text.append(make("b", "", sign), ` ${by}`, make("b", "lost", lost), pass);
+    text.append(make("b", "", sign), ` ${by}`, make("b", line.rejected ? "lost" : "", lost), pass);
     figure.append(text);
   }
   if (!one.thresholds.length) figure.append(make("p", "line none", "no threshold"));

@@ -9,11 +9,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from qwenimg_dist.commands.data_inspect import allot, choose
+from qwenimg_dist.commands.data_inspect_choice import Choice, allot, choose
 from qwenimg_dist.commands.main import main
+from qwenimg_dist.config import InspectConfig
+from qwenimg_dist.data.facets import Part
+from qwenimg_dist.data.origin import Origin, remember_origin
+from qwenimg_dist.data.row_columns import load_row_columns
+from qwenimg_dist.data.where import WhereError
 from tests.helpers.picture_dataset import PictureDataset, caption_of, make_picture_dataset
 
 KEPT, SMALL, BROKEN = ("kept", ""), ("rejected", "too_small"), ("fault", "truncated")
@@ -29,9 +35,14 @@ def sheet(made: PictureDataset, out: Path, *extra: str) -> tuple[str, dict[str, 
     args = [f"data.path={made.dataset.root}", f"source.path={made.source}", f"inspect.out={out}", *extra]
     assert main(["data", "inspect", *args]) == 0
     page = out.read_text(encoding="utf-8")
+    return page, content(page)
+
+
+def content(page: str) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     assert found is not None
-    return page, json.loads(found[1])
+    told: dict[str, Any] = json.loads(found[1])
+    return told
 
 
 def test_every_row_with_its_facts(made: PictureDataset, tmp_path: Path) -> None:
@@ -46,7 +57,8 @@ def test_every_row_with_its_facts(made: PictureDataset, tmp_path: Path) -> None:
     assert one["scores"]["aspect"] == pytest.approx(1.6)
     assert one["places"]["96 px"] == {"bucket": [80, 112], "crop": [0, 8], "resized": [80, 128]}
     assert rows[7]["detail"] == "same picture as row 6"
-    assert "left-out" not in page.partition("</style>")[2]
+    assert 'class="notice"' not in page.partition("<noscript>")[0]
+    assert '<div id="notices"></div>' in page
 
 
 def test_thumbnails_are_the_pictures(made: PictureDataset, tmp_path: Path) -> None:
@@ -67,7 +79,8 @@ def test_thumbnails_are_the_pictures(made: PictureDataset, tmp_path: Path) -> No
 def test_the_page_is_self_contained_and_reads_no_text_as_html(made: PictureDataset, tmp_path: Path) -> None:
     page, _ = sheet(made, tmp_path / "sheet.html")
     assert "<b>ground" not in page
-    assert not re.search(r"""(src|href)\s*=\s*["']?(?!data:|#)[a-z/]""", page.replace("image.src = row.thumb", ""))
+    scripts = page.replace("image.src = row.thumb", "").replace("image.src = row.decoded[1]", "")
+    assert not re.search(r"""(src|href)\s*=\s*["']?(?!data:|#)[a-z/]""", scripts)
     assert "default-src 'none'" in page
     assert "innerHTML" not in page
 
@@ -85,8 +98,16 @@ def test_without_source_there_are_placeholders(
 ) -> None:
     out = tmp_path / "sheet.html"
     assert main(["data", "inspect", f"data.path={made.dataset.root}", f"inspect.out={out}"]) == 0
-    assert "40 without a thumbnail (source.path=... would show them)" in capsys.readouterr().out
+    assert "No thumbnails" in capsys.readouterr().out
     assert "source.path not given" in out.read_text()
+
+
+def test_the_source_that_produce_read_is_found_again(made: PictureDataset, tmp_path: Path) -> None:
+    copy = made.copy(tmp_path)
+    remember_origin(copy.dataset, Origin(kind="folder", root=str(made.source)))
+    out = tmp_path / "sheet.html"
+    assert main(["data", "inspect", f"data.path={copy.dataset.root}", f"inspect.out={out}"]) == 0
+    assert all(row["thumb"] for row in content(out.read_text())["rows"] if row["status"] != "fault")
 
 
 def test_a_source_that_is_gone_is_refused(
@@ -95,6 +116,16 @@ def test_a_source_that_is_gone_is_refused(
     gone = tmp_path / "gone"
     assert main(["data", "inspect", f"data.path={made.dataset.root}", f"source.path={gone}"]) == 2
     assert f"{gone} is not a folder" in capsys.readouterr().err
+
+
+def test_a_wrong_source_is_named_with_the_first_file_that_is_missing(
+    made: PictureDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong").mkdir()
+    sheet(made, tmp_path / "sheet.html", f"source.path={tmp_path / 'wrong'}")
+    said = capsys.readouterr().out
+    assert f"36 without a thumbnail: file not found; the first: pictures/00000.jpg in {tmp_path / 'wrong'}" in said
+    assert "4 without a thumbnail: file not found (known: unreadable)" in said
 
 
 def test_a_lost_file_leaves_a_placeholder(tmp_path: Path) -> None:
@@ -132,9 +163,53 @@ def test_places_are_shared(
     assert allot(there, places) == expected
 
 
+def choose_from(made: PictureDataset, **settings: Any) -> Choice:
+    return choose(load_row_columns(made.dataset), InspectConfig(**settings))
+
+
 def test_the_sample_is_spread_over_the_rows(made: PictureDataset) -> None:
-    choice = choose(made.dataset, 8)
+    choice = choose_from(made, max_rows=8)
     assert len(set(choice.rows.tolist())) == 8
     assert choice.rows[0] == 0
     assert choice.rows[-1] == 39
     assert {made.status[row] for row in choice.rows.tolist()} == {"kept", "rejected", "fault"}
+
+
+def test_where_selects_what_training_would_select_among_the_kept(made: PictureDataset) -> None:
+    choice = choose_from(made, where="aspect > 1.5")
+    scored = [row for row in range(40) if row % 3 == 1 and row % 10 != 9]
+    assert choice.rows.tolist() == scored
+    kept = sum(made.status[row] == "kept" for row in scored)
+    assert choice.said == (
+        f"Only aspect > 1.5: {len(scored)} of 40 decided rows, {kept} of them kept. Training takes kept rows only.",
+    )
+    with pytest.raises(WhereError, match="did you mean 'aspect'"):
+        choose_from(made, where="aspekt > 1")
+
+
+def test_one_reason(made: PictureDataset) -> None:
+    assert choose_from(made, reason="duplicate").rows.tolist() == [7, 17, 27, 37]
+    with pytest.raises(ValueError, match=r"inspect.reason=blurred: no row has it; there is: duplicate, unreadable"):
+        choose_from(made, reason="blurred")
+
+
+def test_pages_go_through_all_rows_once(made: PictureDataset) -> None:
+    pages = [choose_from(made, page=page, max_rows=9, where="row >= 3") for page in range(1, 6)]
+    assert [row for page in pages for row in page.rows.tolist()] == list(range(3, 40))
+    assert "Page 5 of 5" in " ".join(pages[4].said)
+    with pytest.raises(ValueError, match="there are 5 pages of 9 rows"):
+        choose_from(made, page=6, max_rows=9, where="row >= 3")
+
+
+def test_duplicates_stand_beside_their_original_though_it_is_not_sampled(made: PictureDataset, tmp_path: Path) -> None:
+    near = pa.table({"row": [5, 8], "near_duplicate_of": [2, 2], "distance": [3, 4]})
+    copy = made.copy(tmp_path)
+    copy.dataset.commit(Part(facet="near-6", unit=0, part=0), near, config_hash="test")
+    _, data = sheet(copy, tmp_path / "sheet.html", "inspect.reason=duplicate", "inspect.clusters=9")
+    assert [row["row"] for row in data["rows"]] == [7, 17, 27, 37]
+    assert [row["row"] for row in data["clusterRows"]] == [6, 16, 26, 36]
+    assert all(row["thumb"] for row in data["clusterRows"])
+    assert [one["rows"] for one in data["clusters"]] == [[6, 7], [16, 17], [26, 27], [36, 37]]
+    _, data = sheet(copy, tmp_path / "sheet.html", "inspect.where='row == 5'", "inspect.max_rows=1")
+    # The cluster is shown whole: what its other rows are is why one looks.
+    assert data["clusters"] == [{"kind": "near, up to 6", "rows": [2, 5, 8], "distances": [0, 3, 4], "size": 3}]
