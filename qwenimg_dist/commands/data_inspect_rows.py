@@ -29,7 +29,7 @@ from qwenimg_dist.data.catalog import Ints
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.data.pins import parallel
 from qwenimg_dist.report.contact_sheet import Cut, SheetRow
-from qwenimg_dist.schema import LABEL_PREFIX, LISTING, ROWS, SCAN, SCORE_PREFIX
+from qwenimg_dist.schema import LABEL_PREFIX, LISTING, RAW, ROWS, SCAN, SCORE_PREFIX
 
 Entries = dict[int, dict[str, Any]]
 """Row -> its columns."""
@@ -50,6 +50,7 @@ def read_rows(dataset: Dataset, rows: Ints, labels: Mapping[str, str]) -> list[S
             height=entry["height"] or 0,
             num_bytes=entries[SCAN].get(row, {}).get("bytes") or 0,
             captions=tuple(entries[LISTING].get(row, {}).get("captions") or ()),
+            caption_notes=_caption_notes(entries[LISTING].get(row, {}), entry),
             scores=_scores(entry),
             labels=_labels(entry),
             cuts={label: _cut(entries[facet][row]) for facet, label in labels.items() if row in entries[facet]},
@@ -114,6 +115,17 @@ def _with_thumbnail(row: SheetRow, root: str, side: int) -> SheetRow:
 
 def _tracked(items: Any, description: str, total: int, console: Console) -> Any:
     return track(items, description=description, total=total, console=console, disable=not console.is_terminal)
+
+
+def _caption_notes(listed: Mapping[str, Any], decided: Mapping[str, Any]) -> tuple[str, ...]:
+    """Beside each caption: its kind where it is not the picture's own, and why it is left out."""
+    count = len(listed.get("captions") or ())
+    kinds = listed.get("caption_kinds") or [RAW] * count
+    faults = decided.get("caption_faults") or [""] * count
+    return tuple(
+        ", ".join(filter(None, (kind if kind != RAW else "", f"left out: {fault}" if fault else "")))
+        for kind, fault in zip(kinds, faults)
+    )
 
 
 def _scores(entry: Mapping[str, Any]) -> dict[str, float]:

@@ -26,6 +26,8 @@ from qwenimg_dist.schema import DEDUP, LABEL_PREFIX, ROWS, SCAN, SCORE_PREFIX, B
 NEAR_FACET: Final = re.compile(r"^near-(\d+)$")
 """Facet with near duplicates up to a distance."""
 
+_OF_SINGLE_ROWS: Final = ("key", "detail", "caption_faults")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassBuckets:
@@ -137,7 +139,7 @@ def _facet(dataset: Dataset, facet: str, columns: Sequence[str] | None = None) -
 
     def read(part: Part) -> pa.Table:
         table = dataset.read(part, columns).replace_schema_metadata(None)
-        return table.drop_columns([name for name in ("detail", "key") if name in table.column_names])
+        return table.drop_columns([name for name in _OF_SINGLE_ROWS if name in table.column_names])
 
     tables = parallel(read, dataset.parts(facet))
     return newest(pa.concat_tables(tables, promote_options="default")) if tables else None

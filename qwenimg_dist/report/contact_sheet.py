@@ -41,6 +41,8 @@ class SheetRow:
     height: int
     num_bytes: int
     captions: tuple[str, ...]
+    caption_notes: tuple[str, ...]
+    """Beside each caption; mostly empty."""
     scores: dict[str, float]
     labels: dict[str, str]
     cuts: dict[str, Cut]
@@ -65,6 +67,7 @@ class SheetRow:
             "height": self.height,
             "bytes": self.num_bytes,
             "captions": self.captions,
+            "captionNotes": self.caption_notes,
             "scores": self.scores,
             "labels": self.labels,
             "places": {name: vars(cut) for name, cut in self.cuts.items()},

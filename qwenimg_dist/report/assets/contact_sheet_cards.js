@@ -28,18 +28,25 @@ function card(row, open, note) {
   text.append(head);
   if (note) text.append(make("div", "note", note));
   if (row.detail) text.append(make("div", "detail", row.detail));
-  for (const caption of row.captions) {
-    const line = make("div", "caption", caption);
-    line.dir = "auto";
+  row.captions.forEach((caption, i) => {
+    const line = captionLine("div", "caption", caption, row.captionNotes[i]);
     line.title = caption;
     text.append(line);
-  }
+  });
   if (!row.captions.length) text.append(make("div", "detail", "no caption"));
   const file = make("div", "file", row.uri);
   file.title = `key ${row.key}`;
   text.append(file, factList(row, factsOf(row)));
   node.append(pictures(row, open, THUMB), text);
   return node;
+}
+
+function captionLine(tag, className, caption, note) {
+  const line = make(tag, className);
+  line.dir = "auto";
+  if (note) line.append(make("span", "caption-note", note), " ");
+  line.append(caption);
+  return line;
 }
 
 // On a card: sizes, labels, and the scores that are filtered or sorted by; with few scores, all of them.
@@ -130,11 +137,7 @@ function openCloseUp(rows, at) {
   if (row.reason) head.append(make("span", "reason", row.reason));
   facts.append(head);
   if (row.detail) facts.append(make("div", "detail", row.detail));
-  for (const caption of row.captions) {
-    const line = make("p", "whole", caption);
-    line.dir = "auto";
-    facts.append(line);
-  }
+  row.captions.forEach((caption, i) => facts.append(captionLine("p", "whole", caption, row.captionNotes[i])));
   const rest = [["file", row.uri], ["key", row.key], ["size", row.width ? `${row.width}\u00d7${row.height}` : "unknown"], ["bytes", grouped(row.bytes)]];
   for (const [name, place] of Object.entries(row.places)) rest.push(cutFact(name, place));
   rest.push(...Object.entries(row.labels));
