@@ -7,9 +7,9 @@ rare reason is seen too; what is left out is said.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -137,7 +137,7 @@ def _selected(columns: RowColumns, config: InspectConfig) -> tuple[npt.NDArray[n
     selected = np.ones(len(columns.rows), dtype=np.bool_)
     asked_for = []
     if config.where is not None:
-        selected &= compile_where(config.where).mask(columns.columns, len(columns.rows))
+        selected &= _where_mask(config.where, columns)
         asked_for.append(config.where)
     if config.reason is not None:
         reasons = [reason for reason in columns.counts("reason") if reason]
@@ -146,6 +146,32 @@ def _selected(columns: RowColumns, config: InspectConfig) -> tuple[npt.NDArray[n
         selected &= columns.is_word("reason", config.reason)
         asked_for.append(f"reason {config.reason}")
     return selected, " and ".join(asked_for)
+
+
+def _where_mask(expression: str, columns: RowColumns) -> npt.NDArray[np.bool_]:
+    """Among kept rows exactly what training would select; a share of the best (`top`) is of kept rows only there."""
+    where = compile_where(expression)
+    kept = columns.is_word("status", "kept")
+    mask = where.mask(columns.columns, len(columns.rows))
+    mask[kept] = where.mask(_Some(columns.columns, kept), int(kept.sum()))
+    return mask
+
+
+class _Some(Mapping[str, npt.NDArray[Any]]):
+    """Columns of some of the rows; none is copied before it is asked for."""
+
+    def __init__(self, columns: Mapping[str, npt.NDArray[Any]], rows: npt.NDArray[np.bool_]) -> None:
+        self._columns, self._rows = columns, rows
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        some: npt.NDArray[Any] = self._columns[name][self._rows]
+        return some
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
 
 
 def _groups(columns: RowColumns, positions: npt.NDArray[np.intp]) -> dict[Group, npt.NDArray[np.intp]]:

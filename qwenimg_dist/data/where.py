@@ -212,7 +212,9 @@ def _top(best: float, given: Sequence[npt.NDArray[Any]]) -> Mask:
     score, group = given[0], given[1] if len(given) == 2 else np.zeros(len(given[0]), dtype=np.int8)
     if score.dtype.kind not in "iuf":
         raise TypeError("top(...) needs a number to compare by")
-    known = np.flatnonzero(_measured(score) & (group != "" if _is_text(group) else _measured(group)))
+    grouped = group != "" if _is_text(group) else _measured(group)
+    # Whole numbers are all measured, which is one True for the column.
+    known = np.flatnonzero(np.broadcast_to(_measured(score) & grouped, len(score)))
     _, code = np.unique(group[known], return_inverse=True)
     sizes = np.bincount(code) if len(known) else np.zeros(0, dtype=np.int64)
     # Numbers of up to 2^53 rows are exact; the small step keeps 0.07 * 100 from being rounded up to 8.

@@ -1,4 +1,4 @@
-"""The contact sheet of a data set that `produce` made: pictures found again, latents decoded beside them."""
+"""The contact sheet of a data set made by the real encoders: pictures found again, latents decoded beside them."""
 
 from __future__ import annotations
 
@@ -12,28 +12,35 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from photo_folder import PhotoFolder, write_photo_folder
+from photo_folder import write_photo_folder
 from PIL import Image
-from produce_command import produce
+from producer_world import produce_here
 
+from producers.encode import PipelineEncoders
+from producers.plan import make_plan
 from qwenimg_dist.commands.main import main
+from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.data.origin import Origin, remember_origin
+from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
+from qwenimg_dist.models.tiny import tiny_pipeline_dir
 
 ENCODE = "encode.resolutions=[64,128]"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> PhotoFolder:
-    return write_photo_folder(tmp_path_factory.mktemp("photos") / "source")
-
-
-@pytest.fixture(scope="module")
-def made(folder: PhotoFolder) -> Dataset:
-    data = folder.root.parent / "data"
-    done = produce(f"source.path={folder.root}", f"data.path={data}", "data.unit_size=8", ENCODE)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "look closer: qwenimg-dist data inspect" in done.stdout
-    return Dataset.open(data)
+def made(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = write_photo_folder(tmp_path_factory.mktemp("photos") / "source")
+    config, pipeline = load_config([ENCODE]), tiny_pipeline_dir()
+    plan = make_plan(
+        config,
+        text_facet=text_facet_name(pipeline, config),
+        latents_facets=latents_facet_names(pipeline, config),
+    )
+    dataset = Dataset.create(folder.root.parent / "data", 8)
+    produce_here(folder.root, dataset, plan, PipelineEncoders.load(pipeline, config))
+    remember_origin(dataset, Origin(kind="folder", root=str(folder.root)))
+    return dataset
 
 
 def rows_of_sheet(made: Dataset, out: Path, *words: str) -> list[dict[str, Any]]:

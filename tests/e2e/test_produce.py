@@ -22,6 +22,7 @@ from skimage.metrics import structural_similarity
 from producers.sources.base import encode_uri
 from qwenimg_dist.commands.main import main
 from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.data.origin import Origin, read_origin
 from qwenimg_dist.models.tiny import tiny_pipeline_dir
 from qwenimg_dist.models.vae import LatentCodec
 from qwenimg_dist.schema import DEDUP, LISTING, ROWS, caption_key
@@ -46,7 +47,10 @@ def made(folder: PhotoFolder, words: list[str]) -> Dataset:
     for stage in ("listed", "readable", "unique", "admitted", "encoded 64 px", "encoded 128 px", "truncated"):
         assert stage in done.stdout
     assert "images/s" in done.stdout
-    return Dataset.open(folder.root.parent / "data")
+    assert "look closer: qwenimg-dist data inspect" in done.stdout
+    dataset = Dataset.open(folder.root.parent / "data")
+    assert read_origin(dataset) == Origin(kind="folder", root=str(folder.root))
+    return dataset
 
 
 def facet_at(dataset: Dataset, resolution: int) -> str:

@@ -187,6 +187,12 @@ def test_where_selects_what_training_would_select_among_the_kept(made: PictureDa
         choose_from(made, where="aspekt > 1")
 
 
+def test_the_best_share_is_of_kept_rows_as_in_training(made: PictureDataset) -> None:
+    choice = choose_from(made, where="status == 'kept' and top(0.25, row)")
+    kept = [row for row in range(40) if made.status[row] == "kept"]
+    assert choice.rows.tolist() == kept[-8:]
+
+
 def test_one_reason(made: PictureDataset) -> None:
     assert choose_from(made, reason="duplicate").rows.tolist() == [7, 17, 27, 37]
     with pytest.raises(ValueError, match=r"inspect.reason=blurred: no row has it; there is: duplicate, unreadable"):

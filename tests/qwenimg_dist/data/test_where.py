@@ -120,3 +120,8 @@ def test_top_is_the_best_of_each_group_by_a_plain_loop(rows: list[tuple[int, flo
 
 def test_names_are_known_before_any_data_is_there() -> None:
     assert compile_where("aspect < 2 and width > 3 and aspect > 1").names == ("aspect", "width")
+
+
+def test_the_best_by_a_column_of_whole_numbers() -> None:
+    mask = compile_where("top(0.5, width)").mask({"width": np.array([5, 1, 7, 3])}, 4)
+    assert mask.tolist() == [True, False, True, False]
