@@ -85,12 +85,12 @@ class Loaded:
 
 
 def open_header(data: bytes) -> Header:
-    """The header alone. Raises `ImageFault` (`empty_file`, `not_an_image`, `too_many_pixels`)."""
+    """The header alone. Raises `ImageFault` (`empty_file`, `not_an_image`, `truncated`, `too_many_pixels`)."""
     return _header(data)[0]
 
 
 def load_image(data: bytes) -> Loaded:
-    """Decode wholly. Raises `ImageFault`; besides the header's: `truncated`, `decode_error`, `unsupported_mode`.
+    """Decode wholly. Raises `ImageFault`; besides the header's: `decode_error`, `unsupported_mode`.
 
     MemoryError passes: how much there is to be had says something about the moment, not yet about the picture.
     """
@@ -132,7 +132,8 @@ def _header(data: bytes) -> tuple[Header, Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageFault("too_many_pixels", str(error)[:200]) from error
     except _DECODE_ERRORS as error:
-        raise ImageFault("not_an_image", _first_line(error)) from error
+        cut = "truncated" in str(error).lower() or _is_cut_webp(data)
+        raise ImageFault("truncated" if cut else "not_an_image", _first_line(error)) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageFault("too_many_pixels", f"{width}x{height} is over {MAX_PIXELS} pixels")
@@ -142,6 +143,12 @@ def _header(data: bytes) -> tuple[Header, Image.Image]:
         width, height = height, width
     header = Header(format=str(image.format), mode=image.mode, width=width, height=height, orientation=orientation)
     return header, image
+
+
+def _is_cut_webp(data: bytes) -> bool:
+    """Whether a WebP ends before its header says; Pillow takes a part of one for no picture at all."""
+    is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+    return is_webp and int.from_bytes(data[4:8], "little") + 8 > len(data)
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:

@@ -127,7 +127,7 @@ class Folder:
                 with os.scandir(self._root / folder) as entries:
                     for entry in entries:
                         path = posixpath.join(folder, entry.name)
-                        if entry.is_dir():
+                        if _is_folder(entry):
                             inside.append(path)
                         else:
                             _sort_file(walk, entry, path, newest)
@@ -159,6 +159,13 @@ def _sort_file(walk: _Walk, entry: os.DirEntry[str], path: str, newest: float | 
         walk.text_extensions.add(extension)
     else:
         walk.ignored[os.fsencode(kind).decode("utf-8", "replace") or "without extension"] += 1
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: listed, and later found unreadable
+        return False
 
 
 def _modified(entry: os.DirEntry[str]) -> float:

@@ -65,8 +65,12 @@ class Manifest:
                     f"{self._file}, {word} {number}: has no uri in {self._uri_column!r} (there is: {columns}); "
                     "correct it, or set source.uri_column"
                 )
+            try:
+                encoded = encode_uri(uri)
+            except ValueError as error:
+                raise ValueError(f"{self._file}, {word} {number}: {error}; correct it") from error
             captions, fault = clean_captions(entry.get(self._caption_column))
-            yield SourceRow(uri=encode_uri(uri), captions=captions, fault=fault)
+            yield SourceRow(uri=encoded, captions=captions, fault=fault)
 
     def _parquet(self) -> Iterator[tuple[int, dict[str, Any]]]:
         try:

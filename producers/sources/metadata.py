@@ -106,5 +106,8 @@ def _path_of(entry: dict[str, Any], file: Path, line: int, folder: str) -> str:
     name = entry.get("file_name")
     if not isinstance(name, str) or not name:
         raise ValueError(f'{file}, line {line}: has no "file_name"; correct the line')
-    encode_uri(name)  # refuse here what sorting would trip over
+    try:
+        encode_uri(name)  # refuse here what sorting would trip over
+    except ValueError as error:
+        raise ValueError(f"{file}, line {line}: {error}; correct the line") from error
     return posixpath.normpath(posixpath.join(folder, name))

@@ -159,7 +159,8 @@ def test_links_that_lead_back_end(tmp_path: Path) -> None:
     touch(tmp_path, "a/b.png", text="fine")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
-    assert [row.uri for row in find(tmp_path).rows] == ["a/b.png", "dangling.png"]
+    (tmp_path / "self.png").symlink_to("self.png")
+    assert [row.uri for row in find(tmp_path).rows] == ["a/b.png", "dangling.png", "self.png"]
 
 
 def test_a_file_that_is_still_being_written_is_left_for_later(tmp_path: Path) -> None:
@@ -199,6 +200,16 @@ def test_a_manifest_keeps_its_order_and_repeats(tmp_path: Path) -> None:
     assert locate(str(tmp_path), "b.png") == f"{tmp_path}/b.png"
     assert locate("s3://bucket/dir/", "b.png") == "s3://bucket/dir/b.png"
     assert locate("/root", "https://host/b.png") == "https://host/b.png"
+
+
+def test_a_name_that_no_file_can_have_is_refused_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text('{"uri": "a.png", "caption": "x"}\n{"uri": "\\ud83d.png", "caption": "y"}\n')
+    with pytest.raises(ValueError, match=r"list\.jsonl, line 2: .*half a character"):
+        list(manifest(tmp_path / "list.jsonl").rows)
+    touch(tmp_path / "folder", "a.png", text="words")
+    (tmp_path / "folder" / "metadata.jsonl").write_text('{"file_name": "\\ud83d.png", "text": "y"}\n')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1: .*half a character"):
+        find(tmp_path / "folder")
 
 
 def test_a_parquet_manifest_with_other_columns_and_a_root(tmp_path: Path) -> None:
