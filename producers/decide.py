@@ -15,11 +15,12 @@ from typing import Final
 from producers.captions import Judged
 from producers.filters.base import BoundFilter, Facts, Value, Values
 from producers.load import Loaded
+from producers.pictures import CHANGED_FILE, placements, too_small
 from producers.plan import Plan
 from producers.state import Decision, Row, UnitState, caption_scores
 from qwenimg_dist.data.buckets import Placement
+from qwenimg_dist.schema import EDIT, IMAGE, PROMPT, edit_caption_key
 
-CHANGED_FILE: Final = "changed_file"
 # Found at the decode, and the same at each try: the picture is not opened again for them.
 LASTING: Final = frozenset({"truncated", "decode_error", "unsupported_mode", "too_many_pixels", CHANGED_FILE})
 
@@ -35,6 +36,8 @@ class Assessment:
     """Resolution class -> how the picture goes in; of all classes of the plan that it is large enough for."""
     missing: tuple[int, ...] = ()
     """Classes without latents; the picture must be opened for them."""
+    texts: tuple[str, ...] = ()
+    """Texts without features that see the further pictures; those must be opened for them."""
     decision: Decision | None = None
     """None: the picture must be opened first."""
 
@@ -49,21 +52,21 @@ def assess(judged: Judged, state: UnitState, plan: Plan) -> Assessment:
         return _decided(row, scores, *early)
     facts = facts_of(row)
     for one in plan.filters:
-        if one.filter.looks_at == "header":
+        if one.filter.looks_at == "header" and row.kind != PROMPT:
             scores |= one.score(facts)
     scores |= judged.values
     rejected = _early_rejection(judged, scores, plan)
     if rejected is not None:
         return _decided(row, scores, *rejected)
-    placements = plan.placements(row.height, row.width)
+    if row.kind == PROMPT:
+        return _decided(row, scores, "kept", "", "")
+    fitting = placements(row, plan)
     # A row that another resolution's facet holds stays, though none of this plan's classes takes it.
-    if not placements and not any(row.row in rows for rows in state.latents.values()):
-        classes = ", ".join(f"{resolution} px" for resolution in plan.buckets)
-        detail = f"{row.width}x{row.height} is smaller than its bucket at {classes}"
-        return _decided(row, scores, "rejected", "too_small", detail)
+    if not fitting and not any(row.row in rows for rows in state.latents.values()):
+        return _decided(row, scores, "rejected", "too_small", too_small(row, plan))
     if before is not None and before.status == "fault" and before.reason in LASTING:
         return _decided(row, scores, before.status, before.reason, before.detail)
-    return _after_header(row, scores, placements, state, plan)
+    return _after_header(row, scores, fitting, state, plan)
 
 
 def facts_of(row: Row, loaded: Loaded | None = None) -> Facts:
@@ -101,7 +104,7 @@ def _scores_before(before: Decision | None, judged: Judged, plan: Plan) -> dict[
 def _early_rejection(judged: Judged, scores: Values, plan: Plan) -> tuple[str, str, str] | None:
     """(status, reason, detail) by the first filter on header or captions that does not admit the row."""
     for one in plan.filters:
-        if one.filter.looks_at == "pixels":
+        if one.filter.looks_at == "pixels" or (judged.row.kind == PROMPT and one.filter.looks_at == "header"):
             continue
         rejection = judged.rejected.get(one.name) if one.filter.per_caption else one.admit(scores)
         if rejection is not None:
@@ -109,19 +112,29 @@ def _early_rejection(judged: Judged, scores: Values, plan: Plan) -> tuple[str, s
     return None
 
 
+def edit_texts(row: Row, known: frozenset[str]) -> tuple[str, ...]:
+    """Instructions of an edit, and the empty one that stands in when they are dropped, that have no features yet."""
+    if row.kind != EDIT:
+        return ()
+    sha256s = [one.sha256 for one in row.others]
+    wanted = dict.fromkeys(("", *row.captions))
+    return tuple(text for text in wanted if edit_caption_key(text, sha256s) not in known)
+
+
 def _after_header(
-    row: Row, scores: dict[str, Value], placements: Mapping[int, Placement], state: UnitState, plan: Plan
+    row: Row, scores: dict[str, Value], fitting: Mapping[int, Placement], state: UnitState, plan: Plan
 ) -> Assessment:
     filters = [one for one in plan.filters if one.filter.looks_at == "pixels"]
     known = list(takewhile(lambda one: one.scored(scores), filters))
     rejected = first_rejection(known, scores)
     if rejected is not None:
         return _decided(row, scores, *rejected)
-    missing = tuple(r for r in placements if row.row not in state.latents[plan.latents_facets[r]])
-    if missing or len(known) < len(filters):
-        return Assessment(row=row, scores=scores, placements=placements, missing=missing)
+    missing = tuple(r for r in fitting if row.row not in state.latents[plan.latents_facets[r]])
+    texts = edit_texts(row, state.texts)
+    if missing or texts or len(known) < len(filters):
+        return Assessment(row=row, scores=scores, placements=fitting, missing=missing, texts=texts)
     kept = Decision(status="kept", scores=scores)
-    return Assessment(row=row, scores=scores, placements=placements, decision=kept)
+    return Assessment(row=row, scores=scores, placements=fitting, decision=kept)
 
 
 def _without_scores(row: Row) -> tuple[str, str, str] | None:
@@ -130,7 +143,8 @@ def _without_scores(row: Row) -> tuple[str, str, str] | None:
     if row.caption_fault is not None:
         return "fault", row.caption_fault, "no usable caption in the source"
     if row.duplicate_of >= 0:
-        return "rejected", "duplicate", f"same bytes as row {row.duplicate_of}"
+        what = "same bytes as" if row.kind == IMAGE else "same pictures, and text where it counts, as"
+        return "rejected", "duplicate", f"{what} row {row.duplicate_of}"
     return None
 
 

@@ -1,9 +1,9 @@
 """Exact deduplication by sha256, settled in source order by the driver: no decision depends on timing.
 
 Place in the flow: scan -> **dedup** -> filters. A row takes part once it is readable and has a caption, and is then
-settled for good: kept if and only if no settled row has the same bytes. Rows that take part later (a file that turned
-up, a caption written afterwards) are compared with everything settled before. Filters play no role, so changed
-thresholds change nothing here. Deliberately left out: near duplicates.
+settled for good: kept if and only if no settled row has the same bytes, of all its pictures (`content_digest`). Rows
+that take part later (a file that turned up, a caption written afterwards) are compared with everything settled before.
+Filters play no role, so changed thresholds change nothing here. Deliberately left out: near duplicates.
 
 Memory: 40 bytes per kept row (sorted arrays of 32-byte digests and row numbers), so 40 MB per million; not Python
 strings, which would take five times as much.
@@ -11,14 +11,16 @@ strings, which would take five times as much.
 
 from __future__ import annotations
 
-from typing import Final
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 
 from producers.commit import commit_part
 from qwenimg_dist.data.facets import DataError, Dataset
-from qwenimg_dist.schema import DEDUP, DEDUP_COLUMNS, LISTING, SCAN
+from qwenimg_dist.schema import DEDUP, DEDUP_COLUMNS, IMAGE, LISTING, PROMPT, SCAN, Kind, row_identity
 
 KEPT: Final = -1
 _MERGE_AT: Final = 65_536
@@ -68,12 +70,40 @@ def load_index(dataset: Dataset) -> DigestIndex:
     for unit, parts in dataset.parts_by_unit(DEDUP).items():
         if unit not in scans:
             raise DataError(f"unit {unit} of {dataset.root} has a dedup part but no scan: a file was removed")
-        dedup, scan = dataset.merge(parts), dataset.merge(scans[unit], ["row", "sha256"])
-        sha = dict(zip(scan["row"].to_pylist(), scan["sha256"].to_pylist()))
+        dedup, scan = dataset.merge(parts), dataset.merge(scans[unit], ["row", "sha256", "others"])
+        digests = _digests(dataset, unit, scan)
         for row, original in zip(dedup["row"].to_pylist(), dedup["duplicate_of"].to_pylist()):
             if original == KEPT:
-                index.add(bytes.fromhex(sha[row]), row)
+                index.add(digests[row], row)
     return index
+
+
+def content_digest(kind: Kind, sha256s: Sequence[str], captions: Sequence[str]) -> bytes:
+    """32 bytes, equal for rows that are copies of each other: an image's sha256; else of kind, all pictures in order,
+    and the text where it is part of the row's identity. Edits with the same pictures are one row with several
+    instructions, as a picture has several captions."""
+    if kind == IMAGE:
+        return bytes.fromhex(sha256s[0])
+    return hashlib.sha256(row_identity(kind, sha256s, captions).encode("utf-8", "surrogatepass")).digest()
+
+
+def _digests(dataset: Dataset, unit: int, scan: pa.Table) -> dict[int, bytes]:
+    """Row -> what it is compared by; of the scan's rows with all of their pictures read."""
+    listed: dict[int, dict[str, Any]] = {}
+    kinds = dataset.read_unit(LISTING, unit, ["row", "kind"])
+    assert kinds is not None  # units come from the listing
+    if any(kind not in (None, IMAGE) for kind in kinds.to_pydict().get("kind", [])):
+        listing = dataset.read_unit(LISTING, unit, ["row", "kind", "captions"])
+        assert listing is not None
+        listed = {entry["row"]: entry for entry in listing.to_pylist()}
+    found = {}
+    for entry in scan.to_pylist():
+        row = listed.get(entry["row"], {})
+        kind = row.get("kind") or IMAGE
+        sha256s = [entry["sha256"], *(one["sha256"] for one in entry.get("others") or ())] if kind != PROMPT else []
+        if all(sha256s):
+            found[entry["row"]] = content_digest(kind, sha256s, row.get("captions") or ())
+    return found
 
 
 def settle_unit(dataset: Dataset, unit: int, index: DigestIndex, *, config_hash: str) -> None:
@@ -82,19 +112,20 @@ def settle_unit(dataset: Dataset, unit: int, index: DigestIndex, *, config_hash:
     Call in ascending order of units. The index is updated only after the commit.
     """
     listing = dataset.read_unit(LISTING, unit, ["row", "caption_fault"])
-    scan = dataset.read_unit(SCAN, unit, ["row", "sha256", "fault"])
+    scan = dataset.read_unit(SCAN, unit, ["row", "sha256", "fault", "others"])
     assert listing is not None  # units come from the listing
     assert scan is not None  # and are settled after their scan
     settled = dataset.read_unit(DEDUP, unit, ["row"])
     done = set(settled["row"].to_pylist()) if settled is not None else set()
     without_caption = {entry["row"] for entry in listing.to_pylist() if entry["caption_fault"] is not None}
+    digests = _digests(dataset, unit, scan)
     kept: dict[bytes, int] = {}
     rows = []
     for entry in scan.to_pylist():
         row = entry["row"]
         if row in done or row in without_caption or entry["fault"] is not None:
             continue
-        digest = bytes.fromhex(entry["sha256"])
+        digest = digests[row]
         original = kept.get(digest)
         if original is None:
             original = index.find(digest)

@@ -149,8 +149,8 @@ class Driver:
         again, retry = [], False
         faults = passing_faults(self.dataset, unit)
         (self._watched.add if faults else self._watched.discard)(unit)
-        for row, uri, by_scan in faults:
-            if not can_be_read(self.root, uri):
+        for row, uris, by_scan in faults:
+            if not all(can_be_read(self.root, uri) for uri in uris):
                 continue
             if by_scan:
                 again.append(row)

@@ -15,9 +15,11 @@ from typing import Final, TypeVar
 import numpy as np
 import torch
 
-from producers.write import Pixels
+from producers.pictures import Pixels
+from producers.write import EditPrompt
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.shards import RawTensor
+from qwenimg_dist.models.edit_encoder import EditEncoder
 from qwenimg_dist.models.template import DROP
 from qwenimg_dist.models.text_encoder import TextEncoder
 from qwenimg_dist.models.vae import LatentCodec
@@ -31,9 +33,12 @@ Result = TypeVar("Result")
 class PipelineEncoders:
     """`Encoders` of one pipeline directory, on one device."""
 
-    def __init__(self, codec: LatentCodec, text_encoder: TextEncoder, config: Config) -> None:
+    def __init__(self, codec: LatentCodec, text_encoder: TextEncoder, config: Config, pipeline_dir: Path) -> None:
         self._codec = codec
         self._text_encoder = text_encoder
+        self._pipeline_dir = pipeline_dir
+        self._template = config.encode.edit.template
+        self._edit_encoder: EditEncoder | None = None
         self._posterior = config.encode.posterior
         self._dtype = config.encode.dtype
         self._text_batch_tokens = config.encode.text_batch_tokens
@@ -48,6 +53,7 @@ class PipelineEncoders:
                 pipeline_dir, dtype=dtype, device=device, max_sequence_length=config.model.max_text_tokens
             ),
             config,
+            pipeline_dir,
         )
 
     def latents(self, pixels: Pixels) -> list[dict[str, RawTensor]]:
@@ -63,6 +69,19 @@ class PipelineEncoders:
             for caption, of_caption in zip(batch, features, strict=True):
                 yield caption, raw_tensor(of_caption, self._dtype)
 
+    def edit_text(self, prompts: Sequence[EditPrompt]) -> list[RawTensor]:
+        """Features (T, D) of each instruction, its pictures seen; loads the vision tower at the first call."""
+        if self._edit_encoder is None:
+            self._edit_encoder = EditEncoder.load(self._pipeline_dir, self._text_encoder, template=self._template)
+        encoder = self._edit_encoder
+        tokens = [encoder.tokenize(one.text, one.pictures) for one in prompts]
+        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index].ids))
+        found: dict[int, RawTensor] = {}
+        for batch in token_batches(order, [len(tokens[index].ids) for index in order], self._text_batch_tokens):
+            features = halving(encoder.encode, [tokens[index] for index in batch])
+            found |= {index: raw_tensor(one, self._dtype) for index, one in zip(batch, features, strict=True)}
+        return [found[index] for index in range(len(prompts))]
+
     def _latents(self, pictures: Sequence[Pixels]) -> list[dict[str, RawTensor]]:
         pixels = torch.from_numpy(np.stack(pictures)).to(self._codec.vae.device)
         mean, logvar = self._codec.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0)
@@ -73,10 +92,10 @@ class PipelineEncoders:
         return samples
 
 
-def token_batches(items: Sequence[str], lengths: Sequence[int], max_tokens: int) -> Iterator[list[str]]:
+def token_batches(items: Sequence[Item], lengths: Sequence[int], max_tokens: int) -> Iterator[list[Item]]:
     """Cut `items`, given by ascending length, into runs whose padded size (count * longest) is at most `max_tokens`;
     an item longer than that stands alone."""
-    batch: list[str] = []
+    batch: list[Item] = []
     for item, length in zip(items, lengths, strict=True):
         if batch and (len(batch) + 1) * length > max_tokens:
             yield batch

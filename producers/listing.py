@@ -26,13 +26,13 @@ from producers.commit import commit_part
 from producers.key_index import ABSENT, KeyIndex
 from producers.sources.base import SourceRow
 from qwenimg_dist.data.facets import DataError, Dataset
-from qwenimg_dist.schema import LISTING, LISTING_COLUMNS, row_key
+from qwenimg_dist.schema import IMAGE, LISTING, LISTING_COLUMNS, Kind, row_key
 
 _KEY_BYTES: Final = 10
 _BATCH_ROWS: Final = 4096
 _CHANGES_HELD: Final = 16_384
 _REPEATS_REMEMBERED: Final = 4
-"""From this many occurrences of one uri on, the next one's number is remembered instead of counted up to."""
+"""From this many occurrences of one row on, the next one's number is remembered instead of counted up to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def sync_listing(
     changes = _Changes(dataset, len(known), config_hash, before_commit)
     added = recaptioned = 0
     for batch in _batches(rows):
-        digests = [_digest(one.captions, one.fault) for one in batch]
+        digests = [_digest(one.captions, one.fault, one.meta) for one in batch]
         for source_row, (key, number), digest in zip(batch, known.meet([one.identity for one in batch]), digests):
             if number == ABSENT:
                 number, added = known.add(key, digest), added + 1
@@ -70,6 +70,9 @@ def sync_listing(
                     "uri": source_row.uri,
                     "captions": list(source_row.captions),
                     "caption_fault": source_row.fault,
+                    "kind": source_row.kind,
+                    "others": list(source_row.others),
+                    "meta": source_row.meta,
                 }
             )
     changes.commit_all()
@@ -80,6 +83,19 @@ def _batches(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:
     waiting = iter(rows)
     while batch := list(islice(waiting, _BATCH_ROWS)):
         yield batch
+
+
+def check_kind(dataset: Dataset, kind: Kind) -> None:
+    """A data set holds rows of one kind, as its first row says. Raises `DataError` for another one."""
+    parts = dataset.unit_parts(LISTING, 0)
+    if not parts:
+        return
+    first = dataset.read(parts[0], ["row", "kind"]).slice(0, 1).to_pylist()[0].get("kind") or IMAGE
+    if first != kind:
+        raise DataError(
+            f"{dataset.root} holds rows of kind {first}, this source gives {kind}: choose another data.path; training "
+            "mixes data sets by weight"
+        )
 
 
 class _Known:
@@ -95,7 +111,7 @@ class _Known:
         return len(self._index)
 
     def meet(self, identities: Sequence[str]) -> Iterable[tuple[bytes, int]]:
-        """(key, row or `ABSENT`) of each one's next occurrence: the n-th one in the source has the n-th key.
+        """(key, row or `ABSENT`) of each row's next occurrence: the n-th one in the source has the n-th key.
 
         Lazily, so that the caller can `add` what is absent before the next one is looked up.
         """
@@ -186,9 +202,9 @@ def _read_known(dataset: Dataset) -> _Known:
     """What the newest listing parts say. Raises `DataError` if a part is missing."""
     known = _Known()
     for part in dataset.parts(LISTING):
-        table = dataset.read(part, ["row", "key", "captions", "caption_fault"])
+        table = dataset.read(part, ["row", "key", "captions", "caption_fault", "meta"])
         for entry in sorted(table.to_pylist(), key=lambda entry: entry["row"]):
-            digest = _digest(entry["captions"], entry["caption_fault"])
+            digest = _digest(entry["captions"], entry["caption_fault"], entry.get("meta"))
             if entry["row"] < len(known):
                 known.recaption(entry["row"], digest)
             elif entry["row"] == len(known):
@@ -198,6 +214,6 @@ def _read_known(dataset: Dataset) -> _Known:
     return known
 
 
-def _digest(captions: Sequence[str], fault: str | None) -> int:
-    text = "\0".join((fault or "", *captions))
+def _digest(captions: Sequence[str], fault: str | None, meta: str | None) -> int:
+    text = "\0".join((fault or "", *captions, *(() if meta is None else ("", meta))))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

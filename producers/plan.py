@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from producers.filters import validate_filters
 from producers.filters.base import BoundFilter
-from qwenimg_dist.config import Config, stable_hash
+from qwenimg_dist.config import Config, EditEncodeConfig, stable_hash
 from qwenimg_dist.data.buckets import Placement, buckets, place
 from qwenimg_dist.schema import Bucket
 
@@ -31,6 +31,8 @@ class Plan:
     """Stamped on every part."""
     max_shard_bytes: int
     image_batch_pixels: int
+    edit: EditEncodeConfig
+    """How condition pictures go in; part of the facets' names."""
 
     @property
     def facets(self) -> tuple[str, ...]:
@@ -64,4 +66,5 @@ def make_plan(config: Config, *, text_facet: str, latents_facets: Mapping[int, s
         config_hash=stable_hash(config.model_dump(mode="json", include={"model", "source", "filters", "encode"})),
         max_shard_bytes=config.data.max_shard_bytes,
         image_batch_pixels=config.encode.image_batch_pixels,
+        edit=config.encode.edit,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 
@@ -19,12 +19,13 @@ from producers.poison import POISON, Watch
 from producers.sources.base import OUTSIDE_ROOT, SourceGoneError, read_bytes
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.debug import picture_point
-from qwenimg_dist.schema import LISTING, SCAN, SCAN_COLUMNS
+from qwenimg_dist.schema import IMAGE, LISTING, PROMPT, SCAN, SCAN_COLUMNS, role_of
 
 MISSING_FILE = "missing_file"
 UNREADABLE = "unreadable"
 PASSING = frozenset({MISSING_FILE, UNREADABLE})
 """Faults of the moment: the file may be there the next time, so a later `produce` looks again."""
+_NOTHING: Final[Mapping[str, Any]] = {"bytes": 0, "width": 0, "height": 0, "orientation": 1}
 
 
 def read_or_fault(root: str, uri: str) -> bytes:
@@ -39,26 +40,42 @@ def read_or_fault(root: str, uri: str) -> bytes:
         raise ImageFault(UNREADABLE, error.strerror or type(error).__name__) from error
 
 
-def scan_row(root: str, row: int, uri: str, listing_fault: str | None) -> dict[str, Any]:
-    """One row of `SCAN_COLUMNS`."""
-    facts: dict[str, Any] = {"row": row, "bytes": 0, "width": 0, "height": 0, "orientation": 1}
-    if listing_fault == OUTSIDE_ROOT:
-        return {**facts, "fault": OUTSIDE_ROOT, "detail": "the path leads out of source.path"}
+def scan_row(root: str, listed: Mapping[str, Any]) -> dict[str, Any]:
+    """One row of `SCAN_COLUMNS`, of a row of the listing. The first fault among its pictures is the row's; its detail
+    names the picture."""
+    row, kind, others = listed["row"], listed.get("kind") or IMAGE, listed.get("others") or ()
+    if listed["caption_fault"] == OUTSIDE_ROOT:
+        return {"row": row, **_NOTHING, "fault": OUTSIDE_ROOT, "detail": "the path leads out of source.path"}
+    if kind == PROMPT:
+        return {"row": row, **_NOTHING}
+    scanned = [_scan_file(root, one) for one in (listed["uri"], *others)]
+    entry = {"row": row, **scanned[0][0], "others": [facts for facts, _ in scanned[1:]]}
+    faulty = [(index, fault) for index, (_, fault) in enumerate(scanned) if fault is not None]
+    if not faulty:
+        return entry
+    index, fault = faulty[0]
+    detail = fault.detail if not others else f"{role_of(kind, index)}: {fault.detail}"
+    return {**entry, "fault": fault.reason, "detail": detail}
+
+
+def _scan_file(root: str, uri: str) -> tuple[dict[str, Any], ImageFault | None]:
+    """Facts of one file, and why it cannot be used."""
+    facts = dict(_NOTHING)
     try:
         data = read_or_fault(root, uri)
         facts |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         picture_point("scan", facts["sha256"])
         header = open_header(data)
     except ImageFault as fault:
-        return {**facts, "fault": fault.reason, "detail": fault.detail}
-    return {
-        **facts,
+        return facts, fault
+    facts |= {
         "format": header.format,
         "mode": header.mode,
         "width": header.width,
         "height": header.height,
         "orientation": header.orientation,
     }
+    return facts, None
 
 
 def scan_unit(
@@ -74,7 +91,7 @@ def scan_unit(
 
     With `watch`, rows that killed earlier tries get the fault `poison` unopened.
     """
-    listing = dataset.read_unit(LISTING, unit, ["row", "uri", "caption_fault"])
+    listing = dataset.read_unit(LISTING, unit, ["row", "uri", "caption_fault", "kind", "others"])
     assert listing is not None  # units come from the listing
     scanned = dataset.read_unit(SCAN, unit, ["row"])
     known = set(scanned["row"].to_pylist()) - set(again) if scanned is not None else set()
@@ -96,4 +113,4 @@ def _scan_watched(root: str, listed: Mapping[str, Any], watch: Watch | None) -> 
         return {**facts, "fault": POISON, "detail": watch.poison[row]}
     if watch is not None:
         watch.opening(row)
-    return scan_row(root, row, listed["uri"], listed["caption_fault"])
+    return scan_row(root, listed)

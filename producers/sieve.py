@@ -29,7 +29,7 @@ def sieve_unit(dataset: Dataset, unit: int, *, plan: Plan, root: str, scorers: S
                 continue
             watch.opening(one.row.row)
             for opened in ask_models([open_row(one, plan, root)], plan, scorers):
-                for _ in cut(opened):
+                for _ in cut(opened, plan):
                     pass
     record_poison(dataset, unit, watch.poison, config_hash=plan.config_hash)
     watch.forget()

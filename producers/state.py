@@ -14,12 +14,22 @@ from producers.filters.base import Value
 from producers.plan import Plan
 from producers.scan import PASSING
 from qwenimg_dist.data.facets import Dataset, Part
-from qwenimg_dist.schema import DEDUP, LABEL_PREFIX, LISTING, ROWS, SCAN, SCORE_PREFIX
+from qwenimg_dist.schema import DEDUP, IMAGE, LABEL_PREFIX, LISTING, ROWS, SCAN, SCORE_PREFIX, Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Further:
+    """A further picture of a row, as it was scanned."""
+
+    uri: str
+    sha256: str
+    width: int
+    height: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One listed row with all that came before filters."""
+    """One listed row with all that came before filters. Facts of a file are those of its own picture."""
 
     row: int
     key: str
@@ -35,6 +45,10 @@ class Row:
     detail: str | None
     duplicate_of: int
     """-1: not a duplicate, or not settled (a fault says why)."""
+    kind: Kind = IMAGE
+    others: tuple[Further, ...] = ()
+    """Empty where a fault came before their scan."""
+    meta: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,18 +142,22 @@ def is_done(dataset: Dataset, unit: int, plan: Plan) -> bool:
     )
 
 
-def passing_faults(dataset: Dataset, unit: int) -> list[tuple[int, str, bool]]:
-    """(row, uri, seen by the scan) of the rows whose newest decision is a fault that may have passed."""
+def passing_faults(dataset: Dataset, unit: int) -> list[tuple[int, tuple[str, ...], bool]]:
+    """(row, uris, seen by the scan) of the rows whose newest decision is a fault that may have passed."""
     counts = read_record(dataset, unit).get("counts", {})
     if not any(counts.get(reason) for reason in PASSING):
         return []
     faulty = {row for row, decision in _read_decisions(dataset, unit).items() if decision.reason in PASSING}
-    listing = dataset.read_unit(LISTING, unit, ["row", "uri"])
+    listing = dataset.read_unit(LISTING, unit, ["row", "uri", "others"])
     scan = dataset.read_unit(SCAN, unit, ["row", "fault"])
     assert listing is not None  # there are decisions
     assert scan is not None
     scanned = {entry["row"]: entry["fault"] in PASSING for entry in scan.to_pylist()}
-    return [(e["row"], e["uri"], scanned[e["row"]]) for e in listing.to_pylist() if e["row"] in faulty]
+    return [
+        (entry["row"], (entry["uri"], *(entry.get("others") or ())), scanned[entry["row"]])
+        for entry in listing.to_pylist()
+        if entry["row"] in faulty
+    ]
 
 
 def _read_decisions(dataset: Dataset, unit: int) -> dict[int, Decision]:
@@ -213,4 +231,10 @@ def _row(listed: Mapping[str, Any], scan: Mapping[str, Any], duplicate_of: int) 
         fault=scan["fault"],
         detail=scan["detail"],
         duplicate_of=duplicate_of,
+        kind=listed.get("kind") or IMAGE,
+        others=tuple(
+            Further(uri=uri, sha256=facts["sha256"] or "", width=facts["width"], height=facts["height"])
+            for uri, facts in zip(listed.get("others") or (), scan.get("others") or ())
+        ),
+        meta=listed.get("meta"),
     )

@@ -10,7 +10,6 @@ Refuses to encode bytes other than those that were scanned (`changed_file`).
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,20 +17,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import pyarrow as pa
+from PIL import Image
 
+from producers import pictures
 from producers.captions import judge
 from producers.commit import commit_part
-from producers.decide import CHANGED_FILE, Assessment, assess, facts_of, first_rejection
+from producers.decide import Assessment, assess, facts_of, first_rejection
 from producers.filters.base import BoundFilter, Facts, Scorers, Value
-from producers.load import ImageFault, load_image, render
+from producers.load import ImageFault
 from producers.plan import Plan
-from producers.scan import read_or_fault
 from producers.state import Decision, Row, UnitState, read_state
-from producers.write import Encoders, LatentsWriter, Pixels, write_text
-from qwenimg_dist.data.buckets import Placement
+from producers.write import Encoders, LatentsWriter, TextWriter
 from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.debug import fault_point, picture_point
-from qwenimg_dist.schema import DEDUP, LABEL_PREFIX, LISTING, ROWS, ROWS_COLUMNS, SCAN, SCORE_PREFIX
+from qwenimg_dist.debug import fault_point
+from qwenimg_dist.schema import DEDUP, EDIT, LABEL_PREFIX, LISTING, ROWS, ROWS_COLUMNS, SCAN, SCORE_PREFIX
 
 _BATCH_ROWS: Final = 16
 _BATCH_PIXELS: Final = 64 * 1024 * 1024
@@ -59,6 +58,8 @@ class Opened:
     assessment: Assessment
     decision: Decision
     facts: Facts | None = None
+    others: tuple[Image.Image, ...] = ()
+    """The further pictures, where they are wanted."""
 
 
 def produce_unit(
@@ -71,16 +72,17 @@ def produce_unit(
     assessed = [assess(one, state, plan) for one in judged]
     decisions = {one.row.row: one.decision for one in assessed if one.decision is not None}
     to_open = [one for one in assessed if one.decision is None]
-    with LatentsWriter(dataset, unit, plan, encoders) as writer:
+    with LatentsWriter(dataset, unit, plan, encoders) as latents, TextWriter(dataset, unit, plan, encoders) as texts:
         for batch in _batches(_open_all(to_open, plan, root, num_threads)):
             for opened in ask_models(batch, plan, scorers):
                 decisions[opened.assessment.row.row] = opened.decision
-                for resolution, placement, pixels in cut(opened):
-                    writer.add(opened.assessment.row, resolution, placement, pixels)
+                for cut_one in cut(opened, plan):
+                    latents.add(cut_one)
+                _queue_texts(opened, plan, texts)
         decisions = {one.row.row: replace(decisions[one.row.row], caption_faults=one.faults) for one in judged}
-        captions = [text for one in judged if decisions[one.row.row].kept for text in one.row.captions]
-        num_captions = write_text(dataset, unit, plan, encoders, captions, state.texts)
-        num_latents = writer.commit()
+        plain = [one.row for one in judged if decisions[one.row.row].kept and one.row.kind != EDIT]
+        num_captions = texts.commit([text for row in plain for text in row.captions], state.texts)
+        num_latents = latents.commit()
     _commit_rows(dataset, unit, plan, state, decisions)
     return UnitReport(
         unit=unit,
@@ -113,12 +115,8 @@ def open_row(one: Assessment, plan: Plan, root: str) -> Opened:
     """Decode, score by the filters without a model, decide."""
     row, scores = one.row, dict(one.scores)
     try:
-        data = read_or_fault(root, row.uri)
-        sha256 = hashlib.sha256(data).hexdigest()
-        if sha256 != row.sha256:
-            raise ImageFault(CHANGED_FILE, "not the bytes that were scanned: give a changed picture a new name")
-        picture_point("decode", sha256)
-        loaded = load_image(data)
+        loaded = pictures.open_verified(root, row.uri, row.sha256)
+        others = pictures.open_further(row, root) if one.missing or one.texts else ()
     except ImageFault as fault:
         decision = Decision(status="fault", reason=fault.reason, detail=fault.detail, scores=scores)
         return Opened(assessment=one, decision=decision)
@@ -126,7 +124,8 @@ def open_row(one: Assessment, plan: Plan, root: str) -> Opened:
     filters = [each for each in plan.filters if each.filter.looks_at == "pixels" and each.filter.load is None]
     for each in filters:
         scores |= each.score(facts)
-    return _decide(Opened(assessment=one, decision=Decision(status="kept", scores=scores), facts=facts), filters)
+    kept = Decision(status="kept", scores=scores)
+    return _decide(Opened(assessment=one, decision=kept, facts=facts, others=others), filters)
 
 
 def _decide(opened: Opened, filters: Sequence[BoundFilter]) -> Opened:
@@ -136,7 +135,7 @@ def _decide(opened: Opened, filters: Sequence[BoundFilter]) -> Opened:
         return opened
     status, reason, detail = rejected
     decision = Decision(status=status, reason=reason, detail=detail, scores=opened.decision.scores)
-    return replace(opened, decision=decision, facts=None)
+    return replace(opened, decision=decision, facts=None, others=())
 
 
 def _batches(opened: Iterable[Opened]) -> Iterator[list[Opened]]:
@@ -145,6 +144,7 @@ def _batches(opened: Iterable[Opened]) -> Iterator[list[Opened]]:
     pixels = 0
     for one in opened:
         size = one.facts.width * one.facts.height if one.facts is not None else 0
+        size += sum(other.width * other.height for other in one.others)
         if batch and (pixels + size > _BATCH_PIXELS or len(batch) >= _BATCH_ROWS):
             yield batch
             batch, pixels = [], 0
@@ -171,14 +171,20 @@ def ask_models(batch: Sequence[Opened], plan: Plan, scorers: Scorers) -> list[Op
     return asked
 
 
-def cut(opened: Opened) -> Iterator[tuple[int, Placement, Pixels]]:
-    """Every missing resolution of a kept picture."""
+def cut(opened: Opened, plan: Plan) -> Iterator[pictures.Cut]:
+    """Every missing class of a kept row."""
     one = opened.assessment
-    if opened.facts is None or opened.facts.image is None:
+    if opened.facts is None or opened.facts.image is None or not one.missing:
         return
-    for resolution in one.missing:
-        placement = one.placements[resolution]
-        yield resolution, placement, render(opened.facts.image, placement)
+    missing = {resolution: one.placements[resolution] for resolution in one.missing}
+    yield from pictures.cut(one.row, opened.facts.image, opened.others, missing, plan)
+
+
+def _queue_texts(opened: Opened, plan: Plan, writer: TextWriter) -> None:
+    """The missing texts of a kept row that see its pictures."""
+    one = opened.assessment
+    if opened.facts is not None and one.texts:
+        writer.add_edit(one.row, one.texts, pictures.vision_pixels(one.row, opened.others, plan))
 
 
 def _commit_rows(dataset: Dataset, unit: int, plan: Plan, state: UnitState, decisions: Mapping[int, Decision]) -> None:
@@ -229,11 +235,11 @@ def _more_captions(before: Decision, now: Decision) -> bool:
 
 
 def _left_out(plan: Plan, state: UnitState, decisions: Mapping[int, Decision]) -> dict[str, int]:
-    """Resolution class -> kept rows that are too small for it."""
+    """Resolution class -> kept rows without latents of it: too small, or without a picture."""
     count = Counter(dict.fromkeys(plan.buckets, 0))
     for row in state.rows:
         if decisions[row.row].kept:
-            fitting = plan.placements(row.height, row.width)
+            fitting = pictures.placements(row, plan)
             count.update(resolution for resolution in plan.buckets if resolution not in fitting)
     return {str(resolution): number for resolution, number in count.items()}
 

@@ -8,22 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from producers.commit import commit_part
+from producers.pictures import Cut, FurtherCut, Pixels
 from producers.plan import Plan
 from producers.state import Row
 from qwenimg_dist.data.buckets import Placement
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.data.shards import RawTensor, ShardWriter
-from qwenimg_dist.schema import LATENTS_COLUMNS, TEXT_COLUMNS, Bucket, caption_key
+from qwenimg_dist.schema import IMAGE, LATENTS_COLUMNS, TEXT_COLUMNS, Bucket, caption_key, edit_caption_key
 
-Pixels = npt.NDArray[np.uint8]
+_EDIT_BATCH: Final = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditPrompt:
+    """An instruction and the pictures it is about, (H, W, 3) each."""
+
+    text: str
+    pictures: tuple[Pixels, ...]
 
 
 class Encoders(Protocol):
@@ -37,6 +46,10 @@ class Encoders(Protocol):
         """Each caption with its features (T, D), in any order."""
         ...
 
+    def edit_text(self, prompts: Sequence[EditPrompt]) -> list[RawTensor]:
+        """Features (T, D) of each instruction, its pictures seen."""
+        ...
+
 
 class LatentsWriter:
     """The latents parts of one unit, one tar set per resolution."""
@@ -44,7 +57,7 @@ class LatentsWriter:
     def __init__(self, dataset: Dataset, unit: int, plan: Plan, encoders: Encoders) -> None:
         self._dataset, self._plan, self._encoders = dataset, plan, encoders
         self._parts = {r: dataset.next_part(facet, unit) for r, facet in plan.latents_facets.items()}
-        self._batches: dict[tuple[int, Bucket], list[tuple[Row, Placement, Pixels]]] = {}
+        self._batches: dict[tuple[int, Bucket], list[Cut]] = {}
         self._index: dict[int, list[dict[str, Any]]] = {r: [] for r in plan.latents_facets}
         self._stack = ExitStack()
         self._writers = {
@@ -60,14 +73,13 @@ class LatentsWriter:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def add(self, row: Row, resolution: int, placement: Placement, pixels: Pixels) -> None:
-        """Queue one picture; encodes when its bucket's batch is full."""
-        batch_of = (resolution, placement.bucket)
+    def add(self, cut: Cut) -> None:
+        """Queue the pictures of one row for one class; encodes when its bucket's batch is full."""
+        batch_of = (cut.resolution, cut.placement.bucket)
         batch = self._batches.setdefault(batch_of, [])
-        batch.append((row, placement, pixels))
-        bucket = placement.bucket
-        if len(batch) >= max(1, self._plan.image_batch_pixels // (bucket.height * bucket.width)):
-            self._encode(resolution, self._batches.pop(batch_of))
+        batch.append(cut)
+        if sum(one.num_pixels for one in batch) + cut.num_pixels > self._plan.image_batch_pixels:
+            self._encode(cut.resolution, self._batches.pop(batch_of))
 
     def commit(self) -> int:
         """Encode what is queued and commit. A part is committed even if empty where the facet has none of this unit:
@@ -83,14 +95,14 @@ class LatentsWriter:
                 commit_part(self._dataset, part, table, config_hash=self._plan.config_hash, tars=tars)
         return sum(len(rows) for rows in self._index.values())
 
-    def _encode(self, resolution: int, batch: Sequence[tuple[Row, Placement, Pixels]]) -> None:
-        encoded = self._encoders.latents(np.stack([pixels for _, _, pixels in batch]))
-        for (row, placement, _), tensors in zip(batch, encoded, strict=True):
-            at = self._writers[resolution].write(row.key, _sample_json(row, placement), tensors)
+    def _encode(self, resolution: int, batch: Sequence[Cut]) -> None:
+        for cut, tensors in zip(batch, self._tensors(batch), strict=True):
+            placement = cut.placement
+            at = self._writers[resolution].write(cut.row.key, _sample_json(cut), tensors)
             self._index[resolution].append(
                 {
-                    "row": row.row,
-                    "key": row.key,
+                    "row": cut.row.row,
+                    "key": cut.row.key,
                     "bucket_height": placement.bucket.height,
                     "bucket_width": placement.bucket.width,
                     "resized_height": placement.resized[0],
@@ -98,41 +110,108 @@ class LatentsWriter:
                     "crop_top": placement.crop[0],
                     "crop_left": placement.crop[1],
                     **at.columns(),
+                    **at.further_columns(),
                 }
             )
 
-
-def write_text(
-    dataset: Dataset, unit: int, plan: Plan, encoders: Encoders, captions: Sequence[str], known: frozenset[str]
-) -> int:
-    """Encode and commit the distinct captions that have no features yet, the empty prompt always among them.
-
-    Returns the captions written; nothing is committed if there is none.
-    """
-    wanted = {caption_key(caption): caption for caption in ("", *captions)}
-    todo = [caption for key, caption in wanted.items() if key not in known]
-    if not todo:
-        return 0
-    part = dataset.next_part(plan.text_facet, unit)
-    rows = []
-    with ShardWriter(dataset, part, max_shard_bytes=plan.max_shard_bytes) as writer:
-        for caption, features in encoders.text(todo):
-            key, num_tokens = caption_key(caption), int(features.data.shape[0])
-            at = writer.write(key, {"caption": caption, "num_tokens": num_tokens}, {"features": features})
-            rows.append({"key": key, "num_tokens": num_tokens, **at.columns()})
-        tars = writer.close()
-    table = pa.Table.from_pylist(rows, schema=TEXT_COLUMNS)
-    commit_part(dataset, part, table, config_hash=plan.config_hash, tars=tars)
-    return len(rows)
+    def _tensors(self, batch: Sequence[Cut]) -> list[dict[str, RawTensor]]:
+        """Per row `mean` and `logvar` of its own picture, then `<name>` and `<name>_logvar` of each further one."""
+        samples = self._encoders.latents(np.stack([cut.pixels for cut in batch]))
+        by_shape: dict[tuple[int, ...], list[tuple[int, FurtherCut]]] = {}
+        for index, cut in enumerate(batch):
+            for one in cut.further:
+                by_shape.setdefault(one.pixels.shape, []).append((index, one))
+        encoded: dict[tuple[int, str], dict[str, RawTensor]] = {}
+        for (height, width, _), of_shape in by_shape.items():
+            num = max(1, self._plan.image_batch_pixels // (height * width))
+            for few in (of_shape[start : start + num] for start in range(0, len(of_shape), num)):
+                latents = self._encoders.latents(np.stack([one.pixels for _, one in few]))
+                encoded |= {(index, one.name): one_of for (index, one), one_of in zip(few, latents, strict=True)}
+        for index, cut in enumerate(batch):
+            for one in cut.further:
+                for part, tensor in encoded[index, one.name].items():
+                    samples[index][one.name if part == "mean" else f"{one.name}_{part}"] = tensor
+        return samples
 
 
-def _sample_json(row: Row, placement: Placement) -> Mapping[str, Any]:
-    return {
+class TextWriter:
+    """The text part of one unit. Edits are encoded as they come, since their pictures are at hand then."""
+
+    def __init__(self, dataset: Dataset, unit: int, plan: Plan, encoders: Encoders) -> None:
+        self._dataset, self._plan, self._encoders = dataset, plan, encoders
+        self._part = dataset.next_part(plan.text_facet, unit)
+        self._writer = ShardWriter(dataset, self._part, max_shard_bytes=plan.max_shard_bytes)
+        self._edits: dict[str, tuple[EditPrompt, list[str]]] = {}
+        self._rows: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> TextWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.abort()
+
+    def add_edit(self, row: Row, texts: Sequence[str], pictures: tuple[Pixels, ...]) -> None:
+        """Queue texts that see the row's further pictures."""
+        sha256s = [one.sha256 for one in row.others]
+        for text in texts:
+            key = edit_caption_key(text, sha256s)
+            if key not in self._rows:  # the same source and words with another target
+                self._edits[key] = (EditPrompt(text=text, pictures=pictures), sha256s)
+        if len(self._edits) >= _EDIT_BATCH:
+            self._encode_edits()
+
+    def commit(self, captions: Sequence[str], known: frozenset[str]) -> int:
+        """Encode the distinct captions that have no features yet, the empty prompt always among them, and commit.
+
+        Returns the texts written; nothing is committed if there is none.
+        """
+        self._encode_edits()
+        wanted = {caption_key(caption): caption for caption in ("", *captions)}
+        todo = [caption for key, caption in wanted.items() if key not in known]
+        for caption, features in self._encoders.text(todo) if todo else ():
+            self._write(caption_key(caption), {"caption": caption}, features)
+        if self._rows:
+            table = pa.Table.from_pylist(list(self._rows.values()), schema=TEXT_COLUMNS)
+            tars = self._writer.close()
+            commit_part(self._dataset, self._part, table, config_hash=self._plan.config_hash, tars=tars)
+        return len(self._rows)
+
+    def _encode_edits(self) -> None:
+        if not self._edits:
+            return
+        features = self._encoders.edit_text([prompt for prompt, _ in self._edits.values()])
+        for (key, (prompt, sha256s)), of_prompt in zip(self._edits.items(), features, strict=True):
+            self._write(key, {"caption": prompt.text, "pictures": sha256s}, of_prompt)
+        self._edits.clear()
+
+    def _write(self, key: str, meta: Mapping[str, Any], features: RawTensor) -> None:
+        num_tokens = int(features.data.shape[0])
+        at = self._writer.write(key, {**meta, "num_tokens": num_tokens}, {"features": features})
+        self._rows[key] = {"key": key, "num_tokens": num_tokens, **at.columns()}
+
+
+def _sample_json(cut: Cut) -> Mapping[str, Any]:
+    row = cut.row
+    sample = {
         "row": row.row,
         "uri": row.uri,
         "captions": list(row.captions),
         "height": row.height,
         "width": row.width,
+        **_placement_json(cut.placement),
+    }
+    if row.kind != IMAGE:
+        further = {one.name: {"uri": one.uri, **_placement_json(one.placement)} for one in cut.further}
+        sample |= {"kind": row.kind, "further": further}
+    if row.meta is not None:
+        sample["meta"] = row.meta
+    return sample
+
+
+def _placement_json(placement: Placement) -> dict[str, list[int]]:
+    return {
         "bucket": [placement.bucket.height, placement.bucket.width],
         "crop": list(placement.crop),
         "resized": list(placement.resized),

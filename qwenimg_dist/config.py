@@ -79,7 +79,59 @@ class WebdatasetSource(Section):
     """Key of the caption, or list of captions, in `.json` members."""
 
 
-SourceConfig = Annotated[FolderSource | ManifestSource | WebdatasetSource, Field(discriminator="kind")]
+class PairsSource(Section):
+    """Preference pairs in `.jsonl` or `.parquet` files; pictures by uri, or as bytes in parquet columns."""
+
+    kind: Literal["pairs"]
+    path: str | None = None
+    """A file, or a folder of files."""
+    layout: Literal["auto", "chosen", "labels"] = "auto"
+    """`chosen`: a column with the better picture and one with the other; `labels`: two pictures and a label for each,
+    of which the higher one wins; `auto`: `labels` where the label columns are there."""
+    prompt_column: str | None = None
+    """`None` is `prompt` or `caption`, whichever is there."""
+    picture_columns: tuple[str, str] | None = None
+    """Chosen and rejected, or first and second; `None` is `chosen`, `rejected`, with labels `jpg_0`, `jpg_1`."""
+    label_columns: tuple[str, str] = ("label_0", "label_1")
+    meta_columns: tuple[str, ...] = ()
+    """Columns kept as JSON with each sample."""
+    root: str | None = None
+    """What relative uris are relative to; `None` is the folder of the files."""
+
+
+class EditsSource(Section):
+    """Source pictures, instruction and target in `.jsonl` or `.parquet` files; pictures as for `pairs`."""
+
+    kind: Literal["edits"]
+    path: str | None = None
+    """A file, or a folder of files."""
+    source_columns: tuple[str, ...] = Field(default=("source",), min_length=1)
+    """Each with a picture or a list of pictures; their order is that of the conditions."""
+    instruction_column: str = "instruction"
+    """A string, or a list of strings for several wordings."""
+    target_column: str = "target"
+    max_sources: PositiveInt = 4
+    """Rows with more source pictures are refused."""
+    meta_columns: tuple[str, ...] = ()
+    """Columns kept as JSON with each sample."""
+    root: str | None = None
+    """What relative uris are relative to; `None` is the folder of the files."""
+
+
+SourceConfig = Annotated[
+    FolderSource | ManifestSource | WebdatasetSource | PairsSource | EditsSource, Field(discriminator="kind")
+]
+
+
+class EditEncodeConfig(Section):
+    """How the condition pictures of edits become tensors."""
+
+    template: Literal["plus", "single"] = "plus"
+    """Of the text encoder: `plus` numbers the pictures (Qwen-Image-Edit-2509 and later), `single` takes exactly one."""
+    vision_side: PositiveInt = 384
+    """The text encoder sees a picture at about this side squared (px)."""
+    condition_side: PositiveInt | None = 1024
+    """The VAE encodes a picture at about this side squared (px); `None` takes the target's resolution class."""
 
 
 class EncodeConfig(Section):
@@ -102,6 +154,7 @@ class EncodeConfig(Section):
     """Pixels per VAE batch."""
     text_batch_tokens: PositiveInt = 8192
     """Padded tokens per text encoder batch."""
+    edit: EditEncodeConfig = EditEncodeConfig()
 
 
 def _sampling_weight(weight: float) -> float:

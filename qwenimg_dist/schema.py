@@ -19,7 +19,9 @@ supersedes earlier rows of the same number (changed captions).
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -36,6 +38,15 @@ SOURCE_COMPLETE: Final = "source-complete.json"
 KEY_PATTERN: Final = re.compile(r"^[A-Za-z0-9_-]+\Z")
 
 Status = Literal["kept", "rejected", "fault"]
+
+Kind = Literal["image", "edit", "preference", "prompt"]
+"""What a row is. `image`: a picture and its captions. `preference`: the chosen picture, one rejected picture, a prompt.
+`edit`: the target picture, one or more condition pictures, instructions. `prompt`: text alone."""
+IMAGE: Final[Kind] = "image"
+EDIT: Final[Kind] = "edit"
+PREFERENCE: Final[Kind] = "preference"
+PROMPT: Final[Kind] = "prompt"
+KINDS: Final[tuple[Kind, ...]] = (IMAGE, EDIT, PREFERENCE, PROMPT)
 
 
 def text_facet(fingerprint: str) -> str:
@@ -57,9 +68,33 @@ def row_key(uri: str, repeat: int = 0) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:20]
 
 
+def row_identity(kind: Kind, uris: Sequence[str], captions: Sequence[str]) -> str:
+    """What `row_key` is made of: an image's uri; else kind and all uris in order, and the text where it tells rows
+    apart: the same pair under another prompt is another preference."""
+    if kind == IMAGE:
+        return uris[0]
+    text = captions if kind in (PREFERENCE, PROMPT) else ()
+    return "\0" + json.dumps([kind, list(uris), list(text)])  # no file name has a NUL
+
+
+def role_of(kind: Kind, index: int) -> str:
+    """What the index-th picture of a row is; the first is the row's own, the others are further pictures."""
+    if kind == EDIT:
+        return "target" if index == 0 else f"condition_{index - 1}"
+    if kind == PREFERENCE:
+        return ("chosen", "rejected")[index]
+    return "image"
+
+
 def caption_key(caption: str) -> str:
     """Sample key of a caption's text features: a hash of its exact characters. The empty prompt has one too."""
     return "t" + hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()[:20]
+
+
+def edit_caption_key(instruction: str, sha256s: Sequence[str]) -> str:
+    """Sample key of an edit's text features, which saw its condition pictures: instruction and pictures, in order."""
+    text = json.dumps([instruction, *sha256s])
+    return "e" + hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -86,21 +121,29 @@ LISTING_COLUMNS: Final = pa.schema(
         ("captions", pa.list_(pa.string())),
         ("caption_fault", pa.string()),  # null, or why there is no caption
         ("caption_kinds", pa.list_(pa.string())),  # beside `captions`; null, or no such column: all are `raw`
+        ("kind", pa.string()),  # null: `image`
+        ("others", pa.list_(pa.string())),  # uris of the further pictures, their roles fixed by the kind; null: none
+        ("meta", pa.string()),  # null, or JSON that came with the row
     ]
 )
+
+_FILE_FACTS = [
+    ("bytes", pa.int64()),
+    ("sha256", pa.string()),  # null where the file could not be read
+    ("format", pa.string()),
+    ("mode", pa.string()),
+    ("width", pa.int32()),  # upright, after EXIF orientation; 0 where unknown
+    ("height", pa.int32()),
+    ("orientation", pa.int8()),
+]
 
 SCAN_COLUMNS: Final = pa.schema(
     [
         ("row", pa.int64()),
-        ("bytes", pa.int64()),
-        ("sha256", pa.string()),  # null where the file could not be read
-        ("format", pa.string()),
-        ("mode", pa.string()),
-        ("width", pa.int32()),  # upright, after EXIF orientation; 0 where unknown
-        ("height", pa.int32()),
-        ("orientation", pa.int8()),
+        *_FILE_FACTS,
         ("fault", pa.string()),  # null, or a reason code such as `unreadable`, `not_an_image`
         ("detail", pa.string()),
+        ("others", pa.list_(pa.struct(_FILE_FACTS))),  # of the further pictures; null: none
     ]
 )
 
@@ -124,7 +167,7 @@ ROWS_COLUMNS: Final = pa.schema(
 )
 
 # Columns that parts written before there was one do without.
-OPTIONAL_COLUMNS: Final = frozenset({"caption_kinds", "caption_faults"})
+OPTIONAL_COLUMNS: Final = frozenset({"caption_kinds", "caption_faults", "kind", "others", "meta", "further"})
 
 RAW: Final = "raw"
 """Kind of a caption that came with the picture; other kinds are the source's own words (`recaption`, `fused`)."""
@@ -151,5 +194,7 @@ LATENTS_COLUMNS: Final = pa.schema(
         ("crop_top", pa.int32()),
         ("crop_left", pa.int32()),
         *_PLACE,
+        # The sample's other tensors, in the same tar: `logvar`, `rejected`, `condition_0`; null: none.
+        ("further", pa.list_(pa.struct([("name", pa.string()), *_PLACE[1:]]))),
     ]
 )

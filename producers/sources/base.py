@@ -11,19 +11,22 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
-from producers.sources import tars
+from producers.sources import parquet_cells, tars
+from qwenimg_dist.schema import IMAGE, Kind, row_identity
 
 NO_CAPTION: Final = "no_caption"
 BAD_CAPTION: Final = "bad_caption"
 OUTSIDE_ROOT: Final = "outside_root"
 
 _RAW: Final = "bytes:"
+_SCHEMES: Final = (_RAW, tars.SCHEME, parquet_cells.SCHEME)
 
 
 class SourceGoneError(OSError):
@@ -32,17 +35,23 @@ class SourceGoneError(OSError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRow:
-    """One picture as the source names it."""
+    """One row as the source names it: a picture, or several that belong together."""
 
     uri: str
+    """The row's own picture: chosen, target; empty for a prompt."""
     captions: tuple[str, ...]
     fault: str | None = None
     """Why the row cannot be used, known before the file is looked at: `no_caption`, `bad_caption`, `outside_root`."""
+    kind: Kind = IMAGE
+    others: tuple[str, ...] = ()
+    """Uris of the further pictures: rejected, or the conditions in order."""
+    meta: str | None = None
+    """JSON that goes with the row, as it is."""
 
     @property
     def identity(self) -> str:
         """What the sample key is made of."""
-        return tars.identity(self.uri)
+        return row_identity(self.kind, [tars.identity(uri) for uri in (self.uri, *self.others)], self.captions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +65,8 @@ class Found:
     """Files that are no pictures, by extension; they get no row. Complete once the rows were gone through."""
     problems: list[str] = field(default_factory=list)
     """What is wrong with parts of the source, whose other rows are used; complete once the rows were gone through."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Rows of the source that give no sample, by what they are (`ties`)."""
 
 
 class Source(Protocol):
@@ -84,14 +95,16 @@ def encode_uri(path: str) -> str:
         raw = os.fsencode(path)
     except UnicodeEncodeError as error:
         raise ValueError(f"{path!a} cannot be a file name: it holds half a character") from error
-    plain = not path.startswith((_RAW, tars.SCHEME)) and all(not "\ud800" <= char <= "\udfff" for char in path)
+    plain = not path.startswith(_SCHEMES) and all(not "\ud800" <= char <= "\udfff" for char in path)
     return path if plain else _RAW + quote_from_bytes(raw, safe="/")
 
 
 def locate(root: str, uri: str) -> str:
-    """A uri's path or URL; of a member of a tar, the tar's. URLs and absolute paths stay as they are."""
+    """A uri's path or URL; of a picture inside a file, the file's. URLs and absolute paths stay as they are."""
     if uri.startswith(tars.SCHEME):
         return os.path.join(root, tars.tar_of(uri))
+    if uri.startswith(parquet_cells.SCHEME):
+        return locate(root, parquet_cells.file_of(uri))
     if uri.startswith(_RAW):
         uri = os.fsdecode(unquote_to_bytes(uri.removeprefix(_RAW)))
     if "://" in uri or uri.startswith("/"):
@@ -103,18 +116,28 @@ def read_bytes(root: str, uri: str) -> bytes:
     """The picture's bytes. Raises FileNotFoundError or another OSError for this one alone, `SourceGoneError` if the
     root itself is gone."""
     place = locate(root, uri)
+    if uri.startswith(parquet_cells.SCHEME):
+        with _blaming(root):
+            return parquet_cells.read(place, uri)
     if "://" in place:
         import fsspec  # only remote sources pay for it
 
         with fsspec.open(place, "rb") as remote:
             return bytes(remote.read())
-    try:
+    with _blaming(root):
         if uri.startswith(tars.SCHEME):
             return tars.read_member(place, uri)
         if not stat.S_ISREG(os.stat(place).st_mode):  # reading a pipe or a device would never end
             raise OSError(errno.EINVAL, "not a regular file", place)
         with open(place, "rb") as file:
             return file.read()
+
+
+@contextmanager
+def _blaming(root: str) -> Iterator[None]:
+    """Whether the file is missing, or all of the source."""
+    try:
+        yield
     except FileNotFoundError:
         if "://" not in root and not Path(root).is_dir():
             raise SourceGoneError(f"{root} is gone: mount it again, then run the same command") from None

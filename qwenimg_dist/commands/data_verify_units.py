@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from qwenimg_dist.data.facets import Dataset, Part
 from qwenimg_dist.report.funnel import LATENTS_PREFIX, TEXT_PREFIX, latents_order
-from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN, caption_key
+from qwenimg_dist.schema import DEDUP, EDIT, LISTING, ROWS, SCAN, caption_key, edit_caption_key
 
 REMAKE: Final = "restore it from a backup, or run `qwenimg-dist data repair` and then `produce` again"
 RESTORE: Final = "restore it from a backup, or make the data set anew"
@@ -72,15 +72,17 @@ def check_unit(dataset: Dataset, unit: int, parts: dict[str, list[Part]]) -> Ite
     if REPAIRED in record:
         return  # the next `produce` adds what is missing
     # Rows listed later are decided by a later part; up to then the decisions cover what `inputs` says.
-    seen = dataset.merge(parts[LISTING][: int(inputs.get(LISTING, len(parts[LISTING])))], ["row", "captions"])
+    seen = dataset.merge(parts[LISTING][: int(inputs.get(LISTING, len(parts[LISTING])))], ["row", "captions", "kind"])
     undecided = set(seen["row"].to_pylist()) - set(table["row"].to_pylist())
     if undecided:
         what = f"has no decision on {len(undecided)} listed rows (first: row {min(undecided)})"
         yield Problem(file=name, unit=unit, what=what, remedy=REMAKE, facet=ROWS)
     kept = {row for row, status in zip(table["row"].to_pylist(), table["status"].to_pylist()) if status == "kept"}
     faults = {entry["row"]: entry.get("caption_faults") or [] for entry in table.to_pylist()}
+    edits = {entry["row"]: entry for entry in seen.to_pylist() if entry["row"] in kept and entry.get("kind") == EDIT}
     for facet in sorted(facet for facet in inputs if facet.startswith(TEXT_PREFIX) and facet in parts):
-        yield from _check_captions(dataset, unit, parts[facet], seen, kept, faults)
+        yield from _check_captions(dataset, unit, parts[facet], seen, kept - edits.keys(), faults)
+        yield from _check_edit_texts(dataset, unit, parts, facet, edits, faults)
     yield from _check_encoded(dataset, unit, parts, record, kept)
 
 
@@ -143,6 +145,32 @@ def _check_captions(
         what = f"lacks the features of {len(absent)} captions of kept rows (first: {absent[0][:60]!r})"
         facet = parts[-1].facet
         yield Problem(file=part_name(dataset, parts[-1]), unit=unit, what=what, remedy=REMAKE, facet=facet)
+
+
+def _check_edit_texts(
+    dataset: Dataset,
+    unit: int,
+    parts: dict[str, list[Part]],
+    facet: str,
+    edits: dict[int, dict[str, Any]],
+    faults: Mapping[int, Sequence[str]],
+) -> Iterator[Problem]:
+    """Every fit instruction of a kept edit, and the empty one, has features that saw the edit's pictures."""
+    if not edits:
+        return
+    there = {key for part in parts[facet] for key in dataset.read(part, ["key"])["key"].to_pylist()}
+    scans = {entry["row"]: entry for entry in dataset.merge(parts[SCAN], ["row", "others"]).to_pylist()}
+    pictures = {row: [one["sha256"] or "" for one in scans.get(row, {}).get("others") or ()] for row in edits}
+    absent = [
+        (row, text)
+        for row, entry in sorted(edits.items())
+        for text, fault in zip_longest(("", *entry["captions"]), ("", *faults[row]), fillvalue="")
+        if not fault and edit_caption_key(text, pictures[row]) not in there
+    ]
+    if absent:
+        row, text = absent[0]
+        what = f"lacks the features of {len(absent)} instructions of kept edits (first: row {row}, {text[:60]!r})"
+        yield Problem(file=part_name(dataset, parts[facet][-1]), unit=unit, what=what, remedy=REMAKE)
 
 
 def repeated_keys(dataset: Dataset, listing: dict[int, list[Part]], repeated: set[int]) -> Iterator[Problem]:

@@ -24,10 +24,10 @@ from rich.console import Console
 from producers import fence
 from producers.actor import Job
 from producers.driver import Driver
-from producers.listing import ListingChange
+from producers.listing import ListingChange, check_kind
 from producers.plan import Plan, make_plan
 from producers.progress import ProduceProgress
-from producers.sources import open_source
+from producers.sources import open_source, sample_kind
 from producers.sources.base import Found, Source
 from producers.sources.folder import describe
 from producers.workers import ProduceError, Workers
@@ -56,6 +56,7 @@ def run(args: list[str]) -> int:
     found = source.find()
     pipeline_dir, plan = _plan(config)
     dataset = Dataset.create(data_path, config.data.unit_size)
+    check_kind(dataset, sample_kind(config.source))
     console = Console(soft_wrap=True)
     with ExitStack() as stack:
         stack.enter_context(dataset.lock())
@@ -107,6 +108,8 @@ def _rounds(
     """One round, or with `follow` rounds until a stop; False if the last one did not reach its end."""
     said: set[str] = set()
     finished = _round(driver, found, progress, said, every_unit=True)
+    for what, number in sorted(found.dropped.items()):
+        progress.say(f"dropped {number} {what}")
     while follow and not stop.is_set():
         began = time.monotonic()
         try:
@@ -148,8 +151,11 @@ def _plan(config: Config) -> tuple[Path, Plan]:
     for one in plan.filters:
         one.check()
     folder = pipeline_dir(config.model, components=("vae", "text_encoder", "tokenizer"))
+    kind = sample_kind(config.source)
     plan = make_plan(
-        config, text_facet=text_facet_name(folder, config), latents_facets=latents_facet_names(folder, config)
+        config,
+        text_facet=text_facet_name(folder, config, kind),
+        latents_facets=latents_facet_names(folder, config, kind),
     )
     return folder, plan
 

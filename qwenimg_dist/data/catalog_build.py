@@ -47,7 +47,7 @@ from qwenimg_dist.data.pins import (
 )
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir, temporary_name
-from qwenimg_dist.schema import LABEL_PREFIX, LISTING, RAW, ROWS, SCAN, SCORE_PREFIX, caption_key
+from qwenimg_dist.schema import IMAGE, LABEL_PREFIX, LISTING, RAW, ROWS, SCAN, SCORE_PREFIX, Kind, caption_key
 
 PARTS: Final = "parts.json"
 
@@ -69,15 +69,19 @@ class _Output:
         return numbers
 
 
-def build_catalog(dataset: Dataset, units: Sequence[UnitPins], facets: RunFacets, folder: Path) -> CatalogFolder:
+def build_catalog(
+    dataset: Dataset, units: Sequence[UnitPins], facets: RunFacets, folder: Path, *, kind: Kind = IMAGE
+) -> CatalogFolder:
     """Compile and commit to `folder`; an identical catalog that is there already is kept, another one replaced.
 
-    Raises `DataError` naming the part, tar or key where the data set contradicts itself.
+    Raises `DataError` naming the part, tar or key where the data set contradicts itself, or if it holds rows of another
+    kind than the run trains on.
     """
     loaded = load_facets(dataset, units)
     out = _Output()
     kept = _kept_rows(loaded[ROWS], out)
     _add_columns(loaded, kept, out)
+    _add_kind(loaded, kept, kind, dataset, out)
     _add_texts(loaded, kept, facets, out)
     out.head["latents"] = {
         str(resolution): _add_latents(loaded[facet], kept, resolution, out)
@@ -148,6 +152,24 @@ def index_columns(table: pa.Table, scan: pa.Table | None) -> tuple[dict[str, npt
             formats, words["format"] = coded(scan["format"])
             columns["format"] = formats[at]
     return columns, words
+
+
+def _add_kind(loaded: dict[str, FacetTable], kept: _Kept, kind: Kind, dataset: Dataset, out: _Output) -> None:
+    """The column `kind`. A preference's chosen picture has captions and latents too, and would pass for an image."""
+    found = {kind} if not len(kept.rows) else {IMAGE}  # what was listed before there were kinds
+    if "kind" in loaded[LISTING].table.column_names:
+        listing = newest(loaded[LISTING].table)
+        at, there = match_rows(LISTING, listing, kept.rows)
+        kinds = pc.fill_null(listing["kind"].combine_chunks().take(pa.array(at[there])), IMAGE)
+        found = set(pc.unique(kinds).to_pylist()) or found
+    if found != {kind}:
+        raise DataError(
+            f"{dataset.root} holds samples of kind {', '.join(sorted(found))}, this run trains on kind {kind}: give it "
+            "a data set that `qwenimg-dist produce` made from a source of that kind"
+        )
+    out.arrays["column-kind"] = np.zeros(len(kept.rows), dtype=np.int8)
+    out.head["columns"].append("kind")
+    out.head["words"]["kind"] = [kind]
 
 
 def coded(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int16], list[str]]:

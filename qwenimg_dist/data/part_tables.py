@@ -28,7 +28,7 @@ from qwenimg_dist.schema import LABEL_PREFIX, LISTING, OPTIONAL_COLUMNS, ROWS, S
 
 _PLACE: Final = ("tar", "offset", "nbytes", "dtype", "shape")
 _COLUMNS: Final = {
-    LISTING: ("row", "captions", "caption_kinds"),
+    LISTING: ("row", "captions", "caption_kinds", "kind"),
     SCAN: ("row", "bytes", "format"),
     ROWS: ("row", "key", "status", "width", "height", "caption_faults"),
 }

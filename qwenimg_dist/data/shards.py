@@ -14,7 +14,7 @@ import json
 import os
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -54,6 +54,8 @@ class Place:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    further: tuple[tuple[str, Place], ...] = ()
+    """Name and place of the sample's other tensors."""
 
     def columns(self) -> dict[str, Any]:
         """The place columns of an index row."""
@@ -64,6 +66,10 @@ class Place:
             "dtype": self.dtype,
             "shape": list(self.shape),
         }
+
+    def further_columns(self) -> dict[str, Any]:
+        """The `further` column, for indices that have one."""
+        return {"further": [{"name": name, **place.columns()} for name, place in self.further] or None}
 
 
 class _HashingFile(io.RawIOBase):
@@ -139,14 +145,7 @@ class ShardWriter:
             self._begin_tar()
         self._add(f"{key}.json", text)
         start = self._add(f"{key}.safetensors", header + body)
-        first = next(iter(tensors.values()))
-        return Place(
-            tar=self._name(len(self._pending)),
-            offset=start + len(header),
-            nbytes=first.data.nbytes,
-            dtype=first.dtype,
-            shape=tuple(first.data.shape),
-        )
+        return _places(self._name(len(self._pending)), start + len(header), tensors)
 
     def close(self) -> list[Tar]:
         """Fsync and rename the tars into place; returns them for `Dataset.commit`."""
@@ -201,6 +200,16 @@ class ShardWriter:
         fault_point("tar_write")
         self._tar.addfile(member, io.BytesIO(data))
         return start
+
+
+def _places(tar: str, offset: int, tensors: Mapping[str, RawTensor]) -> Place:
+    """Place of the first tensor, with those of the others behind it."""
+    places = []
+    for name, tensor in tensors.items():
+        nbytes, shape = tensor.data.nbytes, tuple(tensor.data.shape)
+        places.append((name, Place(tar=tar, offset=offset, nbytes=nbytes, dtype=tensor.dtype, shape=shape)))
+        offset += nbytes
+    return replace(places[0][1], further=tuple(places[1:]))
 
 
 def encode_safetensors(tensors: Mapping[str, RawTensor]) -> tuple[bytes, bytes]:

@@ -16,11 +16,12 @@ from PIL import Image
 
 from producers.driver import Driver, Observer
 from producers.filters.base import Resources, Scorers
+from producers.pictures import Pixels
 from producers.plan import Plan, make_plan
 from producers.sources import open_source
 from producers.unit import UnitReport
 from producers.workers import InlineWorkers
-from producers.write import Encoders, Pixels
+from producers.write import EditPrompt, Encoders
 from qwenimg_dist import models
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import Dataset, Part, Tar
@@ -79,6 +80,12 @@ class FakeEncoders:
             self.num_captions += 1
             yield caption, RawTensor(data=caption_features(caption), dtype="float32")
 
+    def edit_text(self, prompts: Sequence[EditPrompt]) -> list[RawTensor]:
+        """As many features as the words and the pictures' sides make; the pictures' means are in them."""
+        self.fuse.burn()
+        self.num_captions += len(prompts)
+        return [RawTensor(data=edit_features(prompt), dtype="float32") for prompt in prompts]
+
 
 class BurningDataset(Dataset):
     """A data set whose commits may be the last thing that happens, before or after they took effect."""
@@ -104,6 +111,11 @@ def caption_features(caption: str) -> np.ndarray[Any, np.dtype[np.float32]]:
     seed = int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "little")
     rng = np.random.default_rng(seed)
     return rng.standard_normal((5 + len(caption.split()), 4)).astype(np.float32)
+
+
+def edit_features(prompt: EditPrompt) -> np.ndarray[Any, np.dtype[np.float32]]:
+    means = [np.full((1, 4), pixels.mean(), dtype=np.float32) for pixels in prompt.pictures]
+    return np.concatenate([*means, caption_features(prompt.text)])
 
 
 load_config_once = functools.cache(load_config)

@@ -34,6 +34,10 @@ def stored(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return sink.getvalue()
 
 
+def listed(row: int, uri: str) -> dict[str, Any]:
+    return {"row": row, "uri": uri, "caption_fault": None}
+
+
 def corners(image: Image.Image) -> list[tuple[int, ...]]:
     width, height = image.size
     spots = [(4, 4), (width - 5, 4), (4, height - 5), (width - 5, height - 5)]
@@ -180,15 +184,15 @@ def test_flipped_bytes_end_in_a_picture_or_a_fault(seed: int) -> None:
 
 def test_truncation_is_only_seen_by_the_decode(tmp_path: Any) -> None:
     (tmp_path / "cut.jpg").write_bytes(JPEG[: len(JPEG) // 2])
-    scanned = scan_row(str(tmp_path), 0, "cut.jpg", None)
+    scanned = scan_row(str(tmp_path), listed(0, "cut.jpg"))
     assert scanned.get("fault") is None
     assert (scanned["width"], scanned["height"], scanned["format"]) == (640, 480, "JPEG")
-    assert scan_row(str(tmp_path), 1, "gone.jpg", None)["fault"] == "missing_file"
-    assert scan_row(str(tmp_path), 2, "a\0b.jpg", None)["fault"] == "missing_file"
+    assert scan_row(str(tmp_path), listed(1, "gone.jpg"))["fault"] == "missing_file"
+    assert scan_row(str(tmp_path), listed(2, "a\0b.jpg"))["fault"] == "missing_file"
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")
     for name in ("folder.jpg", "pipe.jpg", "/dev/zero"):
-        assert scan_row(str(tmp_path), 3, name, None)["fault"] == "unreadable"
+        assert scan_row(str(tmp_path), listed(3, name))["fault"] == "unreadable"
 
 
 def test_the_limit_is_what_the_filters_default_to() -> None:

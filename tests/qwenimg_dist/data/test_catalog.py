@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fake_dataset import FakeProducer, bucket_of, facets_for, make_rows, num_tokens
 
@@ -269,3 +270,21 @@ def test_ten_thousand_rows_take_a_moment(tmp_path: Path) -> None:
     begin = time.process_time()
     assert Catalog.open(tmp_path / "index", dataset.root).num_rows == num
     assert time.process_time() - begin < 0.2
+
+
+def test_kinds_are_a_column_and_others_than_the_run_s_are_refused(tmp_path: Path) -> None:
+    producer = FakeProducer(tmp_path / "data", resolutions=(32,))
+    producer.add(make_rows(3))
+    producer.produce()
+    catalog = build(producer, tmp_path / "index")
+    assert compile_where("kind == 'image'").mask(catalog.columns, 3).all()
+    for part in producer.dataset.parts(LISTING):
+        file = producer.dataset.parquet(part)
+        table = pq.read_table(file)
+        kinds = pa.array(["preference"] * len(table), pa.string())
+        pq.write_table(table.set_column(table.column_names.index("kind"), "kind", kinds), file)
+    with pytest.raises(DataError, match="holds samples of kind preference, this run trains on kind image: give it"):
+        build(producer, tmp_path / "again")
+    units = ready_units(producer.dataset, producer.facets)
+    built = build_catalog(producer.dataset, units, producer.facets, tmp_path / "pairs", kind="preference")
+    assert built.num_rows == 3

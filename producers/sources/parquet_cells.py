@@ -1,0 +1,108 @@
+"""Pictures that lie inside a parquet file, read one at a time by the uri of their cell.
+
+Place in the flow: sources name such a picture with `uri_of`, `base.read_bytes` reads it where it is wanted; nothing is
+unpacked to disk. Parquet gives a column of a row group only as a whole, so the last few of these are kept: rows are
+worked on in the order of the file. Refuses row groups that no worker could hold (`check_size`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from typing import Any, Final
+from urllib.parse import quote, unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEME: Final = "cell:"
+MAX_CHUNK_BYTES: Final = 2 * 1024**3
+_KEPT_CHUNKS: Final = 4  # chosen and rejected come from two columns, in any turn
+
+_lock = threading.Lock()
+_chunks: OrderedDict[tuple[Any, ...], pa.ChunkedArray] = OrderedDict()
+
+
+def uri_of(file_uri: str, row_group: int, row: int, column: str, index: int | None = None) -> str:
+    """Uri of a cell: `row` counts within the row group, `index` within a list column."""
+    item = "" if index is None else str(index)
+    return f"{SCHEME}{row_group}/{row}/{item}/{quote(column, safe='')}/{file_uri}"
+
+
+def file_of(uri: str) -> str:
+    """Uri of the parquet file that the cell lies in."""
+    return uri.removeprefix(SCHEME).split("/", 4)[4]
+
+
+def read(place: str, uri: str) -> bytes:
+    """Bytes of a cell, none for an empty one; `place` is the file's path or URL. Raises FileNotFoundError where the
+    file is not there, another OSError where it cannot be read."""
+    group, row, item, column, _ = uri.removeprefix(SCHEME).split("/", 4)
+    values = _chunk(place, int(group), unquote(column))
+    if int(row) >= len(values):
+        raise OSError(errno.EINVAL, f"row group {group} has no row {row}: the file was changed", place)
+    value = values[int(row)].as_py()
+    if item:
+        value = value[int(item)] if value is not None and int(item) < len(value) else None
+    if isinstance(value, dict):  # an image of Hugging Face datasets
+        value = value.get("bytes")
+    if value is None:  # empty for good, other than a missing file, which may turn up
+        return b""
+    if not isinstance(value, bytes):
+        raise OSError(errno.EINVAL, f"column {unquote(column)} holds {type(value).__name__}, not bytes", place)
+    return value
+
+
+def check_size(file: pq.ParquetFile, name: str, columns: list[str]) -> None:
+    """Raises ValueError for a row group of which a column of pictures cannot be held in memory."""
+    for group in range(file.metadata.num_row_groups):
+        meta = file.metadata.row_group(group)
+        for number in range(meta.num_columns):
+            chunk = meta.column(number)
+            if chunk.path_in_schema.split(".")[0] in columns and chunk.total_uncompressed_size > MAX_CHUNK_BYTES:
+                raise ValueError(
+                    f"{name}: column {chunk.path_in_schema} of row group {group} has "
+                    f"{chunk.total_uncompressed_size / 1024**3:.1f} GiB, and is read as a whole; write the file again "
+                    "with smaller row groups (pyarrow: row_group_size=256)"
+                )
+
+
+def _chunk(place: str, group: int, column: str) -> pa.ChunkedArray:
+    key = (place, group, column, _state(place))
+    with _lock:
+        if key in _chunks:
+            _chunks.move_to_end(key)
+            return _chunks[key]
+        while len(_chunks) >= _KEPT_CHUNKS:
+            _chunks.popitem(last=False)
+        _chunks[key] = _read_chunk(place, group, column)
+        return _chunks[key]
+
+
+def _state(place: str) -> tuple[int, ...]:
+    """What changes when the file does, so that an old chunk is not taken for the new file's."""
+    if "://" in place:
+        return ()
+    status = os.stat(place)
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _read_chunk(place: str, group: int, column: str) -> pa.ChunkedArray:
+    try:
+        if "://" in place:
+            import fsspec  # only remote sources pay for it
+
+            with fsspec.open(place, "rb") as remote, pq.ParquetFile(remote) as file:
+                return _column(file, place, group, column)
+        with pq.ParquetFile(place, memory_map=True) as file:
+            return _column(file, place, group, column)
+    except pa.ArrowException as error:
+        raise OSError(errno.EIO, f"cannot be read as parquet ({error})", place) from error
+
+
+def _column(file: pq.ParquetFile, place: str, group: int, column: str) -> pa.ChunkedArray:
+    if group >= file.num_row_groups or column not in file.schema_arrow.names:
+        raise OSError(errno.EINVAL, f"has no row group {group} with a column {column}: the file was changed", place)
+    return file.read_row_group(group, columns=[column])[column]
