@@ -46,6 +46,7 @@ _MOVED_BY_FRESH: Final = (
     "samples.jsonl",
     "generations.jsonl",
     "index",
+    "takedown",
     "samples",
     "start_loss.json",
     "config.yaml",
@@ -97,6 +98,7 @@ def preflight(config: Config) -> Prepared:
             max_held_out=config.data.max_held_out,
             weights=config.data.weights,
             caption_weights=config.data.caption_weights,
+            takedown=config.data.takedown,
         ),
         model_fingerprint=fingerprint_component(pipeline / "transformer"),
     )

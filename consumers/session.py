@@ -214,6 +214,8 @@ def _open_data(
     generations = Generations(prepared.run_dir, dataset, prepared.facets, prepared.ledger, follow=config.follow)
     _on_first(ranks, lambda: _check_generations(generations, known, prepared.run_dir))
     await_batch(generations, ranks, hooks, min(step, config.train.steps - 1))
+    if note := _on_first(ranks, lambda: generations.not_yet_taken_down):
+        _say(ranks, hooks, f"warning: {note}")
     stream = Stream(
         generations.ledger,
         rank=ranks.rank,

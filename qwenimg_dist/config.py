@@ -180,6 +180,9 @@ class DataConfig(Section):
     """Share of the rows (chosen by key) kept for validation and never trained on."""
     max_held_out: NonNegativeInt = 256
     """At most this many rows are held out."""
+    takedown: str | None = None
+    """A text file with one uri, sample key or sha256 per line: rows that are left out of every generation recorded from
+    then on. May grow while a run lasts; each generation records which list it followed."""
     weights: dict[str, SamplingWeight] = {}
     """Expression over the index columns -> how often its rows come per epoch: 3 three times, 0.5 every other epoch, 0
     never. Weights of all expressions that hold for a row are multiplied; a row with none comes once."""

@@ -45,6 +45,7 @@ from qwenimg_dist.data.pins import (
     parallel,
     pin_to_json,
 )
+from qwenimg_dist.data.takedown import NOTHING, Takedown, rows_taken_down
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir, temporary_name
 from qwenimg_dist.schema import IMAGE, LABEL_PREFIX, LISTING, RAW, ROWS, SCAN, SCORE_PREFIX, Kind, caption_key
@@ -70,16 +71,22 @@ class _Output:
 
 
 def build_catalog(
-    dataset: Dataset, units: Sequence[UnitPins], facets: RunFacets, folder: Path, *, kind: Kind = IMAGE
+    dataset: Dataset,
+    units: Sequence[UnitPins],
+    facets: RunFacets,
+    folder: Path,
+    takedown: Takedown = NOTHING,
+    *,
+    kind: Kind = IMAGE,
 ) -> CatalogFolder:
     """Compile and commit to `folder`; an identical catalog that is there already is kept, another one replaced.
 
-    Raises `DataError` naming the part, tar or key where the data set contradicts itself, or if it holds rows of another
-    kind than the run trains on.
+    Rows that are taken down are left out. Raises `DataError` naming the part, tar or key where the data set contradicts
+    itself, or if it holds rows of another kind than the run trains on.
     """
     loaded = load_facets(dataset, units)
     out = _Output()
-    kept = _kept_rows(loaded[ROWS], out)
+    kept = _kept_rows(loaded[ROWS], out, rows_taken_down(dataset, units, takedown))
     _add_columns(loaded, kept, out)
     _add_kind(loaded, kept, kind, dataset, out)
     _add_texts(loaded, kept, facets, out)
@@ -89,7 +96,7 @@ def build_catalog(
     }
     parallel(lambda tar: check_tar(dataset, *tar), out.tars)
     pins = [pin for facet in loaded.values() for pin in facet.pins]
-    out.head |= {"version": CATALOG_VERSION, "digest": digest_of(pins), "tars": out.tars}
+    out.head |= {"version": CATALOG_VERSION, "digest": digest_of(pins, takedown.digest), "tars": out.tars}
     _commit(out, pins, folder)
     return CatalogFolder(folder=folder, num_rows=len(kept.rows), num_texts=len(out.arrays["text_tokens"]))
 
@@ -104,9 +111,11 @@ class _Kept:
     table: pa.Table
 
 
-def _kept_rows(facet: FacetTable, out: _Output) -> _Kept:
+def _kept_rows(facet: FacetTable, out: _Output, taken_down: Ints) -> _Kept:
     table = newest(facet.table)
     table = table.filter(pc.equal(table["status"], "kept"))
+    if len(taken_down):
+        table = table.filter(pc.invert(pc.is_in(table["row"], value_set=pa.array(taken_down))))
     kept = _Kept(
         rows=to_array(table["row"], np.int64),
         units=to_array(table["unit"], np.int32),

@@ -44,9 +44,11 @@ class Generation:
     num_rows: int
     num_texts: int
     digest: str
-    """sha256 over all pinned parts."""
+    """sha256 over all pinned parts, and the takedown list if there is one."""
     held_out_below: int
     """The run's held-out threshold, see `held_out.py`."""
+    takedown: str = ""
+    """Digest of the takedown list that was followed; empty: none."""
 
 
 def read_lines(file: Path) -> tuple[list[Generation], int]:

@@ -31,6 +31,8 @@ from qwenimg_dist.data.ledger import Ledger
 from qwenimg_dist.data.order import Segment, Selection
 from qwenimg_dist.data.phases import PlannedPhase, phase_at
 from qwenimg_dist.data.pins import UnitPins, check_pins, pin_from_json, pin_unit, ready_units, why_not_ready
+from qwenimg_dist.data.takedown import FOLDER as TAKEDOWN
+from qwenimg_dist.data.takedown import Takedown, keep_copy, read_takedown, recorded
 from qwenimg_dist.data.where import compile_where
 from qwenimg_dist.schema import SOURCE_COMPLETE
 
@@ -53,6 +55,8 @@ class LedgerConfig:
     weights: Mapping[str, float] = field(default_factory=dict)
     """`where` expression -> how often its rows come per epoch; none: every row once."""
     caption_weights: Mapping[str, float] | None = None
+    takedown: str | None = None
+    """The list's file; read anew for each generation, see `takedown.py`."""
 
 
 class Generations:
@@ -87,22 +91,41 @@ class Generations:
         """No further generation will ever be needed, so `advance` need not be asked again."""
         return bool(self.lines) and self.lines[0].phase is None
 
+    @property
+    def not_yet_taken_down(self) -> str | None:
+        """What to tell the user of rows that were taken down since; None where the newest generation knows them all."""
+        current = read_takedown(self.config.takedown)
+        if not self.lines or self.lines[-1].takedown == current.digest:
+            return None
+        when = (
+            "this run has one generation for good, so rows taken down since stay in it: export it and start a new run "
+            "to lose them"
+            if self.settled
+            else "rows taken down since are left out from the next generation on"
+        )
+        return f"data.takedown={self.config.takedown} is not the list of generation {self.count - 1}: {when}"
+
     def verify(self) -> None:
         """Rank 0, once at start: every pinned file is as it was; catalogs that are gone are compiled again.
 
-        Raises `DataError` naming the file.
+        Raises `DataError` naming the file, or if the run had a takedown list that the config no longer gives.
         """
         for leftover in (self.run / INDEX).glob(".tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         seen = set()
         for line in read_lines(self.run / FILE)[0]:
             self._check_line(line)
+            if line.takedown and self.config.takedown is None:
+                raise DataError(
+                    f"{self.run / FILE}: generation {line.generation} left rows out by a takedown list, the config "
+                    f"names none: set data.takedown again (then it was {self.run / TAKEDOWN}/{line.takedown}.json)"
+                )
             if line.index is None or line.index in seen:
                 continue
             seen.add(line.index)
             folder = self.run / INDEX / line.index
             if not self._intact(folder, line):
-                build_catalog(self.dataset, self._pins_of(line), self.facets, folder)
+                build_catalog(self.dataset, self._pins_of(line), self.facets, folder, recorded(self.run, line.takedown))
             if Catalog.open(folder, self.dataset.root).digest != line.digest:
                 raise DataError(
                     f"{self.run / FILE} pinned units {line.first_unit}..{line.units - 1} with digest "
@@ -239,9 +262,11 @@ class Generations:
         self, step: int, *, phase: int | None, epoch: int, first_unit: int, units: Sequence[UnitPins], last: bool
     ) -> Generation:
         number = len(self.lines)
+        takedown = read_takedown(self.config.takedown)
+        keep_copy(self.run, takedown)
         rows_parts = {str(unit.unit): unit.rows_parts for unit in units if unit.rows_parts != 1}
         end = first_unit + len(units)
-        index, digest, folder = self._catalog_for(f"gen-{number:04d}", first_unit, end, rows_parts, units)
+        index, digest, folder = self._catalog_for(f"gen-{number:04d}", first_unit, end, rows_parts, units, takedown)
         return Generation(
             generation=number,
             phase=phase,
@@ -257,23 +282,31 @@ class Generations:
             num_texts=folder.num_texts if folder else 0,
             digest=digest,
             held_out_below=self._held_out_below(folder),
+            takedown=takedown.digest,
         )
 
     def _catalog_for(
-        self, name: str, first_unit: int, end: int, rows_parts: dict[str, int], units: Sequence[UnitPins]
+        self,
+        name: str,
+        first_unit: int,
+        end: int,
+        rows_parts: dict[str, int],
+        units: Sequence[UnitPins],
+        takedown: Takedown,
     ) -> tuple[str | None, str, CatalogFolder | None]:
-        """An earlier catalog of the same pins, or a new one."""
+        """An earlier catalog of the same pins and takedown list, or a new one."""
         if first_unit == end:
             return None, "", None
+        wanted = (first_unit, end, rows_parts, takedown.digest)
         for line in self.lines:
-            if (line.first_unit, line.units, line.rows_parts) == (first_unit, end, rows_parts) and line.index:
+            if (line.first_unit, line.units, line.rows_parts, line.takedown) == wanted and line.index:
                 folder = self.run / INDEX / line.index
                 return (
                     line.index,
                     line.digest,
                     CatalogFolder(folder=folder, num_rows=line.num_rows, num_texts=line.num_texts),
                 )
-        built = build_catalog(self.dataset, units, self.facets, self.run / INDEX / name)
+        built = build_catalog(self.dataset, units, self.facets, self.run / INDEX / name, takedown)
         return name, Catalog.open(built.folder, self.dataset.root).digest, built
 
     def _held_out_below(self, folder: CatalogFolder | None) -> int:

@@ -133,9 +133,11 @@ def read_part_bytes(dataset: Dataset, part: Part) -> bytes:
         ) from error
 
 
-def digest_of(pins: Iterable[Pin]) -> str:
-    """One sha256 over all pinned parts, in order of facet, unit and part."""
-    lines = (f"{pin.part.facet}/{pin.part.stem} {pin.sha256}\n" for pin in sorted(pins, key=lambda pin: pin.part))
+def digest_of(pins: Iterable[Pin], takedown: str = "") -> str:
+    """One sha256 over all pinned parts, in order of facet, unit and part, and over what is taken down of them."""
+    lines = [f"{pin.part.facet}/{pin.part.stem} {pin.sha256}\n" for pin in sorted(pins, key=lambda pin: pin.part)]
+    if takedown:
+        lines.append(f"takedown {takedown}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -1,0 +1,109 @@
+"""The takedown list: rows that nothing selects any more, though their bytes stay where they are.
+
+Place in the flow: `data.takedown` names a text file, one uri, sample key or sha256 of a file per line (`#` begins a
+comment). A generation reads it when it is recorded, keeps a copy in `RUN/takedown/`, and its catalog is compiled
+without these rows: neither trained on nor validated on. A row taken down later is left out from the next generation on:
+with `follow` that is the next growth or epoch; a run without `follow` has one generation for good, so it must be
+started anew (from its checkpoint's export) to lose the row. A resume repeats its recorded generations exactly, by the
+copies. Refuses a list that is not UTF-8 text, and a run whose earlier generations had a list that the config no longer
+gives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from qwenimg_dist.data.catalog import Ints
+from qwenimg_dist.data.facets import DataError, Dataset, Part
+from qwenimg_dist.data.part_tables import newest, to_array
+from qwenimg_dist.data.pins import UnitPins, parallel
+from qwenimg_dist.files import write_json
+from qwenimg_dist.schema import LISTING, SCAN
+
+FOLDER: Final = "takedown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Takedown:
+    """What is taken down; entries are sorted."""
+
+    entries: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of the entries; empty where nothing is taken down."""
+        if not self.entries:
+            return ""
+        return hashlib.sha256("\n".join(self.entries).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+NOTHING: Final = Takedown()
+
+
+def read_takedown(file: str | Path | None) -> Takedown:
+    """The list, none for None. Raises `DataError` naming a file that cannot be read."""
+    if file is None:
+        return NOTHING
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"data.takedown={file} cannot be read ({error}): it is a UTF-8 text file, one uri, key or sha256 per line"
+        ) from error
+    entries = {line.strip() for line in lines}
+    return Takedown(entries=tuple(sorted(entry for entry in entries if entry and not entry.startswith("#"))))
+
+
+def keep_copy(run: Path, takedown: Takedown) -> None:
+    """Write the list to `RUN/takedown/`, before a generation that follows it is recorded."""
+    if takedown.digest:
+        write_json(_copy(run, takedown.digest), list(takedown.entries))
+
+
+def recorded(run: Path, digest: str) -> Takedown:
+    """The list that a generation followed. Raises `DataError` if its copy is gone or another one."""
+    if not digest:
+        return NOTHING
+    file = _copy(run, digest)
+    try:
+        takedown = Takedown(entries=tuple(json.loads(file.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError):
+        takedown = NOTHING
+    if takedown.digest != digest:
+        raise DataError(f"{file} is gone or damaged, a recorded generation followed it: restore it, or start a new run")
+    return takedown
+
+
+def rows_taken_down(dataset: Dataset, units: Sequence[UnitPins], takedown: Takedown) -> Ints:
+    """Listing numbers of the rows that an entry names, ascending. Reads uris and sha256 unit by unit."""
+    if not takedown.entries:
+        return np.zeros(0, dtype=np.int64)
+    entries = pa.array(takedown.entries, pa.string())
+    found = parallel(lambda unit: _of_unit(dataset, unit, entries), units)
+    return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *found]))
+
+
+def _of_unit(dataset: Dataset, unit: UnitPins, entries: pa.Array) -> Ints:
+    found = [np.zeros(0, dtype=np.int64)]
+    for facet, columns in ((LISTING, ("uri", "key")), (SCAN, ("sha256",))):
+        parts = [Part(facet=facet, unit=unit.unit, part=part) for part in range(unit.inputs.get(facet, 0))]
+        if not parts:
+            continue
+        table = newest(pa.concat_tables([dataset.read(part, ["row", *columns]) for part in parts]))
+        for column in columns:
+            named = pc.is_in(table[column], value_set=entries)
+            found.append(to_array(table["row"].filter(named), np.int64))
+    return np.concatenate(found)
+
+
+def _copy(run: Path, digest: str) -> Path:
+    return run / FOLDER / f"{digest}.json"

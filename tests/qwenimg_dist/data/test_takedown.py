@@ -1,0 +1,130 @@
+"""Rows that are taken down are in no later generation; recorded generations are repeated as they were."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_dataset import FakeProducer, make_rows
+
+from qwenimg_dist.data.facets import DataError
+from qwenimg_dist.data.generation_log import FILE, read_lines
+from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.phases import PlannedPhase
+from qwenimg_dist.data.takedown import read_takedown
+
+
+def config(takedown: Path | None, held_out: float = 0.0) -> LedgerConfig:
+    phase = PlannedPhase(
+        index=0,
+        first_step=0,
+        last_step=1000,
+        weights={32: 1.0},
+        global_batch=2,
+        micro_batch_tokens=100,
+        lr_scale=1.0,
+        where=None,
+    )
+    return LedgerConfig(
+        phases=(phase,),
+        seed=0,
+        caption_dropout=0.0,
+        where=None,
+        held_out=held_out,
+        max_held_out=4,
+        takedown=str(takedown) if takedown else None,
+    )
+
+
+def open_run(run: Path, producer: FakeProducer, settings: LedgerConfig, *, follow: bool = False) -> Generations:
+    generations = Generations(run, producer.dataset, producer.facets, settings, follow=follow)
+    generations.verify()
+    return generations
+
+
+def keys_of(generations: Generations, steps: range) -> list[str]:
+    found: list[str] = []
+    for step in steps:
+        if generations.advance(step) == "wait":
+            break
+        found += generations.ledger.catalogs.keys(generations.ledger.batch(step).rows)
+    return found
+
+
+@pytest.fixture
+def producer(tmp_path: Path) -> FakeProducer:
+    made = FakeProducer(tmp_path / "data")
+    made.add(make_rows(12))
+    made.produce()
+    return made
+
+
+def test_uris_keys_and_sha256_take_rows_down_without_rewriting_anything(tmp_path: Path, producer: FakeProducer) -> None:
+    rows = producer.rows
+    before = {file: file.stat().st_mtime_ns for file in producer.dataset.root.rglob("*") if file.is_file()}
+    takedown = tmp_path / "takedown.txt"
+    sha256 = producer.dataset.read_unit("scan", 1, ["row", "sha256"]).to_pylist()[1]["sha256"]  # type: ignore[union-attr]
+    takedown.write_text(f"# asked for\n\n{rows[0].uri}\n  {rows[3].key} \n{sha256}\nnot/here.png\n")
+    for held_out in (0.0, 1.0):
+        generations = open_run(tmp_path / f"run-{held_out}", producer, config(takedown, held_out))
+        if held_out:
+            (tmp_path / "run-1.0").mkdir()
+            assert generations.advance(0) == "ready"
+        kept = set(keys_of(generations, range(6)))
+        out = {rows[0].key, rows[3].key, rows[5].key}
+        held = {key for bucket in generations.held_out(32, 9) for key in generations.ledger.catalogs.keys(bucket.rows)}
+        assert not (kept | held) & out
+        assert kept | held == {row.key for row in rows} - out
+    assert before == {file: file.stat().st_mtime_ns for file in producer.dataset.root.rglob("*") if file.is_file()}
+
+
+def test_a_settled_run_repeats_its_generation_and_says_that_later_rows_stay(
+    tmp_path: Path, producer: FakeProducer
+) -> None:
+    takedown, run = tmp_path / "takedown.txt", tmp_path / "run"
+    takedown.write_text(producer.rows[0].uri)
+    first = open_run(run, producer, config(takedown))
+    order = keys_of(first, range(12))
+    assert first.not_yet_taken_down is None
+    takedown.write_text(f"{producer.rows[0].uri}\n{producer.rows[1].uri}")
+    shutil.rmtree(run / "index")  # made again by the recorded list, not by the newer one
+    resumed = open_run(run, producer, config(takedown))
+    assert keys_of(resumed, range(12)) == order
+    assert producer.rows[1].key in order
+    assert "stay in it" in (resumed.not_yet_taken_down or "")
+    with pytest.raises(DataError, match=r"left rows out by a takedown list.*set data.takedown again"):
+        open_run(run, producer, config(None))
+    fresh = keys_of(open_run(tmp_path / "other", producer, config(takedown)), range(12))
+    assert not {producer.rows[0].key, producer.rows[1].key} & set(fresh)
+
+
+def test_with_follow_rows_leave_with_the_next_generation(tmp_path: Path, producer: FakeProducer) -> None:
+    producer.complete()
+    takedown, run = tmp_path / "takedown.txt", tmp_path / "run"
+    takedown.write_text("")
+    generations = open_run(run, producer, config(takedown), follow=True)
+    assert len(set(keys_of(generations, range(6)))) == 12
+    takedown.write_text(producer.rows[4].key)
+    assert "from the next generation on" in (generations.not_yet_taken_down or "")
+    assert set(keys_of(generations, range(6, 12))) == {row.key for row in producer.rows} - {producer.rows[4].key}
+    assert [bool(line.takedown) for line in read_lines(run / FILE)[0]] == [False, True]
+    shutil.rmtree(run / "index")
+    (copy,) = (run / "takedown").iterdir()
+    again = open_run(run, producer, config(takedown), follow=True)
+    assert producer.rows[4].key in keys_of(again, range(6))
+    assert producer.rows[4].key not in keys_of(again, range(6, 12))
+    shutil.rmtree(run / "index")
+    copy.write_text("[]")
+    with pytest.raises(DataError, match="is gone or damaged"):
+        open_run(run, producer, config(takedown), follow=True)
+
+
+def test_a_list_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00bad")
+    for name in ("list.txt", "none.txt"):
+        with pytest.raises(DataError, match=rf"data.takedown=.*{name} cannot be read"):
+            read_takedown(tmp_path / name)
+    assert read_takedown(None).digest == ""
+    assert replace(read_takedown(None), entries=("a",)).digest != ""
