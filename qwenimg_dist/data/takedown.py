@@ -16,7 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -84,7 +84,7 @@ def recorded(run: Path, digest: str) -> Takedown:
 
 
 def rows_taken_down(dataset: Dataset, units: Sequence[UnitPins], takedown: Takedown) -> Ints:
-    """Listing numbers of the rows that an entry names, ascending. Reads uris and sha256 unit by unit."""
+    """Listing numbers of the rows that an entry names by any of their pictures, ascending. Reads unit by unit."""
     if not takedown.entries:
         return np.zeros(0, dtype=np.int64)
     entries = pa.array(takedown.entries, pa.string())
@@ -94,15 +94,26 @@ def rows_taken_down(dataset: Dataset, units: Sequence[UnitPins], takedown: Taked
 
 def _of_unit(dataset: Dataset, unit: UnitPins, entries: pa.Array) -> Ints:
     found = [np.zeros(0, dtype=np.int64)]
-    for facet, columns in ((LISTING, ("uri", "key")), (SCAN, ("sha256",))):
+    for facet, columns in ((LISTING, ("uri", "key", "others")), (SCAN, ("sha256", "others"))):
         parts = [Part(facet=facet, unit=unit.unit, part=part) for part in range(unit.inputs.get(facet, 0))]
         if not parts:
             continue
-        table = newest(pa.concat_tables([dataset.read(part, ["row", *columns]) for part in parts]))
-        for column in columns:
-            named = pc.is_in(table[column], value_set=entries)
-            found.append(to_array(table["row"].filter(named), np.int64))
+        tables = [dataset.read(part, ["row", *columns]) for part in parts]
+        table = newest(pa.concat_tables(tables, promote_options="default"))
+        rows = to_array(table["row"], np.int64)
+        found += [_named(table[name].combine_chunks(), rows, entries) for name in columns if name in table.column_names]
     return np.concatenate(found)
+
+
+def _named(column: Any, rows: Ints, entries: pa.Array) -> Ints:
+    """Rows with an entry in the column, which may list the further pictures of a row."""
+    if pa.types.is_list(column.type):
+        rows = rows[to_array(pc.list_parent_indices(column), np.int64)]
+        column = pc.list_flatten(column)
+    if pa.types.is_struct(column.type):
+        column = pc.struct_field(column, "sha256")
+    named: Ints = rows[to_array(pc.is_in(column, value_set=entries), np.bool_)]
+    return named
 
 
 def _copy(run: Path, digest: str) -> Path:

@@ -6,14 +6,17 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from fake_dataset import FakeProducer, make_rows
 
-from qwenimg_dist.data.facets import DataError
+from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.data.generation_log import FILE, read_lines
 from qwenimg_dist.data.generations import Generations, LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
-from qwenimg_dist.data.takedown import read_takedown
+from qwenimg_dist.data.pins import UnitPins
+from qwenimg_dist.data.takedown import Takedown, read_takedown, rows_taken_down
+from qwenimg_dist.schema import LISTING, LISTING_COLUMNS, SCAN, SCAN_COLUMNS
 
 
 def config(takedown: Path | None, held_out: float = 0.0) -> LedgerConfig:
@@ -119,6 +122,23 @@ def test_with_follow_rows_leave_with_the_next_generation(tmp_path: Path, produce
     copy.write_text("[]")
     with pytest.raises(DataError, match="is gone or damaged"):
         open_run(run, producer, config(takedown), follow=True)
+
+
+def test_a_row_goes_with_any_of_its_pictures(tmp_path: Path) -> None:
+    dataset = Dataset.create(tmp_path / "data", 8)
+    listing = [
+        {"row": 0, "key": "k0", "uri": "a.png", "others": ["b.png"]},
+        {"row": 1, "key": "k1", "uri": "c.png", "others": None},
+        {"row": 2, "key": "k2", "uri": "d.png", "others": ["e.png", "f.png"]},
+        {"row": 3, "key": "k3", "uri": "g.png", "others": []},
+    ]
+    scan = [{"row": n, "sha256": f"s{n}", "others": [{"sha256": f"o{n}"}] if n % 2 == 0 else None} for n in range(4)]
+    for facet, columns, rows in ((LISTING, LISTING_COLUMNS, listing), (SCAN, SCAN_COLUMNS, scan)):
+        table = pa.Table.from_pylist(rows, schema=columns)
+        dataset.commit(Part(facet=facet, unit=0, part=0), table, config_hash="")
+    units = [UnitPins(unit=0, rows_parts=1, inputs={LISTING: 1, SCAN: 1})]
+    for entries, expected in ((("f.png",), [2]), (("b.png", "k1"), [0, 1]), (("o2", "s3"), [2, 3]), (("x",), [])):
+        assert rows_taken_down(dataset, units, Takedown(entries=entries)).tolist() == expected
 
 
 def test_a_list_that_cannot_be_read_is_named(tmp_path: Path) -> None:
