@@ -12,6 +12,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from producers.filters import (
+    aesthetic,
     aspect,
     barcode,
     border,
@@ -23,11 +24,14 @@ from producers.filters import (
     entropy,
     file_size,
     luma,
+    nsfw,
     ocr,
     resolution,
     rotation,
     saturation,
+    similarity,
     texture,
+    watermark,
 )
 from producers.filters.base import BoundFilter, Filter
 from qwenimg_dist.compose import ConfigError, did_you_mean
@@ -48,6 +52,10 @@ FILTERS: Final[dict[str, Filter[Any]]] = {
     "clarity": clarity.FILTER,
     "texture": texture.FILTER,
     "barcode": barcode.FILTER,
+    "nsfw": nsfw.FILTER,
+    "similarity": similarity.FILTER,
+    "aesthetic": aesthetic.FILTER,
+    "watermark": watermark.FILTER,
     "ocr": ocr.FILTER,
 }
 

@@ -10,8 +10,9 @@ a row only when none is left. Refuses parameters that the filter's model does no
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Generic, Literal, TypeVar
@@ -54,6 +55,8 @@ class Facts:
     """None before the decode."""
     image: Image.Image | None = None
     """Upright sRGB picture; None before the decode."""
+    shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What filters with the same model have made of the picture; gone with it."""
 
     @cached_property
     def preview(self) -> npt.NDArray[np.uint8]:
@@ -146,10 +149,21 @@ class BoundFilter:
     def check(self) -> None:
         """Raises ValueError naming the filter if its model cannot be had."""
         if self.filter.check is not None:
-            try:
+            with self._named():
                 self.filter.check(self.params)
-            except ValueError as error:
-                raise ValueError(f"filters.{self.name}: {error}; or set filters.{self.name}.enabled=false") from error
+
+    def load(self, resources: Resources) -> Scorer:
+        """Load the model. Raises ValueError naming the filter."""
+        assert self.filter.load is not None
+        with self._named():
+            return self.filter.load(self.params, resources)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"filters.{self.name}: {error}; or set filters.{self.name}.enabled=false") from error
 
     def scored(self, values: Values) -> bool:
         """Whether the row has all of this filter's scores and labels."""
@@ -175,8 +189,7 @@ class Scorers:
         for one in filters:
             made_by = (one.name, one.fingerprint)
             if made_by not in self._loaded:
-                assert one.filter.load is not None
-                self._loaded[made_by] = one.filter.load(one.params, self._resources)
+                self._loaded[made_by] = one.load(self._resources)
 
     def score(self, one: BoundFilter, facts: Sequence[Facts]) -> list[dict[str, Value]]:
         """Scores and labels of each, by the filter's model."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwenimg_dist.config import ModelConfig
+from qwenimg_dist.models.hub import resolve_directory
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -30,15 +31,9 @@ def resolve_pipeline(path: str, revision: str | None = None, *, components: Sequ
     ValueError saying what is missing, what to set, or why the download failed.
     """
     wanted = tuple(components) if components is not None else COMPONENTS
-    folder = Path(path).expanduser()
-    looks_local = path.startswith(("/", ".", "~")) or path.count("/") != 1
-    if folder.is_dir() or looks_local:
-        return _check_local(folder, wanted)
-    if revision is None:
-        raise ValueError(
-            f"{path}: no such directory; if it is meant as a hub id, pin it with model.revision=<commit hash>"
-        )
-    return _check_local(_download(path, revision, wanted), wanted)
+    patterns = ["model_index.json", *(f"{name}/*{suffix}" for name in wanted for suffix in SAFE_SUFFIXES)]
+    folder = resolve_directory(path, revision, patterns=patterns, keys=("model.path", "model.revision"))
+    return _check_local(folder, wanted)
 
 
 def pipeline_dir(model: ModelConfig, *, components: Sequence[str] | None = None) -> Path:
@@ -53,28 +48,12 @@ def pipeline_dir(model: ModelConfig, *, components: Sequence[str] | None = None)
 
 
 def _check_local(folder: Path, components: Sequence[str]) -> Path:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such directory, and not a hub id of the form owner/name")
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder}: not a diffusers pipeline directory: model_index.json is missing")
     missing = [name for name in components if not (folder / name).is_dir()]
     if missing:
         raise ValueError(f"{folder}: the pipeline lacks the component folders {', '.join(missing)}")
     return folder
-
-
-def _download(repo: str, revision: str, components: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download  # its import costs most of a second: only when needed
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = [f"{name}/*{suffix}" for name in components for suffix in SAFE_SUFFIXES]
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=["model_index.json", *patterns]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot get {repo} at revision {revision} from the hub ({type(error).__name__}: {error}); "
-            "check the network, the revision and access rights, or set model.path to a local pipeline directory"
-        ) from error
 
 
 def fingerprint_component(directory: str | Path) -> str:
