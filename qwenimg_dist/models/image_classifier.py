@@ -47,7 +47,7 @@ class ImageClassifier:
     def probabilities(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """(B, labels) fp32 on the CPU; each label by itself if the model says that several may hold."""
         inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
-        logits = self.model(**inputs).logits.float().cpu()
+        logits: torch.Tensor = self.model(**inputs).logits.float().cpu()
         several = self.model.config.problem_type == "multi_label_classification"
         return logits.sigmoid() if several else logits.softmax(-1)
 

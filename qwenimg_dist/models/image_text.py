@@ -88,4 +88,4 @@ def shared_model(path: str, revision: str | None, device: str) -> ImageTextModel
 
 def _normalised(output: Any) -> torch.Tensor:
     features: torch.Tensor = output.pooler_output.float().cpu()
-    return features / features.norm(dim=-1, keepdim=True)
+    return torch.nn.functional.normalize(features, dim=-1)
