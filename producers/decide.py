@@ -2,7 +2,7 @@
 
 Place in the flow: `unit.py` assesses every row of a unit; only rows that come back without a decision are decoded. Pure
 functions of what is committed, so a repeated unit decides alike. Order of reasons: the file, its caption, duplicates,
-filters on the header, too small for every bucket, filters on the pixels.
+near duplicates, filters on the header and captions, too small for every bucket, filters on the pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from producers.pictures import CHANGED_FILE, placements, too_small
 from producers.plan import Plan
 from producers.state import Decision, Row, UnitState, caption_scores
 from qwenimg_dist.data.buckets import Placement
-from qwenimg_dist.schema import EDIT, IMAGE, PROMPT, edit_caption_key
+from qwenimg_dist.schema import EDIT, IMAGE, NEAR_DUPLICATE, PROMPT, edit_caption_key
 
 # Found at the decode, and the same at each try: the picture is not opened again for them.
 LASTING: Final = frozenset({"truncated", "decode_error", "unsupported_mode", "too_many_pixels", CHANGED_FILE})
@@ -145,6 +145,9 @@ def _without_scores(row: Row) -> tuple[str, str, str] | None:
     if row.duplicate_of >= 0:
         what = "same bytes as" if row.kind == IMAGE else "same pictures, and text where it counts, as"
         return "rejected", "duplicate", f"{what} row {row.duplicate_of}"
+    if row.near_duplicate_of >= 0:
+        detail = f"looks like row {row.near_duplicate_of}: {row.near_distance} of 64 bits differ"
+        return "rejected", NEAR_DUPLICATE, detail
     return None
 
 

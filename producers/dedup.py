@@ -3,7 +3,7 @@
 Place in the flow: scan -> **dedup** -> filters. A row takes part once it is readable and has a caption, and is then
 settled for good: kept if and only if no settled row has the same bytes, of all its pictures (`content_digest`). Rows
 that take part later (a file that turned up, a caption written afterwards) are compared with everything settled before.
-Filters play no role, so changed thresholds change nothing here. Deliberately left out: near duplicates.
+Filters play no role, so changed thresholds change nothing here. Near duplicates: `near.py`, afterwards.
 
 Memory: 40 bytes per kept row (sorted arrays of 32-byte digests and row numbers), so 40 MB per million; not Python
 strings, which would take five times as much.

@@ -1,6 +1,6 @@
 """The driver: from a look at the source to every unit ready, in one round that may be repeated at any time.
 
-    look at the source -> listing -> per unit: scan (workers, ahead) -> dedup (here, in order) -> encode (workers)
+    look at the source -> listing -> per unit: scan (workers, ahead) -> dedup, near (here, in order) -> encode (workers)
 
 Place in the flow: `commands/produce.py` calls `Driver.round` once, or again and again with `follow=true`. The driver
 computes nothing heavy and imports no torch; it decides what is missing, in which order, and settles duplicates, which
@@ -17,6 +17,8 @@ from typing import Any, Final
 from producers import fence
 from producers.dedup import DigestIndex, load_index, settle_unit
 from producers.listing import ListingChange, sync_listing
+from producers.near import load_near_index, settle_near
+from producers.near_index import HammingIndex
 from producers.plan import Plan
 from producers.sources.base import Found, can_be_read
 from producers.state import is_done, passing_faults, read_record
@@ -63,6 +65,7 @@ class Driver:
     """Asked between tasks; once true, started tasks are finished and no other is begun."""
     _workers: Workers | None = None
     _index: DigestIndex | None = None
+    _near: HammingIndex | None = None
     _watched: set[int] = field(default_factory=set)
     """Units with rows whose file may turn up."""
 
@@ -112,7 +115,7 @@ class Driver:
                 return False
             for outcome in workers.wait(_POLL_S):
                 for unit in schedule.done(outcome.task):
-                    settle_unit(self.dataset, unit, self._digests(), config_hash=self.plan.config_hash)
+                    self._settle(unit)
                 if outcome.report is not None:
                     self._watched.add(outcome.report.unit)  # the next look decides whether it needs to stay
                     self.observer.unit_done(outcome.report)
@@ -138,6 +141,15 @@ class Driver:
     def _lacks_scan(self, unit: int) -> bool:
         settled = bool(self.dataset.unit_parts(DEDUP, unit))
         return settled and SCAN not in read_record(self.dataset, unit).get("inputs", {})
+
+    def _settle(self, unit: int) -> None:
+        """Which of the unit's rows are copies of rows before them. Units come in ascending order."""
+        settle_unit(self.dataset, unit, self._digests(), config_hash=self.plan.config_hash)
+        rule = self.plan.near
+        if rule is not None:
+            if self._near is None:
+                self._near = load_near_index(self.dataset, rule)
+            settle_near(self.dataset, unit, rule, self._near, config_hash=self.plan.config_hash)
 
     def _digests(self) -> DigestIndex:
         if self._index is None:

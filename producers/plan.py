@@ -7,14 +7,16 @@ by it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from producers.filters import validate_filters
 from producers.filters.base import BoundFilter
+from producers.near import NearRule
 from qwenimg_dist.config import Config, EditEncodeConfig, stable_hash
 from qwenimg_dist.data.buckets import Placement, buckets, place
-from qwenimg_dist.schema import Bucket
+from qwenimg_dist.schema import DEDUP, LISTING, SCAN, Bucket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class Plan:
     buckets: Mapping[int, tuple[Bucket, ...]]
     upscale: bool
     filters: tuple[BoundFilter, ...]
+    near: NearRule | None
+    """None: near duplicates are kept."""
     config_hash: str
     """Stamped on every part."""
     max_shard_bytes: int
@@ -42,12 +46,18 @@ class Plan:
     @property
     def digest(self) -> str:
         """Changes whenever a unit that was finished under another plan must be looked at again."""
-        return stable_hash(
-            {
-                "facets": self.facets,
-                "filters": {f.name: json.loads(f.params.model_dump_json()) for f in self.filters},
-            }
-        )
+        parts: dict[str, Any] = {
+            "facets": self.facets,
+            "filters": {f.name: json.loads(f.params.model_dump_json()) for f in self.filters},
+        }
+        if self.near is not None:
+            parts["near"] = self.near.facet
+        return stable_hash(parts)
+
+    @property
+    def settled(self) -> tuple[str, ...]:
+        """Facets of which each unit needs a part before it is encoded: all its parts go into the decisions."""
+        return (LISTING, SCAN, DEDUP, *((self.near.facet,) if self.near is not None else ()))
 
     def placements(self, height: int, width: int) -> dict[int, Placement]:
         """Resolution class -> how a picture of this upright size goes in; classes it is too small for are left out."""
@@ -57,14 +67,27 @@ class Plan:
 
 def make_plan(config: Config, *, text_facet: str, latents_facets: Mapping[int, str]) -> Plan:
     """Raises `ConfigError` for unusable filters and ValueError for unusable aspects or resolutions."""
+    filters = tuple(validate_filters(config.filters))
+    classes = {resolution: buckets(resolution, config.encode.aspects) for resolution in sorted(latents_facets)}
+    stamped = {"model", "source", "filters", "dedup", "encode"}
     return Plan(
         text_facet=text_facet,
         latents_facets=dict(sorted(latents_facets.items())),
-        buckets={resolution: buckets(resolution, config.encode.aspects) for resolution in sorted(latents_facets)},
+        buckets=classes,
         upscale=config.encode.upscale,
-        filters=tuple(validate_filters(config.filters)),
-        config_hash=stable_hash(config.model_dump(mode="json", include={"model", "source", "filters", "encode"})),
+        filters=filters,
+        near=_near_rule(config, filters, classes) if config.dedup.near else None,
+        config_hash=stable_hash(config.model_dump(mode="json", include=stamped)),
         max_shard_bytes=config.data.max_shard_bytes,
         image_batch_pixels=config.encode.image_batch_pixels,
         edit=config.encode.edit,
+    )
+
+
+def _near_rule(config: Config, filters: Sequence[BoundFilter], classes: Mapping[int, tuple[Bucket, ...]]) -> NearRule:
+    return NearRule(
+        distance=config.dedup.distance,
+        filters=tuple(one for one in filters if one.filter.looks_at == "header"),
+        smallest=classes[min(classes)],
+        upscale=config.encode.upscale,
     )

@@ -1,4 +1,4 @@
-"""The scan: cheap facts of every listed file, from one read: bytes, sha256, header. Runs ahead of encoding.
+"""The scan: cheap facts of every listed file, from one read: bytes, sha256, header, perceptual hash. Runs ahead.
 
 Place in the flow: listing -> **scan** -> dedup -> filters. A file that cannot be used still gets its row, with a fault
 code. Refuses to blame files for a source that is gone as a whole (`SourceGoneError` passes through).
@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from producers.commit import commit_part
 from producers.load import ImageFault, open_header
+from producers.perceptual_hash import perceptual_hash
 from producers.poison import POISON, Watch
 from producers.sources.base import OUTSIDE_ROOT, SourceGoneError, read_bytes
 from qwenimg_dist.data.facets import Dataset
@@ -48,7 +49,7 @@ def scan_row(root: str, listed: Mapping[str, Any]) -> dict[str, Any]:
         return {"row": row, **_NOTHING, "fault": OUTSIDE_ROOT, "detail": "the path leads out of source.path"}
     if kind == PROMPT:
         return {"row": row, **_NOTHING}
-    scanned = [_scan_file(root, one) for one in (listed["uri"], *others)]
+    scanned = [_scan_file(root, one, hashed=kind == IMAGE) for one in (listed["uri"], *others)]
     entry = {"row": row, **scanned[0][0], "others": [facts for facts, _ in scanned[1:]]}
     faulty = [(index, fault) for index, (_, fault) in enumerate(scanned) if fault is not None]
     if not faulty:
@@ -58,8 +59,8 @@ def scan_row(root: str, listed: Mapping[str, Any]) -> dict[str, Any]:
     return {**entry, "fault": fault.reason, "detail": detail}
 
 
-def _scan_file(root: str, uri: str) -> tuple[dict[str, Any], ImageFault | None]:
-    """Facts of one file, and why it cannot be used."""
+def _scan_file(root: str, uri: str, *, hashed: bool) -> tuple[dict[str, Any], ImageFault | None]:
+    """Facts of one file, and why it cannot be used. `hashed`: with what near duplicates are told by."""
     facts = dict(_NOTHING)
     try:
         data = read_or_fault(root, uri)
@@ -75,6 +76,8 @@ def _scan_file(root: str, uri: str) -> tuple[dict[str, Any], ImageFault | None]:
         "height": header.height,
         "orientation": header.orientation,
     }
+    if hashed:
+        facts["phash"] = perceptual_hash(data)
     return facts, None
 
 

@@ -49,6 +49,9 @@ class Row:
     others: tuple[Further, ...] = ()
     """Empty where a fault came before their scan."""
     meta: str | None = None
+    near_duplicate_of: int = -1
+    """-1: no near duplicate, or takes no part."""
+    near_distance: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,7 @@ class UnitState:
 def read_state(dataset: Dataset, unit: int, plan: Plan) -> UnitState:
     """Read the unit's parts. Raises `DataError` naming a file that cannot be read."""
     record = read_record(dataset, unit)
-    facets = [LISTING, SCAN, DEDUP, *plan.facets, *(f for f in record.get("inputs", {}) if f.startswith("latents-"))]
+    facets = [*plan.settled, *plan.facets, *(f for f in record.get("inputs", {}) if f.startswith("latents-"))]
     parts = {facet: dataset.unit_parts(facet, unit) for facet in dict.fromkeys(facets)}
 
     def merged(facet: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
@@ -107,8 +110,12 @@ def read_state(dataset: Dataset, unit: int, plan: Plan) -> UnitState:
 
     scans = {entry["row"]: entry for entry in merged(SCAN)}
     duplicates = {entry["row"]: entry["duplicate_of"] for entry in merged(DEDUP)}
+    near = {entry["row"]: entry for entry in (merged(plan.near.facet) if plan.near is not None else ())}
     return UnitState(
-        rows=tuple(_row(entry, scans[entry["row"]], duplicates.get(entry["row"], -1)) for entry in merged(LISTING)),
+        rows=tuple(
+            _row(entry, scans[entry["row"]], duplicates.get(entry["row"], -1), near.get(entry["row"], {}))
+            for entry in merged(LISTING)
+        ),
         decisions=_without(
             _without(_read_decisions(dataset, unit), _stale(record, plan)),
             caption_scores(plan),
@@ -132,13 +139,13 @@ def read_record(dataset: Dataset, unit: int) -> dict[str, Any]:
 
 
 def is_done(dataset: Dataset, unit: int, plan: Plan) -> bool:
-    """Whether the newest decisions were made by this plan, from all parts that there are of listing, scan and dedup."""
+    """Whether the newest decisions were made by this plan, from all parts that there are of what it settles by."""
     record = read_record(dataset, unit)
     inputs = record.get("inputs", {})
     return (
         record.get("plan") == plan.digest
         and all(inputs.get(facet, 0) >= 1 for facet in plan.facets)
-        and all(inputs.get(facet) == len(dataset.unit_parts(facet, unit)) for facet in (LISTING, SCAN, DEDUP))
+        and all(inputs.get(facet) == len(dataset.unit_parts(facet, unit)) for facet in plan.settled)
     )
 
 
@@ -216,7 +223,7 @@ def _without(
     }
 
 
-def _row(listed: Mapping[str, Any], scan: Mapping[str, Any], duplicate_of: int) -> Row:
+def _row(listed: Mapping[str, Any], scan: Mapping[str, Any], duplicate_of: int, near: Mapping[str, Any]) -> Row:
     return Row(
         row=listed["row"],
         key=listed["key"],
@@ -237,4 +244,6 @@ def _row(listed: Mapping[str, Any], scan: Mapping[str, Any], duplicate_of: int) 
             for uri, facts in zip(listed.get("others") or (), scan.get("others") or ())
         ),
         meta=listed.get("meta"),
+        near_duplicate_of=near.get("near_duplicate_of", -1),
+        near_distance=near.get("distance", -1),
     )

@@ -30,7 +30,7 @@ from producers.state import Decision, Row, UnitState, read_state
 from producers.write import Encoders, LatentsWriter, TextWriter
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.debug import fault_point
-from qwenimg_dist.schema import DEDUP, EDIT, LABEL_PREFIX, LISTING, ROWS, ROWS_COLUMNS, SCAN, SCORE_PREFIX
+from qwenimg_dist.schema import EDIT, LABEL_PREFIX, LISTING, ROWS, ROWS_COLUMNS, SCORE_PREFIX
 
 _BATCH_ROWS: Final = 16
 _BATCH_PIXELS: Final = 64 * 1024 * 1024
@@ -190,7 +190,7 @@ def _queue_texts(opened: Opened, plan: Plan, writer: TextWriter) -> None:
 def _commit_rows(dataset: Dataset, unit: int, plan: Plan, state: UnitState, decisions: Mapping[int, Decision]) -> None:
     """The unit's last part: changed decisions (perhaps none), and the record of the parts they belong to."""
     inputs = _carried_inputs(plan, state, decisions)
-    for facet in (LISTING, SCAN, DEDUP):
+    for facet in plan.settled:
         inputs[facet] = state.num_parts[facet]
     for facet in plan.facets:
         inputs[facet] = dataset.next_part(facet, unit).part
@@ -224,7 +224,7 @@ def _carried_inputs(plan: Plan, state: UnitState, decisions: Mapping[int, Decisi
     return {
         facet: count
         for facet, count in state.inputs.items()
-        if facet not in (LISTING, SCAN, DEDUP) and not grown and (same_captions or not facet.startswith("text-"))
+        if facet.startswith(("text-", "latents-")) and not grown and (same_captions or not facet.startswith("text-"))
     }
 
 

@@ -134,6 +134,15 @@ class EditEncodeConfig(Section):
     """The VAE encodes a picture at about this side squared (px); `None` takes the target's resolution class."""
 
 
+class DedupConfig(Section):
+    """Near duplicates; rows of equal bytes are always told apart."""
+
+    near: bool = False
+    """Reject a picture that looks like a kept one before it."""
+    distance: int = Field(default=6, ge=0, le=12)
+    """Bits of 64 in which the two hashes may differ. Another distance settles anew, without reading a picture."""
+
+
 class EncodeConfig(Section):
     """How admitted rows become tensors."""
 
@@ -428,6 +437,7 @@ class Config(Section):
     model: ModelConfig
     source: SourceConfig
     filters: dict[str, dict[str, Any]]
+    dedup: DedupConfig
     encode: EncodeConfig
     data: DataConfig
     curriculum: CurriculumConfig

@@ -4,8 +4,9 @@ A data set directory (see `data/facets.py` for how parts are committed):
 
     dataset.json                      schema version, unit size; written once
     listing/unit-000000.000.parquet   the source as it was seen: row, key, uri, captions
-    scan/...                          cheap facts of every file: bytes, sha256, header
+    scan/...                          cheap facts of every file: bytes, sha256, header, perceptual hash
     dedup/...                         duplicate_of, settled in source order
+    near-<distance>-<id>/...          near duplicates, settled in source order; <id>: of what takes part
     rows/...                          the decision on every row: status, reason, scores and labels
     text-<id>/...                     one sample per distinct caption, unpadded features
     latents-<resolution>-<id>/...     one sample per admitted row, normalised posterior
@@ -33,6 +34,9 @@ LISTING: Final = "listing"
 SCAN: Final = "scan"
 DEDUP: Final = "dedup"
 ROWS: Final = "rows"
+NEAR_PREFIX: Final = "near-"
+NEAR_DUPLICATE: Final = "near_duplicate"
+"""Reason of a row that looks like a kept one."""
 SOURCE_COMPLETE: Final = "source-complete.json"
 
 KEY_PATTERN: Final = re.compile(r"^[A-Za-z0-9_-]+\Z")
@@ -57,6 +61,11 @@ def text_facet(fingerprint: str) -> str:
 def latents_facet(resolution: int, fingerprint: str) -> str:
     """Name of the latents facet of one resolution class (px) made by the encoder with this fingerprint."""
     return f"latents-{resolution}-{fingerprint}"
+
+
+def near_facet(distance: int, fingerprint: str) -> str:
+    """Name of the facet of near duplicates up to this Hamming distance; `fingerprint` says which rows take part."""
+    return f"{NEAR_PREFIX}{distance}-{fingerprint}"
 
 
 def row_key(uri: str, repeat: int = 0) -> str:
@@ -144,10 +153,22 @@ SCAN_COLUMNS: Final = pa.schema(
         ("fault", pa.string()),  # null, or a reason code such as `unreadable`, `not_an_image`
         ("detail", pa.string()),
         ("others", pa.list_(pa.struct(_FILE_FACTS))),  # of the further pictures; null: none
+        ("phash", pa.int64()),  # 64 bits, of images; null where it could not be made, or no such column
     ]
 )
 
 DEDUP_COLUMNS: Final = pa.schema([("row", pa.int64()), ("duplicate_of", pa.int64())])  # -1: kept
+
+# Rows of one copy with a hash, of those that take part; the hash stands here too, so that the index loads from this
+# facet alone.
+NEAR_COLUMNS: Final = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("near_duplicate_of", pa.int64()),  # -1: kept; else the nearest kept row
+        ("distance", pa.int8()),  # bits in which the two hashes differ; -1 where kept
+        ("phash", pa.int64()),
+    ]
+)
 
 SCORE_PREFIX: Final = "score_"
 LABEL_PREFIX: Final = "label_"
@@ -167,7 +188,7 @@ ROWS_COLUMNS: Final = pa.schema(
 )
 
 # Columns that parts written before there was one do without.
-OPTIONAL_COLUMNS: Final = frozenset({"caption_kinds", "caption_faults", "kind", "others", "meta", "further"})
+OPTIONAL_COLUMNS: Final = frozenset({"phash", "caption_kinds", "caption_faults", "kind", "others", "meta", "further"})
 
 RAW: Final = "raw"
 """Kind of a caption that came with the picture; other kinds are the source's own words (`recaption`, `fused`)."""

@@ -37,6 +37,8 @@ from qwenimg_dist.schema import (
     LATENTS_COLUMNS,
     LISTING,
     LISTING_COLUMNS,
+    NEAR_COLUMNS,
+    NEAR_PREFIX,
     OPTIONAL_COLUMNS,
     ROWS,
     ROWS_COLUMNS,
@@ -177,6 +179,8 @@ def _wrong_columns(facet: str, schema: pa.Schema) -> str:
         wanted = TEXT_COLUMNS
     elif facet.startswith(LATENTS_PREFIX):
         wanted = LATENTS_COLUMNS
+    elif facet.startswith(NEAR_PREFIX):
+        wanted = NEAR_COLUMNS
     if wanted is None:
         return ""
     there = {field.name: field.type for field in schema}

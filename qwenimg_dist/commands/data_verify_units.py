@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from qwenimg_dist.data.facets import Dataset, Part
 from qwenimg_dist.report.funnel import LATENTS_PREFIX, TEXT_PREFIX, latents_order
-from qwenimg_dist.schema import DEDUP, EDIT, LISTING, ROWS, SCAN, caption_key, edit_caption_key
+from qwenimg_dist.schema import DEDUP, EDIT, LISTING, NEAR_PREFIX, ROWS, SCAN, caption_key, edit_caption_key
 
 REMAKE: Final = "restore it from a backup, or run `qwenimg-dist data repair` and then `produce` again"
 RESTORE: Final = "restore it from a backup, or make the data set anew"
@@ -55,7 +55,7 @@ def check_unit(dataset: Dataset, unit: int, parts: dict[str, list[Part]]) -> Ite
     name = part_name(dataset, parts[LISTING][-1])
     if any(row // dataset.unit_size != unit for row in keys):
         yield Problem(file=name, unit=unit, what=f"lists rows of another unit (units have {dataset.unit_size} rows)")
-    for facet in (facet for facet in parts if facet in (SCAN, DEDUP) or facet.startswith(LATENTS_PREFIX)):
+    for facet in (facet for facet in parts if _rows_alone(facet) or facet.startswith(LATENTS_PREFIX)):
         yield from _check_rows_known(dataset, unit, facet, parts[facet], keys)
     if ROWS not in parts:
         return
@@ -105,12 +105,17 @@ def _check_encoded(
             yield Problem(file=name, unit=unit, what=what, remedy=REMAKE, facet=facet)
 
 
+def _rows_alone(facet: str) -> bool:
+    """Whether the facet's rows stand without their keys."""
+    return facet in (SCAN, DEDUP) or facet.startswith(NEAR_PREFIX)
+
+
 def _check_rows_known(
     dataset: Dataset, unit: int, facet: str, parts: Sequence[Part], keys: dict[int, str]
 ) -> Iterator[Problem]:
     """Every row of the facet is a listed row, under the listing's key."""
     for part in parts:
-        schema = dataset.read(part, ["row", "key"] if facet not in (SCAN, DEDUP) else ["row"]).to_pydict()
+        schema = dataset.read(part, ["row"] if _rows_alone(facet) else ["row", "key"]).to_pydict()
         strange = sorted(set(schema["row"]) - set(keys))
         if strange:
             what = f"has {len(strange)} rows that are not listed (first: row {strange[0]})"

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.report.table import Table, show_share
-from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN
+from qwenimg_dist.schema import DEDUP, LISTING, NEAR_DUPLICATE, NEAR_PREFIX, ROWS, SCAN
 
 LATENTS_PREFIX = "latents-"
 TEXT_PREFIX = "text-"
@@ -43,7 +43,9 @@ class Funnel:
     captioned: int
     """Readable, and with a caption; only such rows are compared with each other."""
     unique: int
-    """Captioned, and no kept earlier row is the same picture."""
+    """Captioned, and no kept earlier row has the same bytes."""
+    distinct: int | None
+    """Unique, and by now not decided to look like a kept earlier row; None where near duplicates were never settled."""
     decided: int
     """Rows with a decision; fewer than `listed` while `produce` is at work or was interrupted."""
     admitted: int
@@ -67,6 +69,7 @@ class Funnel:
             "readable": self.readable,
             "captioned": self.captioned,
             "unique": self.unique,
+            "distinct": self.distinct,
             "decided": self.decided,
             "admitted": self.admitted,
             "encoded": dict(self.encoded),
@@ -86,6 +89,8 @@ class Funnel:
             ("with a caption", self.captioned),
             ("unique", self.unique),
         ]
+        if self.distinct is not None:
+            stages.append(("no near duplicate", self.distinct))
         if self.decided != self.listed:
             stages.append(("decided so far", self.decided))
         stages.append(("admitted", self.admitted))
@@ -133,12 +138,14 @@ def funnel(dataset: Dataset) -> Funnel:
             if unit in parts[name]:
                 rows = dataset.merge(parts[name][unit], ["row"])["row"]
                 encoded[name] += _true(pc.is_in(rows, value_set=kept))
+    near = any(name.startswith(NEAR_PREFIX) for name in facets)
     return Funnel(
         units=len(parts[LISTING]),
         listed=counts["listed"],
         readable=counts["readable"],
         captioned=counts["captioned"],
         unique=counts["unique"],
+        distinct=counts["unique"] - reasons["rejected", NEAR_DUPLICATE] if near else None,
         decided=counts["decided"],
         admitted=counts["admitted"],
         encoded=dict(encoded),
