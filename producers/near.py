@@ -1,7 +1,7 @@
 """Near duplicates by perceptual hash, settled in source order by the driver, after exact ones.
 
-Place in the flow: scan -> dedup -> **near** -> filters; off unless `dedup.near` is set. An image takes part once it is the
-one copy of its bytes, has a hash, is admitted by the header's filters and fits a bucket of the smallest class: a
+Place in the flow: scan -> dedup -> **near** -> filters; off unless `dedup.near` is set. An image takes part once it is
+the one copy of its bytes, has a hash, is admitted by the header's filters and fits a bucket of the smallest class: a
 thumbnail that nobody will train on must not cost the picture of which it is a copy. It is then settled for good: kept
 if and only if no kept row before it is within the distance. Rows that take part later (a file that turned up) are
 compared with everything settled before.
