@@ -65,7 +65,7 @@ class OcrEngine:
 
     def __init__(self, *, num_threads: int = 1, detect_side: int = 736, read_side: int = 1536, max_lines: int = 48):
         """Text is looked for at a long side of `detect_side` px and read at one of at most `read_side` px. Of more than
-        `max_lines` lines the highest are read: each costs about as much as a quarter of a picture without text.
+        `max_lines` lines the highest are read: each costs about a tenth of what a small picture without text costs.
 
         Raises ValueError if the models are not there.
         """

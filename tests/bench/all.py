@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 HERE: Final = Path(__file__).resolve().parent
-BENCHMARKS: Final = ("padding", "loader", "picture_path", "producer", "million_rows", "consumer_step", "memory")
+BENCHMARKS: Final = ("padding", "loader", "picture_path", "producer", "million_rows", "ocr", "consumer_step", "memory")
 
 
 def main() -> int:

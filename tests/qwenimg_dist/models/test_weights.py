@@ -271,5 +271,7 @@ def test_hub_id_offline_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"cannot get Qwen/Qwen-Image-2512 at revision abc.*local pipeline"):
+    with pytest.raises(
+        ValueError, match=r"cannot get Qwen/Qwen-Image-2512 at revision abc.*model\.path to a local directory"
+    ):
         resolve_pipeline("Qwen/Qwen-Image-2512", "abc", components=["vae"])
