@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from producers import fence
 from producers.dedup import DigestIndex, load_index, settle_unit
+from producers.enhance import enhance_rows
 from producers.listing import ListingChange, sync_listing
 from producers.near import load_near_index, settle_near
 from producers.near_index import HammingIndex
@@ -71,9 +72,8 @@ class Driver:
 
     def list_source(self, found: Found) -> ListingChange:
         """Commit what is new in the source."""
-        return sync_listing(
-            self.dataset, found.rows, config_hash=self.plan.config_hash, before_commit=self._unmark_complete
-        )
+        rows = enhance_rows(found.rows, self.plan.enhance)
+        return sync_listing(self.dataset, rows, config_hash=self.plan.config_hash, before_commit=self._unmark_complete)
 
     def pending(self, units: Sequence[int] | None = None) -> list[Pending]:
         """Units with something missing, ascending: of all, or of `units` and those watched for files to turn up.

@@ -55,7 +55,7 @@ def sync_listing(
     changes = _Changes(dataset, len(known), config_hash, before_commit)
     added = recaptioned = 0
     for batch in _batches(rows):
-        digests = [_digest(one.captions, one.fault, one.meta) for one in batch]
+        digests = [_digest(one.captions, one.fault, one.meta, one.caption_kinds) for one in batch]
         for source_row, (key, number), digest in zip(batch, known.meet([one.identity for one in batch]), digests):
             if number == ABSENT:
                 number, added = known.add(key, digest), added + 1
@@ -70,6 +70,7 @@ def sync_listing(
                     "uri": source_row.uri,
                     "captions": list(source_row.captions),
                     "caption_fault": source_row.fault,
+                    "caption_kinds": list(source_row.caption_kinds) or None,
                     "kind": source_row.kind,
                     "others": list(source_row.others),
                     "meta": source_row.meta,
@@ -202,9 +203,10 @@ def _read_known(dataset: Dataset) -> _Known:
     """What the newest listing parts say. Raises `DataError` if a part is missing."""
     known = _Known()
     for part in dataset.parts(LISTING):
-        table = dataset.read(part, ["row", "key", "captions", "caption_fault", "meta"])
+        table = dataset.read(part, ["row", "key", "captions", "caption_fault", "caption_kinds", "meta"])
         for entry in sorted(table.to_pylist(), key=lambda entry: entry["row"]):
-            digest = _digest(entry["captions"], entry["caption_fault"], entry.get("meta"))
+            kinds = entry.get("caption_kinds") or ()
+            digest = _digest(entry["captions"], entry["caption_fault"], entry.get("meta"), kinds)
             if entry["row"] < len(known):
                 known.recaption(entry["row"], digest)
             elif entry["row"] == len(known):
@@ -214,6 +216,9 @@ def _read_known(dataset: Dataset) -> _Known:
     return known
 
 
-def _digest(captions: Sequence[str], fault: str | None, meta: str | None) -> int:
-    text = "\0".join((fault or "", *captions, *(() if meta is None else ("", meta))))
+def _digest(captions: Sequence[str], fault: str | None, meta: str | None, kinds: Sequence[str]) -> int:
+    """Kinds count where there are any, so that rows listed before there were kinds stay as they are."""
+    text = "\0".join(
+        (fault or "", *captions, *(() if meta is None else ("", meta)), *(("", "", *kinds) if kinds else ()))
+    )
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

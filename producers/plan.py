@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from producers.enhance import Mode
 from producers.filters import validate_filters
 from producers.filters.base import BoundFilter
 from producers.near import NearRule
@@ -35,6 +36,8 @@ class Plan:
     """Stamped on every part."""
     max_shard_bytes: int
     image_batch_pixels: int
+    enhance: Mode
+    """What becomes of captions before they are listed."""
     edit: EditEncodeConfig
     """How condition pictures go in; part of the facets' names."""
 
@@ -69,7 +72,7 @@ def make_plan(config: Config, *, text_facet: str, latents_facets: Mapping[int, s
     """Raises `ConfigError` for unusable filters and ValueError for unusable aspects or resolutions."""
     filters = tuple(validate_filters(config.filters))
     classes = {resolution: buckets(resolution, config.encode.aspects) for resolution in sorted(latents_facets)}
-    stamped = {"model", "source", "filters", "dedup", "encode"}
+    stamped = {"model", "source", "captions", "filters", "dedup", "encode"}
     return Plan(
         text_facet=text_facet,
         latents_facets=dict(sorted(latents_facets.items())),
@@ -80,6 +83,7 @@ def make_plan(config: Config, *, text_facet: str, latents_facets: Mapping[int, s
         config_hash=stable_hash(config.model_dump(mode="json", include=stamped)),
         max_shard_bytes=config.data.max_shard_bytes,
         image_batch_pixels=config.encode.image_batch_pixels,
+        enhance=config.captions.enhance,
         edit=config.encode.edit,
     )
 

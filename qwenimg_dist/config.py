@@ -52,6 +52,9 @@ class FolderSource(Section):
     path: str | None = None
     captions: Literal["auto", "metadata", "txt"] = "auto"
     """`auto` takes `metadata.jsonl` where there is one, else `.txt` files."""
+    caption_columns: dict[str, str] | None = None
+    """Several kinds of captions, drawn by `data.caption_weights`: kind -> its column, for example `{raw: text,
+    recaption: llava}` (keys of `metadata.jsonl`; `.txt` captions are `raw`)."""
 
 
 class ManifestSource(Section):
@@ -64,6 +67,9 @@ class ManifestSource(Section):
     """A string, or a list of strings for several captions."""
     root: str | None = None
     """What relative uris are relative to; `None` is the manifest's folder."""
+    caption_columns: dict[str, str] | None = None
+    """Several kinds of captions, drawn by `data.caption_weights`: kind -> its column, for example `{raw: text,
+    recaption: llava}` (columns)."""
 
 
 class WebdatasetSource(Section):
@@ -77,6 +83,9 @@ class WebdatasetSource(Section):
     """`auto` takes the `.json` member where it has a caption, else the `.txt`."""
     caption_column: str = "caption"
     """Key of the caption, or list of captions, in `.json` members."""
+    caption_columns: dict[str, str] | None = None
+    """Several kinds of captions, drawn by `data.caption_weights`: kind -> its column, for example `{raw: text,
+    recaption: llava}` (keys of `.json` members; `.txt` captions are `raw`)."""
 
 
 class PairsSource(Section):
@@ -396,6 +405,9 @@ class SampleConfig(Section):
     num_steps: PositiveInt
     guidance: PositiveFloat
     negative_prompt: str
+    enhance: bool = False
+    """Rewrite the prompts by `models/prompt_enhance.py`, and take its recommended negative prompt where none is given.
+    The grid keeps the prompts as they were written."""
     columns: PositiveInt
 
 
@@ -430,12 +442,22 @@ class InspectConfig(Section):
     """Clusters of duplicates that are shown side by side, the largest of each kind."""
 
 
+class CaptionsConfig(Section):
+    """What producers make of captions before they list them."""
+
+    enhance: Literal["off", "add", "replace"] = "off"
+    """The prompt enhancement (`models/prompt_enhance.py`): rendered text in quotation marks, a quality suffix by
+    language. `add` lists its captions beside the source's, with the kind `enhanced`; `replace` in their place. A change
+    captions the rows anew."""
+
+
 class Config(Section):
     """Everything. See `conf/` for the groups."""
 
     stage: str
     model: ModelConfig
     source: SourceConfig
+    captions: CaptionsConfig = CaptionsConfig()
     filters: dict[str, dict[str, Any]]
     dedup: DedupConfig
     encode: EncodeConfig

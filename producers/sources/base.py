@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,8 @@ class SourceRow:
     uri: str
     """The row's own picture: chosen, target; empty for a prompt."""
     captions: tuple[str, ...]
+    caption_kinds: tuple[str, ...] = ()
+    """Beside `captions`; none: all are `raw`."""
     fault: str | None = None
     """Why the row cannot be used, known before the file is looked at: `no_caption`, `bad_caption`, `outside_root`."""
     kind: Kind = IMAGE
@@ -165,6 +167,24 @@ def clean_captions(value: Any) -> tuple[tuple[str, ...], str | None]:
     if not all(_is_unicode(text) for text in texts):
         return (), BAD_CAPTION
     return tuple(texts), None if texts else NO_CAPTION
+
+
+def captions_of_kinds(
+    given: Mapping[str, Any], columns: Mapping[str, str]
+) -> tuple[tuple[str, ...], str | None, tuple[str, ...]]:
+    """Captions of several columns (kind -> column) -> (distinct captions in order, fault, the kind of each).
+
+    A caption that two kinds share counts for the first; a column that cannot be used spoils only itself.
+    """
+    kinds: dict[str, str] = {}
+    faults = []
+    for kind, column in columns.items():
+        captions, fault = clean_captions(given.get(column))
+        faults.append(fault)
+        for caption in captions:
+            kinds.setdefault(caption, kind)
+    fault = None if kinds else BAD_CAPTION if BAD_CAPTION in faults else NO_CAPTION
+    return tuple(kinds), fault, tuple(kinds.values())
 
 
 def _is_unicode(text: str) -> bool:

@@ -33,6 +33,7 @@ from producers.sources.base import (
 from producers.sources.metadata import Captions, Described
 from producers.sources.paths import Paths, are_in
 from qwenimg_dist.config import FolderSource
+from qwenimg_dist.schema import RAW
 
 EXTENSIONS: Final = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
@@ -63,7 +64,7 @@ class Folder:
         if "://" in config.path and not config.path.startswith("file://"):
             raise ValueError(f"source.path={config.path}: source=folder reads local folders; use source=manifest")
         self._root = Path(config.path.removeprefix("file://")).expanduser()
-        self._captions = config.captions
+        self._captions, self._kinds = config.captions, config.caption_columns
 
     @property
     def root(self) -> str:
@@ -76,7 +77,7 @@ class Folder:
             raise ValueError(f"{self._root}: source.captions=metadata, but there is no {METADATA}")
         # Nearer files override.
         files = sorted(walk.metadata, key=lambda path: (path.count("/"), os.fsencode(path)))
-        described = Described(self._root, files if self._captions != "txt" else [])
+        described = Described(self._root, files if self._captions != "txt" else [], self._kinds)
         if len(described):
             for path in list(described.not_in(walk.pictures.hashes())):
                 walk.pictures.append(path)
@@ -99,7 +100,7 @@ class Folder:
                 yield self._row(path, captions, text_extensions)
 
     def _row(self, path: str, given: Captions, text_extensions: Sequence[str]) -> SourceRow:
-        captions, fault = given
+        captions, fault, kinds = given
         if posixpath.isabs(path) or path.split("/")[0] == "..":
             return SourceRow(uri=encode_uri(path), captions=(), fault=OUTSIDE_ROOT)
         if not captions and self._captions != "metadata":
@@ -107,8 +108,9 @@ class Folder:
                 text = _read_text(self._root / (posixpath.splitext(path)[0] + extension))
                 if text is not None:
                     captions, fault = text
+                    kinds = (RAW,) * len(captions) if self._kinds else ()
                     break
-        return SourceRow(uri=encode_uri(path), captions=captions, fault=fault)
+        return SourceRow(uri=encode_uri(path), captions=captions, caption_kinds=kinds, fault=fault)
 
     def _walk(self, newest: float | None) -> _Walk:
         if not self._root.is_dir():
@@ -175,7 +177,7 @@ def _modified(entry: os.DirEntry[str]) -> float:
         return 0.0
 
 
-def _read_text(file: Path) -> Captions | None:
+def _read_text(file: Path) -> tuple[tuple[str, ...], str | None] | None:
     """Captions of a text file, None if there is no such file."""
     try:
         text = file.read_bytes().decode("utf-8-sig")

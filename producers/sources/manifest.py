@@ -13,9 +13,10 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from producers.sources.base import Found, SourceRow, clean_captions, encode_uri
+from producers.sources.base import Found, SourceRow, captions_of_kinds, encode_uri
 from producers.sources.jsonl import read_jsonl
 from qwenimg_dist.config import ManifestSource
+from qwenimg_dist.schema import RAW
 
 _BATCH_ROWS: Final = 8192
 
@@ -29,7 +30,9 @@ class Manifest:
         self._file = Path(config.path.removeprefix("file://")).expanduser()
         if self._file.suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"source.path={config.path}: a manifest is a .jsonl or a .parquet file")
-        self._uri_column, self._caption_column = config.uri_column, config.caption_column
+        self._uri_column = config.uri_column
+        self._kinds = config.caption_columns
+        self._columns = config.caption_columns or {RAW: config.caption_column}
         self._root = config.root if config.root is not None else str(self._file.parent)
 
     @property
@@ -49,8 +52,8 @@ class Manifest:
             raise ValueError(f"{self._file} has no rows; is source.path right?")
         if not num_captioned:
             raise ValueError(
-                f"{self._file}: none of its {num_rows} rows has a caption in {self._caption_column!r}; "
-                "set source.caption_column"
+                f"{self._file}: none of its {num_rows} rows has a caption in "
+                f"{', '.join(map(repr, self._columns.values()))}; set source.caption_column or source.caption_columns"
             )
         return Found(rows=self._rows())
 
@@ -69,13 +72,15 @@ class Manifest:
                 encoded = encode_uri(uri)
             except ValueError as error:
                 raise ValueError(f"{self._file}, {word} {number}: {error}; correct it") from error
-            captions, fault = clean_captions(entry.get(self._caption_column))
-            yield SourceRow(uri=encoded, captions=captions, fault=fault)
+            captions, fault, kinds = captions_of_kinds(entry, self._columns)
+            yield SourceRow(
+                uri=encoded, captions=captions, caption_kinds=kinds if self._kinds is not None else (), fault=fault
+            )
 
     def _parquet(self) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             with pq.ParquetFile(self._file) as file:
-                wanted = [self._uri_column, self._caption_column]
+                wanted = list(dict.fromkeys([self._uri_column, *self._columns.values()]))
                 missing = [name for name in wanted if name not in file.schema_arrow.names]
                 if missing:
                     there = ", ".join(file.schema_arrow.names)

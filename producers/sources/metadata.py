@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import posixpath
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
 
-from producers.sources.base import NO_CAPTION, clean_captions, encode_uri
+from producers.sources.base import NO_CAPTION, captions_of_kinds, encode_uri
 from producers.sources.jsonl import parse_line, read_jsonl_at
 from producers.sources.paths import Hashes, are_in
+from qwenimg_dist.schema import RAW
 
-Captions = tuple[tuple[str, ...], str | None]
+Captions = tuple[tuple[str, ...], str | None, tuple[str, ...]]
+"""(captions, fault, kind of each; no kinds where the source tells none apart)"""
 
 CAPTION_KEYS: Final = ("text", "caption", "captions")
 
@@ -28,9 +30,10 @@ CAPTION_KEYS: Final = ("text", "caption", "captions")
 class Described:
     """Path -> captions, by the place of its lines. Files that come later override; lines of one file add up."""
 
-    def __init__(self, root: Path, files: Sequence[str]) -> None:
-        """`files` are relative to `root`, `/` between parts. Raises ValueError naming file and line."""
-        self._root, self._files = root, list(files)
+    def __init__(self, root: Path, files: Sequence[str], keys: Mapping[str, str] | None = None) -> None:
+        """`files` are relative to `root`, `/` between parts; `keys` are those of each kind of caption, None takes the
+        first of the usual ones. Raises ValueError naming file and line."""
+        self._root, self._files, self._keys = root, list(files), keys
         hashes, numbers, offsets = array("q"), array("i"), array("q")
         for number, file in enumerate(self._files):
             for line, offset, entry in read_jsonl_at(root / file):
@@ -62,10 +65,10 @@ class Described:
         wanted = np.fromiter(map(hash, paths), np.int64, len(paths))
         begins, ends = np.searchsorted(self._hashes, wanted), np.searchsorted(self._hashes, wanted, "right")
         for path, begin, end in zip(paths, begins.tolist(), ends.tolist()):
-            yield self._merged(path, begin, end) if end > begin else ((), NO_CAPTION)
+            yield self._merged(path, begin, end) if end > begin else ((), NO_CAPTION, ())
 
     def _merged(self, path: str, begin: int, end: int) -> Captions:
-        texts: tuple[str, ...] = ()
+        texts: dict[str, str] = {}
         fault: str | None = None
         for index in range(begin, end):
             if self._numbers[index] != self._numbers[end - 1]:
@@ -73,13 +76,14 @@ class Described:
             named, given = self._read(index)
             if named != path:
                 raise self._changed(index)
-            captions, faulty = clean_captions(given)
-            texts = tuple(dict.fromkeys((*texts, *captions)))
+            captions, faulty, kinds = captions_of_kinds(given, self._keys or {RAW: RAW})
+            for caption, kind in zip(captions, kinds, strict=True):
+                texts.setdefault(caption, kind)
             fault = fault or faulty
-        return texts, None if texts else fault
+        return tuple(texts), None if texts else fault, tuple(texts.values()) if self._keys else ()
 
-    def _read(self, index: int) -> tuple[str, Any]:
-        """(path, caption or captions as given) of a line."""
+    def _read(self, index: int) -> tuple[str, dict[str, Any]]:
+        """(path, caption or captions as given by key) of a line."""
         file = self._files[int(self._numbers[index])]
         lines = self._open(file)
         lines.seek(int(self._offsets[index]))
@@ -88,7 +92,9 @@ class Described:
             path = _path_of(entry, self._root / file, 0, posixpath.dirname(file))
         except ValueError as error:
             raise self._changed(index) from error
-        return path, next((entry[key] for key in CAPTION_KEYS if entry.get(key) is not None), None)
+        if self._keys:
+            return path, entry
+        return path, {RAW: next((entry[key] for key in CAPTION_KEYS if entry.get(key) is not None), None)}
 
     def _open_file(self, file: str) -> BinaryIO:
         try:

@@ -16,17 +16,18 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from producers.sources.base import BAD_CAPTION, NO_CAPTION, OUTSIDE_ROOT, Found, SourceRow, clean_captions
+from producers.sources.base import BAD_CAPTION, NO_CAPTION, OUTSIDE_ROOT, Found, SourceRow, captions_of_kinds
 from producers.sources.folder import EXTENSIONS
 from producers.sources.metadata import Captions
 from producers.sources.tars import Member, TornTarError, member_uri, walk
 from qwenimg_dist.config import WebdatasetSource
+from qwenimg_dist.schema import RAW
 
 _CAPTION_BYTES: Final = 1024**2
 _BRACES: Final = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -46,7 +47,8 @@ class Webdataset:
         for pattern in self._patterns:
             if "://" in pattern or pattern.startswith("pipe:"):
                 raise ValueError(f"source.path={pattern}: source=webdataset reads tars on local or shared disks only")
-        self._captions, self._column = config.captions, config.caption_column
+        self._captions, self._kinds = config.captions, config.caption_columns
+        self._columns = config.caption_columns or {RAW: config.caption_column}
         folders = [_fixed_part(os.path.abspath(os.path.expanduser(pattern))) for pattern in self._patterns]
         self._root = os.path.commonpath(folders)
 
@@ -71,7 +73,8 @@ class Webdataset:
         if not last.captions:
             raise ValueError(
                 f"{self._show()}: no picture has a caption. A sample's members share their name up to the first dot "
-                f"and stand next to each other: 0001.jpg with 0001.txt, or 0001.json with {self._column!r} "
+                f"and stand next to each other: 0001.jpg with 0001.txt, or 0001.json with "
+                f"{', '.join(map(repr, self._columns.values()))} "
                 "(source.caption_column)"
             )
         found = Found(rows=())
@@ -119,20 +122,21 @@ class Webdataset:
         if not pictures:
             found.ignored.update(list(texts))
             return
-        captions, fault = self._read_captions(file, texts)
+        captions, fault, kinds = self._read_captions(file, texts)
         for member in pictures:
             outside = member.name.startswith("/") or ".." in member.name.split("/")
             yield SourceRow(
                 uri=member_uri(tar, member),
                 captions=() if outside else captions,
+                caption_kinds=kinds if self._kinds and not outside else (),
                 fault=OUTSIDE_ROOT if outside else fault,
             )
 
     def _read_captions(self, file: BinaryIO, texts: dict[str, Member]) -> Captions:
         """Of `.json` first, which may have several; then of `.txt`."""
-        found: Captions = ((), NO_CAPTION)
+        found: Captions = ((), NO_CAPTION, ())
         if self._captions != "txt" and ".json" in texts:
-            found = _json_captions(_read(file, texts[".json"]), self._column)
+            found = _json_captions(_read(file, texts[".json"]), self._columns)
         if self._captions != "json" and ".txt" in texts and not found[0]:
             found = _text_captions(_read(file, texts[".txt"]))
         return found
@@ -154,17 +158,18 @@ def _read(file: BinaryIO, member: Member) -> bytes | None:
 
 def _text_captions(raw: bytes | None) -> Captions:
     try:
-        return clean_captions(raw.decode("utf-8-sig")) if raw is not None else ((), BAD_CAPTION)
+        text = raw.decode("utf-8-sig") if raw is not None else None
     except UnicodeDecodeError:
-        return (), BAD_CAPTION
+        text = None
+    return captions_of_kinds({RAW: text}, {RAW: RAW}) if text is not None else ((), BAD_CAPTION, ())
 
 
-def _json_captions(raw: bytes | None, column: str) -> Captions:
+def _json_captions(raw: bytes | None, columns: Mapping[str, str]) -> Captions:
     try:
         entry: Any = json.loads(raw) if raw is not None else None
     except (ValueError, RecursionError):
         entry = None
-    return clean_captions(entry.get(column)) if isinstance(entry, dict) else ((), BAD_CAPTION)
+    return captions_of_kinds(entry, columns) if isinstance(entry, dict) else ((), BAD_CAPTION, ())
 
 
 def _expand(path: str) -> list[str]:

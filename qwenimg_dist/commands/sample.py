@@ -4,8 +4,8 @@
     qwenimg-dist sample run.path=RUN sample.prompts_file=prompts.txt        newest valid checkpoint, EMA weights
 
 Noise belongs to (prompt, seed), not to the batch, so a grid can be compared cell by cell with another one.
-`sample.cells=DIR` also writes each picture as `NNNN.png`, in the grid's order. Runs in one process on one device: a
-model that does not fit there is sampled by the grids of `train`.
+`sample.cells=DIR` also writes each picture as `NNNN.png`, in the grid's order; `sample.enhance=true` rewrites the
+prompts first. Runs in one process on one device: a model that does not fit there is sampled by the grids of `train`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from qwenimg_dist.commands.inputs import run_config, usable_device
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
+from qwenimg_dist.models.prompt_enhance import NEGATIVE_PROMPT, enhance
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,6 +60,14 @@ def read_prompts(config: Config) -> list[str]:
     return prompts
 
 
+def conditions(config: Config, prompts: list[str]) -> tuple[list[str], str]:
+    """What the model is given for each prompt, and the negative prompt."""
+    sample = config.sample
+    if not sample.enhance:
+        return prompts, sample.negative_prompt
+    return [enhance(prompt) for prompt in prompts], sample.negative_prompt or NEGATIVE_PROMPT
+
+
 def draw(config: Config, prompts: list[str], args: list[str]) -> list[Image.Image]:
     """One picture per (prompt, seed), prompts outermost."""
     import torch
@@ -72,15 +81,15 @@ def draw(config: Config, prompts: list[str], args: list[str]) -> list[Image.Imag
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     folder, transformer = _load_transformer(config, args, dtype, device)
     encoder = TextEncoder.load(folder, dtype=dtype, device=device, max_sequence_length=config.model.max_text_tokens)
-    distinct = sorted({*prompts, sample.negative_prompt})
-    features = {prompt: encoder.encode([prompt])[0] for prompt in distinct}
+    texts, negative = conditions(config, prompts)
+    features = {text: encoder.encode([text])[0] for text in sorted({*texts, negative})}
     del encoder  # 14 GB at full size, not needed while drawing
     side = max(config.resolutions)
     return generate(
         transformer,
         LatentCodec.load(folder, dtype=dtype, device=device),
-        [features[prompt] for prompt in prompts for _ in sample.seeds],
-        features[sample.negative_prompt],
+        [features[text] for text in texts for _ in sample.seeds],
+        features[negative],
         height=sample.height or side,
         width=sample.width or side,
         num_steps=sample.num_steps,

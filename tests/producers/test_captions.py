@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from producer_world import FINGERPRINT, FakeEncoders, draw, make_plan_for, produce_here, rows_of
 
 from producers.filters.base import BoundFilter, Facts, Filter, FilterParams, Resources, Scorer, Value
 from producers.plan import Plan
+from producers.sources import open_source
 from qwenimg_dist.commands.data_verify import Tally, problems
+from qwenimg_dist.config import FolderSource, ManifestSource, WebdatasetSource
 from qwenimg_dist.data.catalog import Catalog, RunFacets
 from qwenimg_dist.data.catalog_build import build_catalog
 from qwenimg_dist.data.facets import Dataset
@@ -168,3 +174,83 @@ def test_parts_written_before_captions_had_faults_are_read(tmp_path: Path, datas
     write(tmp_path / "source", {"a.png": ["a cat", "IMG_0001"]})
     produce_here(tmp_path / "source", dataset, make_plan_for(), FakeEncoders())
     assert trained_on(dataset, tmp_path) == {0: keys("a cat")}
+
+
+KINDS = {"raw": "text", "recaption": "llava", "fused": "both"}
+ENTRY = {"text": "a cat", "llava": ["a tabby cat on a mat", "a cat"], "both": None}
+CONFIGURED = "+source.caption_columns={raw: text, recaption: llava, fused: both}"
+
+
+def listed(source: Any) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    return [(row.captions, row.caption_kinds) for row in open_source(source).find().rows]
+
+
+def test_every_source_gives_the_kinds_of_its_captions(tmp_path: Path) -> None:
+    expected = [(("a cat", "a tabby cat on a mat"), ("raw", "recaption"))]
+    draw(tmp_path / "a.png", 1, (100, 100))
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **ENTRY}))
+    (tmp_path / "manifest.jsonl").write_text(json.dumps({"uri": "a.png", **ENTRY}))
+    pq.write_table(pa.Table.from_pylist([{"uri": "a.png", **ENTRY, "both": ""}]), tmp_path / "manifest.parquet")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("a.json", json.dumps(ENTRY).encode()), ("a.png", (tmp_path / "a.png").read_bytes())):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    sources = [
+        FolderSource(kind="folder", path=str(tmp_path), caption_columns=KINDS),
+        ManifestSource(kind="manifest", path=str(tmp_path / "manifest.jsonl"), caption_columns=KINDS),
+        ManifestSource(kind="manifest", path=str(tmp_path / "manifest.parquet"), caption_columns=KINDS),
+        WebdatasetSource(kind="webdataset", path=str(tmp_path / "a.tar"), caption_columns=KINDS),
+    ]
+    for source in sources:
+        assert listed(source) == expected, source.kind
+    assert listed(FolderSource(kind="folder", path=str(tmp_path))) == [(("a cat",), ())]
+    with pytest.raises(ValueError, match=r"has no column txt; there is: "):
+        listed(sources[2].model_copy(update={"caption_columns": {"raw": "txt"}}))
+    with pytest.raises(ValueError, match=r"none of its 1 rows has a caption in 'txt', 'tx2'"):
+        listed(sources[1].model_copy(update={"caption_columns": {"raw": "txt", "fused": "tx2"}}))
+
+
+def kinds_in_catalog(dataset: Dataset, tmp_path: Path) -> list[list[str]]:
+    built = build_catalog(dataset, ready_units(dataset, FACETS), FACETS, tmp_path / "catalog")
+    catalog = Catalog.open(built.folder, dataset.root)
+    starts, kinds = catalog.caption_start, [catalog.caption_kinds[kind] for kind in catalog.caption_kind]
+    return [kinds[starts[row] : starts[row + 1]] for row in range(catalog.num_rows)]
+
+
+def test_kinds_reach_the_catalog_beside_the_captions_that_are_left(tmp_path: Path, dataset: Dataset) -> None:
+    source = tmp_path / "source"
+    draw(source / "a.png", 1, (100, 100))
+    draw(source / "b.png", 2, (100, 100), "a dog")
+    line = {"file_name": "a.png", "text": "IMG_0001", "llava": "a tabby cat", "both": "a cat"}
+    (source / "metadata.jsonl").write_text(json.dumps(line))
+    produce_here(source, dataset, make_plan_for(), FakeEncoders())
+    assert rows_of(dataset, LISTING)[1]["caption_kinds"] is None
+    assert rows_of(dataset, ROWS)[0]["reason"] == "caption_file_name"
+    produce_here(source, dataset, make_plan_for(), FakeEncoders(), CONFIGURED)
+    assert rows_of(dataset, LISTING)[0]["caption_kinds"] == ["raw", "recaption", "fused"]
+    assert kinds_in_catalog(dataset, tmp_path) == [["recaption", "fused"], ["raw"]]
+    assert produce_here(source, dataset, make_plan_for(), FakeEncoders(), CONFIGURED) == []
+    # The same words under other kinds are a change, and cost no encoding.
+    swapped = CONFIGURED.replace("recaption: llava, fused: both", "fused: llava, recaption: both")
+    encoders = FakeEncoders()
+    produce_here(source, dataset, make_plan_for(), encoders, swapped)
+    assert kinds_in_catalog(dataset, tmp_path) == [["fused", "recaption"], ["raw"]]
+    assert encoders.num_captions == encoders.num_pictures == 0
+
+
+def test_enhanced_captions_stand_beside_or_in_place_of_the_sources(tmp_path: Path, dataset: Dataset) -> None:
+    source = tmp_path / "source"
+    draw(source / "a.png", 1, (100, 100), "a shop sign that says OPEN")
+    enhanced = 'a shop sign that says "OPEN", Ultra HD, 4K, cinematic composition'
+    for mode, captions, kinds in (
+        ("off", ["a shop sign that says OPEN"], None),
+        ("add", ["a shop sign that says OPEN", enhanced], ["raw", "enhanced"]),
+        ("replace", [enhanced], None),
+    ):
+        plan = make_plan_for(f"captions.enhance={mode}")
+        assert len(produce_here(source, dataset, plan, FakeEncoders())) == 1
+        assert rows_of(dataset, LISTING)[0]["captions"] == captions
+        assert rows_of(dataset, LISTING)[0]["caption_kinds"] == kinds
+        assert trained_on(dataset, tmp_path) == {0: keys(*captions)}
+        assert produce_here(source, dataset, plan, FakeEncoders()) == []

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenimg_dist.models.prompt_enhance import SUFFIXES, enhance, language_of, quote_text
+from qwenimg_dist.commands.sample import conditions
+from qwenimg_dist.compose import load_config
+from qwenimg_dist.models.prompt_enhance import NEGATIVE_PROMPT, SUFFIXES, enhance, language_of, quote_text
 
 EN, ZH = SUFFIXES["en"], SUFFIXES["zh"]
 
@@ -46,3 +48,12 @@ def test_language_is_chinese_with_one_han_character_as_the_reference_has_it() ->
 @given(st.text(max_size=80))
 def test_enhancing_twice_changes_nothing(text: str) -> None:
     assert enhance(enhance(text)) == enhance(text)
+
+
+def test_sample_takes_enhanced_prompts_and_the_recommended_negative_only_when_asked() -> None:
+    prompts = ["a sign that says OPEN", "一只猫"]
+    assert conditions(load_config([]), prompts) == (prompts, "")
+    texts, negative = conditions(load_config(["sample.enhance=true"]), prompts)
+    assert texts == [f'a sign that says "OPEN", {EN}', f"一只猫，{ZH}"]
+    assert negative == NEGATIVE_PROMPT
+    assert conditions(load_config(["sample.enhance=true", "sample.negative_prompt=blurry"]), prompts)[1] == "blurry"
