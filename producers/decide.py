@@ -47,7 +47,7 @@ def assess(judged: Judged, state: UnitState, plan: Plan) -> Assessment:
     row = judged.row
     before = state.decisions.get(row.row)
     scores = _scores_before(before, judged, plan)
-    early = _without_scores(row)
+    early = _without_scores(row, plan)
     if early is not None:
         return _decided(row, scores, *early)
     facts = facts_of(row)
@@ -137,11 +137,14 @@ def _after_header(
     return Assessment(row=row, scores=scores, placements=fitting, decision=kept)
 
 
-def _without_scores(row: Row) -> tuple[str, str, str] | None:
+def _without_scores(row: Row, plan: Plan) -> tuple[str, str, str] | None:
     if row.fault is not None:
         return "fault", row.fault, row.detail or ""
     if row.caption_fault is not None:
         return "fault", row.caption_fault, "no usable caption in the source"
+    if row.kind == EDIT and plan.edit.template == "single" and len(row.others) > 1:
+        detail = f"{len(row.others)} source pictures, and encode.edit.template=single takes one: plus takes several"
+        return "rejected", "too_many_pictures", detail
     if row.duplicate_of >= 0:
         what = "same bytes as" if row.kind == IMAGE else "same pictures, and text where it counts, as"
         return "rejected", "duplicate", f"{what} row {row.duplicate_of}"

@@ -26,7 +26,7 @@ from qwenimg_dist import models
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import Dataset, Part, Tar
 from qwenimg_dist.data.shards import RawTensor
-from qwenimg_dist.schema import latents_facet, text_facet
+from qwenimg_dist.schema import ROWS, latents_facet, text_facet
 
 FINGERPRINT = "0123456789ab"
 
@@ -179,3 +179,39 @@ def tensor_at(dataset: Dataset, facet: str, entry: Mapping[str, Any]) -> np.ndar
     with open(dataset.tar(facet, entry["tar"]), "rb") as file:
         file.seek(entry["offset"])
         return np.frombuffer(file.read(entry["nbytes"]), dtype=np.float32).reshape(entry["shape"])
+
+
+def further(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name -> place of a latents row's other tensors, which lie in the tar of the first."""
+    return {one["name"]: {**one, "tar": entry["tar"]} for one in entry["further"] or ()}
+
+
+def assert_same(disturbed: Dataset, calm: Dataset, plan: Plan) -> None:
+    """The same rows, decisions, keys and tensors, whatever else the disturbed one has besides."""
+    for facet in plan.settled:
+        assert rows_of(disturbed, facet) == rows_of(calm, facet)
+    decided, expected = rows_of(disturbed, ROWS), rows_of(calm, ROWS)
+    assert decided.keys() == expected.keys()
+    for row, entry in expected.items():
+        for name, value in entry.items():
+            # A row that was admitted once keeps the scores it got then.
+            if not (name.startswith("score_") and value is None):
+                assert decided[row].get(name) == value, (row, name)
+    kept = {row for row, entry in expected.items() if entry["status"] == "kept"}
+    for facet in plan.latents_facets.values():
+        here, there = rows_of(disturbed, facet), rows_of(calm, facet)
+        assert kept & here.keys() == there.keys()
+        for row, entry in there.items():
+            skipped = {"tar", "offset", "further"}
+            assert {k: v for k, v in here[row].items() if k not in skipped} == {
+                k: v for k, v in entry.items() if k not in skipped
+            }
+            assert np.array_equal(tensor_at(disturbed, facet, here[row]), tensor_at(calm, facet, entry))
+            mine, theirs = further(here[row]), further(entry)
+            assert list(mine) == list(theirs)
+            for name, place in theirs.items():
+                assert np.array_equal(tensor_at(disturbed, facet, mine[name]), tensor_at(calm, facet, place))
+    here, there = rows_of(disturbed, plan.text_facet), rows_of(calm, plan.text_facet)
+    assert there.keys() <= here.keys()
+    for key, entry in there.items():
+        assert np.array_equal(tensor_at(disturbed, plan.text_facet, here[key]), tensor_at(calm, plan.text_facet, entry))

@@ -19,6 +19,7 @@ from producer_world import (
     caption_features,
     draw,
     edit_features,
+    further,
     make_plan_for,
     produce_here,
     rows_of,
@@ -80,11 +81,6 @@ def pair(prompt: str, chosen: int, rejected: int) -> dict[str, Any]:
 
 def decided(dataset: Dataset) -> dict[int, tuple[str, str]]:
     return {row: (one["reason"] or one["status"], one["detail"]) for row, one in rows_of(dataset, ROWS).items()}
-
-
-def further(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name -> place of a sample's other tensors, which lie in the tar of the first."""
-    return {one["name"]: {**one, "tar": entry["tar"]} for one in entry["further"] or ()}
 
 
 def block_means(image: Image.Image) -> np.ndarray[Any, Any]:
@@ -260,6 +256,13 @@ def test_a_condition_side_of_its_own_holds_for_every_class(folder: Path, dataset
     assert (height, width) == (96, 160)
     for facet in plan.latents_facets.values():
         assert further(rows_of(dataset, facet)[0])["condition_0"]["shape"] == [16, height // 8, width // 8]
+
+
+def test_the_template_for_one_picture_takes_no_edits_of_several(folder: Path, dataset: Dataset) -> None:
+    words = ("encode.edit.template=single",)
+    lines = write_lines(folder / "edits.jsonl", edit([1], "x", 0), edit([1, 2], "y", 3))
+    produce_here(lines, dataset, make_plan_for(*words, resolutions=(64,)), FakeEncoders(), *EDITS, *words)
+    assert [reason for reason, _ in decided(dataset).values()] == ["kept", "too_many_pictures"]
 
 
 def test_prompts_have_text_alone(tmp_path: Path, dataset: Dataset) -> None:

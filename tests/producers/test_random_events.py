@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,11 +17,10 @@ from producer_world import (
     FakeEncoders,
     Fuse,
     Killed,
+    assert_same,
     draw,
     make_plan_for,
     produce_here,
-    rows_of,
-    tensor_at,
 )
 
 from producers.plan import Plan
@@ -183,29 +181,3 @@ def live(events: Sequence[tuple[str, object]]) -> None:
         calm = Dataset.create(Path(folder) / "undisturbed", UNIT_SIZE)
         produce_here(world.source, calm, world.plan(), FakeEncoders())
         assert_same(dataset, calm, world.plan())
-
-
-def assert_same(disturbed: Dataset, calm: Dataset, plan: Plan) -> None:
-    for facet in plan.settled:
-        assert rows_of(disturbed, facet) == rows_of(calm, facet)
-    decided, expected = rows_of(disturbed, ROWS), rows_of(calm, ROWS)
-    assert decided.keys() == expected.keys()
-    for row, entry in expected.items():
-        for name, value in entry.items():
-            # A row that was admitted once keeps the scores it got then.
-            if not (name.startswith("score_") and value is None):
-                assert decided[row].get(name) == value, (row, name)
-    kept = {row for row, entry in expected.items() if entry["status"] == "kept"}
-    for facet in plan.latents_facets.values():
-        here, there = rows_of(disturbed, facet), rows_of(calm, facet)
-        assert kept & here.keys() == there.keys()
-        for row, entry in there.items():
-            skipped = {"tar", "offset"}
-            assert {k: v for k, v in here[row].items() if k not in skipped} == {
-                k: v for k, v in entry.items() if k not in skipped
-            }
-            assert np.array_equal(tensor_at(disturbed, facet, here[row]), tensor_at(calm, facet, entry))
-    here, there = rows_of(disturbed, plan.text_facet), rows_of(calm, plan.text_facet)
-    assert there.keys() <= here.keys()
-    for key, entry in there.items():
-        assert np.array_equal(tensor_at(disturbed, plan.text_facet, here[key]), tensor_at(calm, plan.text_facet, entry))

@@ -1,0 +1,71 @@
+"""Stock edit pipelines on the tiny twin, and pictures for them.
+
+Stock diffusers (up to 0.42) forgets to hand `mm_token_type_ids` to the text encoder, see `edit_encoder.py`; here it is
+handed on, as releases of transformers did by themselves when the models were trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from PIL import Image
+from transformers import Qwen2VLImageProcessorPil, Qwen2VLProcessor
+
+from qwenimg_dist.models.edit_encoder import Template
+
+STOCK = {"single": QwenImageEditPipeline, "plus": QwenImageEditPlusPipeline}
+SIZES = {"wide": (112, 70), "tall": (60, 150), "square": (84, 84)}
+
+
+class StillProcessor(Qwen2VLProcessor):
+    """The stock processor without its part for videos, which needs torchvision."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
+def picture(name: str) -> Image.Image:
+    rng = np.random.default_rng(sum(SIZES[name]))
+    coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
+    return coarse.resize(SIZES[name], Image.Resampling.BICUBIC)
+
+
+def stock_pipeline(stock: Any, template: Template, *, hands_types_on: bool = True) -> Any:
+    tokenizer = stock.tokenizer
+    processor = StillProcessor(image_processor=Qwen2VLImageProcessorPil(), tokenizer=tokenizer)
+    pipeline = STOCK[template](
+        scheduler=stock.scheduler,
+        vae=stock.vae,
+        text_encoder=stock.text_encoder,
+        tokenizer=tokenizer,
+        processor=processor,
+        transformer=None,
+    )
+    if not hands_types_on:
+        return pipeline
+    image_id = stock.text_encoder.config.image_token_id
+
+    class Encoder:
+        dtype = stock.text_encoder.dtype
+        device = stock.text_encoder.device
+
+        def __call__(self, input_ids: torch.Tensor, **given: Any) -> Any:
+            types = (input_ids == image_id).int()
+            return stock.text_encoder(input_ids=input_ids, mm_token_type_ids=types, **given)
+
+    object.__setattr__(pipeline, "text_encoder", Encoder())
+    return pipeline
+
+
+def stock_features(pipeline: Any, text: str, images: Sequence[Image.Image], template: Template) -> torch.Tensor:
+    with torch.no_grad():
+        features, mask = pipeline._get_qwen_prompt_embeds(
+            [text], list(images) if template == "plus" else images[0], "cpu"
+        )
+    assert mask.bool().all()
+    return features[0]
