@@ -30,6 +30,8 @@ from qwenimg_dist.data.facets import Dataset
 
 FailureKind = Literal["full_disk", "out_of_memory", "try_again", "fatal"]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# torch has no class of its own for this: its allocator, oneDNN and the standard library, in this order.
+_NO_MEMORY = ("can't allocate memory", "could not create a primitive", "bad_alloc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +131,16 @@ def describe_failure(error: Exception) -> Failure:
     kind: FailureKind = "fatal"
     if (isinstance(error, OSError) and error.errno in _FULL) or "No space left on device" in str(error):
         kind = "full_disk"
-    elif isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+    elif _is_out_of_memory(error):
         kind = "out_of_memory"
     elif isinstance(error, UnitConflictError | SourceGoneError | OSError):
         kind = "try_again"
     return Failure(kind=kind, message=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    )

@@ -37,6 +37,8 @@ _OBJECT_STORE_BYTES: Final = 128 * 1024**2
 _PLACED_S: Final = 600.0
 """After this long without a single actor running, waiting for one is of no use. Not about loading models: an actor
 answers before it does."""
+_RAY_GONE_S: Final = 10.0
+"""So often it is asked whether Ray is alive while no actor runs."""
 _LESS_MEMORY: Final = "lower encode.image_batch_pixels or filters.resolution.max_pixels, or run fewer producers"
 
 
@@ -100,6 +102,7 @@ class RayWorkers:
         self._retry: deque[Task] = deque()
         self._failures: Counter[tuple[str, int]] = Counter()
         self._deaths_at_start = 0
+        self._ray_asked = time.monotonic()
 
     @property
     def num_workers(self) -> int:
@@ -186,12 +189,26 @@ class RayWorkers:
     def _check_placed(self) -> None:
         """Some actors may wait for room as long as others work; if all do, nothing will ever happen."""
         waited = time.monotonic() - max(slot.since for slot in self._slots)
+        if waited > _RAY_GONE_S and all(slot.seat is None for slot in self._slots):
+            self._check_ray()
         if waited > _PLACED_S and all(slot.seat is None for slot in self._slots):
             raise ProduceError(
                 f"no producer could be placed for {_PLACED_S:g} s: each needs {_show(needs(self._cluster))}, and of "
                 f"{_show(ray.cluster_resources())} only {_show(ray.available_resources())} is free: wait for what runs "
                 "there (a training holds its GPUs until it ends), or lower cluster.cpus_per_producer or "
                 "cluster.gpus_per_producer"
+            )
+
+    def _check_ray(self) -> None:
+        """Without its daemons Ray would wait for ever for a place."""
+        now = time.monotonic()
+        if now - self._ray_asked < _RAY_GONE_S:
+            return
+        self._ray_asked = now
+        if not any(node["Alive"] for node in ray.nodes()):
+            raise ProduceError(
+                "no machine of the Ray cluster is alive any more (its raylet was killed, or lost contact); what is "
+                "committed is kept: run the same command again"
             )
 
     def _end_silent(self) -> None:

@@ -57,3 +57,15 @@ def wait_in_vain(workers: pool.RayWorkers) -> None:
 class _Holder:
     def there(self) -> Task:
         return Task(kind="scan", unit=0)
+
+
+def test_a_lack_of_memory_is_told_from_a_bug() -> None:
+    import errno
+
+    from producers.actor import describe_failure
+
+    lacks = [MemoryError(), RuntimeError("could not create a primitive"), OSError(errno.ENOMEM, "no memory")]
+    lacks.append(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"))
+    assert {describe_failure(error).kind for error in lacks} == {"out_of_memory"}
+    assert describe_failure(OSError(errno.ENOSPC, "full")).kind == "full_disk"
+    assert describe_failure(RuntimeError("shape mismatch")).kind == "fatal"
