@@ -2,7 +2,7 @@
 
 Place in the flow: `listing.py` keeps every sample key in one. Keys are only added, never changed or removed.
 
-Memory: the key's bytes and 8 per row, about twice that for a moment while recent keys are merged in; besides, a dict of
+Memory: the key's bytes and 4 per row, about twice that for a moment while recent keys are merged in; besides, a dict of
 at most 65,536 recent keys.
 """
 
@@ -25,7 +25,7 @@ class KeyIndex:
         # numpy drops trailing NUL bytes of `S`; since all keys have one width, they still compare and differ rightly.
         self._type: np.dtype[Any] = np.dtype(f"S{num_bytes}")
         self._keys: npt.NDArray[Any] = np.empty(0, dtype=self._type)
-        self._rows = np.empty(0, dtype=np.int64)
+        self._rows = np.empty(0, dtype=np.uint32)
         self._recent: dict[bytes, int] = {}
 
     def __len__(self) -> int:
@@ -49,13 +49,15 @@ class KeyIndex:
         """Remember a key that is not there yet."""
         if len(key) != self._type.itemsize:
             raise ValueError(f"row {row}: a key has {self._type.itemsize} bytes, not {len(key)}")
+        if row >= 2**32:
+            raise ValueError(f"row {row}: more rows than an index can number")
         self._recent[key] = row
         if len(self._recent) >= _MERGE_AT:
             self._merge()
 
     def _merge(self) -> None:
         keys = np.array(list(self._recent), dtype=self._type)
-        rows = np.fromiter(self._recent.values(), np.int64, len(self._recent))
+        rows = np.fromiter(self._recent.values(), np.uint32, len(self._recent))
         order = np.argsort(keys)
         keys, rows = keys[order], rows[order]
         # One pass over what is sorted already, where sorting all again would cost more with every merge.

@@ -127,8 +127,40 @@ class EditsSource(Section):
     """What relative uris are relative to; `None` is the folder of the files."""
 
 
+class SyntheticTextSource(Section):
+    """Pictures of text, drawn from a seed, with captions that quote what is written."""
+
+    kind: Literal["synthetic_text"]
+    path: str | None = None
+    """Corpus: a UTF-8 file with a paragraph per line, English and Chinese mixed. `None` takes a few built-in sentences,
+    which show the layouts; to learn text rendering, give a corpus."""
+    num_rows: PositiveInt = 1000
+    """Pictures; a larger number later appends to those there are."""
+    seed: NonNegativeInt = 0
+    size: PositiveInt = 640
+    """Side of the square with as many pixels as each picture."""
+    english: NonNegativeFloat = 1.0
+    """Weight of the language; 0 leaves it out."""
+    chinese: NonNegativeFloat = 1.0
+    """Weight of the language, which needs a font that has it; 0 leaves it out."""
+    pure: NonNegativeFloat = 1.0
+    """Weight of paragraphs on clean backgrounds."""
+    compositional: NonNegativeFloat = 1.0
+    """Weight of text on paper, wood and signs in scenes."""
+    complex: NonNegativeFloat = 1.0
+    """Weight of slides, app windows and menus."""
+    fonts: tuple[str, ...] = ()
+    """Font files for English; empty takes those of the system, else Pillow's own."""
+    chinese_fonts: tuple[str, ...] = ()
+    """Font files for Chinese (`FILE#NUMBER` inside a collection); empty takes those of the system or of the `chinese`
+    extra."""
+    backgrounds: str | None = None
+    """Folder of pictures that compositional text is put into; `None` draws scenes by rule."""
+
+
 SourceConfig = Annotated[
-    FolderSource | ManifestSource | WebdatasetSource | PairsSource | EditsSource, Field(discriminator="kind")
+    FolderSource | ManifestSource | WebdatasetSource | PairsSource | EditsSource | SyntheticTextSource,
+    Field(discriminator="kind"),
 ]
 
 

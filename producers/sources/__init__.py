@@ -10,6 +10,7 @@ from producers.sources.edits import Edits
 from producers.sources.folder import Folder
 from producers.sources.manifest import Manifest
 from producers.sources.pairs import Pairs
+from producers.sources.synthetic_text import SyntheticText
 from producers.sources.webdataset import Webdataset
 from qwenimg_dist.config import SourceConfig
 from qwenimg_dist.schema import EDIT, IMAGE, PREFERENCE, Kind
@@ -20,6 +21,7 @@ SOURCES: Final[dict[str, Callable[[Any], Source]]] = {
     "webdataset": Webdataset,
     "pairs": Pairs,
     "edits": Edits,
+    "synthetic_text": SyntheticText,
 }
 SAMPLE_KINDS: Final[dict[str, Kind]] = {"pairs": PREFERENCE, "edits": EDIT}
 """What a source gives, where it is not images with captions."""

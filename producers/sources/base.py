@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from producers.sources import parquet_cells, tars
+from producers.synthetic_text import recipe
 from qwenimg_dist.schema import IMAGE, Kind, row_identity
 
 NO_CAPTION: Final = "no_caption"
@@ -26,7 +27,7 @@ BAD_CAPTION: Final = "bad_caption"
 OUTSIDE_ROOT: Final = "outside_root"
 
 _RAW: Final = "bytes:"
-_SCHEMES: Final = (_RAW, tars.SCHEME, parquet_cells.SCHEME)
+_SCHEMES: Final = (_RAW, tars.SCHEME, parquet_cells.SCHEME, recipe.SCHEME)
 
 
 class SourceGoneError(OSError):
@@ -117,6 +118,10 @@ def locate(root: str, uri: str) -> str:
 def read_bytes(root: str, uri: str) -> bytes:
     """The picture's bytes. Raises FileNotFoundError or another OSError for this one alone, `SourceGoneError` if the
     root itself is gone."""
+    if uri.startswith(recipe.SCHEME):
+        from producers.synthetic_text.draw import draw_bytes  # only this source pays for it
+
+        return draw_bytes(uri)
     place = locate(root, uri)
     if uri.startswith(parquet_cells.SCHEME):
         with _blaming(root):
@@ -150,6 +155,8 @@ def _blaming(root: str) -> Iterator[None]:
 
 def can_be_read(root: str, uri: str) -> bool:
     """Whether a local picture is there; False for remote ones, which cannot be asked cheaply."""
+    if uri.startswith(recipe.SCHEME):
+        return True  # what it needs is looked for when it is drawn
     place = locate(root, uri)
     if "://" in place or "\0" in place or not os.path.isfile(place) or not os.access(place, os.R_OK):
         return False

@@ -39,9 +39,9 @@ class Paths:
     def sorted_batches(self) -> Iterator[list[str]]:
         """All paths, sorted by their bytes, a few thousand at a time."""
         stored = self._as_arrow()
-        order = pc.sort_indices(stored)
+        order = np.asarray(pc.sort_indices(stored)).astype(np.uint32 if len(self) < 2**32 else np.uint64)
         for start in range(0, len(order), _BATCH):
-            yield [os.fsdecode(raw) for raw in stored.take(order[start : start + _BATCH]).to_pylist()]
+            yield [os.fsdecode(raw) for raw in stored.take(pa.array(order[start : start + _BATCH])).to_pylist()]
 
     def hashes(self, of: Callable[[str], str] = str) -> Hashes:
         """Hash of each path, or of what `of` makes of it, ascending."""

@@ -1,0 +1,1 @@
+"""Pictures of text, drawn from a recipe: pure, compositional and complex pages, in English and Chinese."""
