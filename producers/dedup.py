@@ -5,8 +5,8 @@ settled for good: kept if and only if no settled row has the same bytes, of all 
 that take part later (a file that turned up, a caption written afterwards) are compared with everything settled before.
 Filters play no role, so changed thresholds change nothing here. Near duplicates: `near.py`, afterwards.
 
-Memory: 40 bytes per kept row (sorted arrays of 32-byte digests and row numbers), so 40 MB per million; not Python
-strings, which would take five times as much.
+Memory: 36 bytes per kept row (see `key_index.py`), so 36 MB per million, for moments twice that; not Python strings,
+which would take five times as much.
 """
 
 from __future__ import annotations
@@ -15,52 +15,33 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
 
 from producers.commit import commit_part
+from producers.key_index import ABSENT, KeyIndex
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.schema import DEDUP, DEDUP_COLUMNS, IMAGE, LISTING, PROMPT, SCAN, Kind, row_identity
 
 KEPT: Final = -1
-_MERGE_AT: Final = 65_536
 
 
 class DigestIndex:
-    """sha256 -> row of the picture that is kept. Lookups in a sorted array and a small dict of recent ones."""
+    """sha256 (32 bytes) -> row of the picture that is kept."""
 
     def __init__(self) -> None:
-        self._digests = np.empty(0, dtype="S32")
-        self._rows = np.empty(0, dtype=np.int64)
-        self._recent: dict[bytes, int] = {}
+        self._index = KeyIndex(32)
 
     def __len__(self) -> int:
-        return len(self._rows) + len(self._recent)
+        return len(self._index)
 
     def find(self, digest: bytes) -> int | None:
-        """Row of the kept picture with this sha256 (32 bytes)."""
-        recent = self._recent.get(digest)
-        if recent is not None:
-            return recent
-        # numpy drops trailing NUL bytes of `S32` on both sides alike, so digests of equal length compare rightly.
-        position = int(np.searchsorted(self._digests, np.bytes_(digest)))
-        if position < len(self._digests) and self._digests[position] == np.bytes_(digest).rstrip(b"\0"):
-            return int(self._rows[position])
-        return None
+        """Row of the kept picture with this digest."""
+        row = self._index.find(digest)
+        return None if row == ABSENT else row
 
     def add(self, digest: bytes, row: int) -> None:
         """Remember a kept row."""
-        if len(digest) != 32:
-            raise ValueError(f"row {row}: a sha256 has 32 bytes, not {len(digest)}")
-        self._recent[digest] = row
-        if len(self._recent) >= _MERGE_AT:
-            self._merge()
-
-    def _merge(self) -> None:
-        digests = np.concatenate([self._digests, np.array(list(self._recent), dtype="S32")])
-        rows = np.concatenate([self._rows, np.fromiter(self._recent.values(), np.int64, len(self._recent))])
-        order = np.argsort(digests, kind="stable")
-        self._digests, self._rows, self._recent = digests[order], rows[order], {}
+        self._index.add(digest, row)
 
 
 def load_index(dataset: Dataset) -> DigestIndex:

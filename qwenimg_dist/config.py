@@ -137,7 +137,7 @@ class SyntheticTextSource(Section):
     num_rows: PositiveInt = 1000
     """Pictures; a larger number later appends to those there are."""
     seed: NonNegativeInt = 0
-    size: PositiveInt = 640
+    size: int = Field(default=640, ge=256)
     """Side of the square with as many pixels as each picture."""
     english: NonNegativeFloat = 1.0
     """Weight of the language; 0 leaves it out."""

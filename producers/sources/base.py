@@ -121,7 +121,10 @@ def read_bytes(root: str, uri: str) -> bytes:
     if uri.startswith(recipe.SCHEME):
         from producers.synthetic_text.draw import draw_bytes  # only this source pays for it
 
-        return draw_bytes(uri)
+        try:
+            return draw_bytes(uri)
+        except ValueError as error:  # of another version of the program
+            raise FileNotFoundError(str(error)) from error
     place = locate(root, uri)
     if uri.startswith(parquet_cells.SCHEME):
         with _blaming(root):

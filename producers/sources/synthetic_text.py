@@ -29,6 +29,8 @@ _ASPECTS: Final = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3))
 _WIDE: Final = ((4, 3), (3, 2), (16, 9))
 _LONGEST: Final[dict[Language, int]] = {"en": 320, "zh": 120}
 """Characters of a paragraph; more would have to be set too small to read at 256 px."""
+_FULL_SIZE: Final = 400
+"""Smaller pictures hold less, by their area."""
 _LONGEST_WORD: Final = 18
 _TRIES: Final = 50
 
@@ -50,6 +52,8 @@ class SyntheticText:
         }
         if not self._languages or not any(self._styles.values()):
             raise ValueError("set one of source.english and source.chinese, and one of the styles, above 0")
+        share = min(1.0, (config.size / _FULL_SIZE) ** 2)
+        self._longest: dict[Language, int] = {one: int(count * share) for one, count in _LONGEST.items()}
         self._fonts = {one: find_fonts(one, given) for one, weight, given in languages if weight > 0}
 
     @property
@@ -65,7 +69,7 @@ class SyntheticText:
                 name = {"en": "english", "zh": "chinese"}[language]
                 raise ValueError(
                     f"{self._config.path} has no paragraph in this language that can be used: set source.{name}=0, or "
-                    f"add lines of at most {_LONGEST[language]} characters without quotation marks"
+                    f"add lines of at most {self._longest[language]} characters without quotation marks"
                 )
         found = Found(rows=(), ignored=Counter())
         rows = self._rows(corpus, backgrounds, found.ignored)
@@ -87,7 +91,7 @@ class SyntheticText:
         template = random.choice(TEMPLATES[style])
         font = random.choice(self._fonts[language])
         for _ in range(_TRIES):
-            texts = _texts(random, template, language, corpus.get(language, []))
+            texts = self._texts(random, template, language, corpus.get(language, []))
             if all(can_write(font, text) for text in texts):
                 break
             dropped["paragraphs with characters that the font lacks"] += 1
@@ -110,6 +114,28 @@ class SyntheticText:
             background=random.choice(backgrounds) if backgrounds and style == "compositional" else "",
         )
 
+    def _texts(self, random: Random, template: str, language: Language, corpus: Sequence[str]) -> list[str]:
+        """What is written on one picture, in the template's order."""
+
+        def paragraph() -> str:
+            return random.choice(corpus) if corpus else words.paragraph(random, language, self._longest[language])
+
+        if template in ("paragraph", "paper"):
+            return [*([words.title(random, language)] if random.random() < 0.5 else []), paragraph()]
+        if template in ("board", "street"):
+            return [words.sign(random, language)]
+        if template == "slide":
+            points = list(dict.fromkeys(words.phrase(random, language) for _ in range(random.randint(2, 4))))
+            return [words.title(random, language), *points]
+        if template == "app":
+            entries = words.labels(random, language, 5)
+            return [words.title(random, language), *entries[:4], paragraph(), entries[4]]
+        texts = [words.title(random, language)]
+        for dish in words.dishes(random, language, random.randint(3, 5)):
+            price = random.randint(6, 96)
+            texts += [dish, f"{price}元" if language == "zh" else f"${price}.{random.choice(['00', '50', '90'])}"]
+        return texts
+
     def _corpus(self, file: Path) -> dict[Language, list[str]]:
         """Language -> paragraphs. Raises ValueError if the file cannot be read."""
         found: dict[Language, list[str]] = {"en": [], "zh": []}
@@ -118,34 +144,11 @@ class SyntheticText:
                 for line in lines:
                     text = " ".join(line.split())
                     language: Language = "zh" if _is_chinese(text) else "en"
-                    if text and _usable(text, language):
+                    if text and len(text) <= self._longest[language] and _usable(text, language):
                         found[language].append(text)
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"source.path={file} cannot be read as UTF-8 text ({error})") from error
         return found
-
-
-def _texts(random: Random, template: str, language: Language, corpus: Sequence[str]) -> list[str]:
-    """What is written on one picture, in the template's order."""
-
-    def paragraph() -> str:
-        return random.choice(corpus) if corpus else words.paragraph(random, language)
-
-    if template in ("paragraph", "paper"):
-        return [*([words.title(random, language)] if random.random() < 0.5 else []), paragraph()]
-    if template in ("board", "street"):
-        return [words.sign(random, language)]
-    if template == "slide":
-        points = list(dict.fromkeys(words.phrase(random, language) for _ in range(random.randint(2, 4))))
-        return [words.title(random, language), *points]
-    if template == "app":
-        entries = words.labels(random, language, 5)
-        return [words.title(random, language), *entries[:4], paragraph(), entries[4]]
-    texts = [words.title(random, language)]
-    for dish in words.dishes(random, language, random.randint(3, 5)):
-        price = random.randint(6, 96)
-        texts += [dish, f"{price}元" if language == "zh" else f"${price}.{random.choice(['00', '50', '90'])}"]
-    return texts
 
 
 def _is_chinese(text: str) -> bool:
@@ -153,7 +156,7 @@ def _is_chinese(text: str) -> bool:
 
 
 def _usable(text: str, language: Language) -> bool:
-    if len(text) > _LONGEST[language] or any(mark in text for mark in (*MARKS["en"], *MARKS["zh"])):
+    if any(mark in text for mark in (*MARKS["en"], *MARKS["zh"])):
         return False
     return language == "zh" or max(map(len, text.split(" "))) <= _LONGEST_WORD
 

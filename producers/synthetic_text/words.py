@@ -156,10 +156,14 @@ def sign(random: Random, language: Language) -> str:
     return random.choice(_ZH_SIGNS if language == "zh" else _SIGNS)
 
 
-def paragraph(random: Random, language: Language) -> str:
-    """One to four sentences."""
-    sentences = [_sentence(random, language) for _ in range(random.randint(1, 4))]
-    return ("" if language == "zh" else " ").join(sentences)
+def paragraph(random: Random, language: Language, longest: int) -> str:
+    """One to four sentences; the second and further ones only up to `longest` characters."""
+    glue = "" if language == "zh" else " "
+    text = _sentence(random, language)
+    for _ in range(random.randint(0, 3)):
+        longer = text + glue + _sentence(random, language)
+        text = longer if len(longer) <= longest else text
+    return text
 
 
 def _sentence(random: Random, language: Language) -> str:

@@ -215,7 +215,7 @@ def test_the_listing_fills_its_last_unit_first_and_supersedes_captions(dataset: 
 
 
 def test_the_digest_index_finds_what_was_added_across_merges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("producers.dedup._MERGE_AT", 50)
+    monkeypatch.setattr("producers.key_index._MERGE_AT", 50)
     rng = np.random.default_rng(0)
     digests = [rng.bytes(31) + bytes([number % 3]) for number in range(400)]  # every third ends in NUL
     index = DigestIndex()
