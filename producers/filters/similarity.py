@@ -29,11 +29,13 @@ def load(params: Params, resources: Resources) -> Scorer:
 
     def score(facts: Sequence[Facts]) -> list[dict[str, Value]]:
         pictures = image_features(model, params, facts)
-        captions = model.caption_features([caption for one in facts for caption in one.captions])
+        # A row without a caption is compared with the empty one, of which nothing is seen: it is not rejected by it.
+        given = [one.captions or ("",) for one in facts]
+        captions = model.caption_features([caption for of_row in given for caption in of_row])
         values: list[dict[str, Value]] = []
         start = 0
-        for one, picture in zip(facts, pictures, strict=True):
-            stop = start + len(one.captions)
+        for of_row, picture in zip(given, pictures, strict=True):
+            stop = start + len(of_row)
             cosines = (captions.features[start:stop] @ picture).tolist()
             best = max(range(len(cosines)), key=cosines.__getitem__)
             values.append(

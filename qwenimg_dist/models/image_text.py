@@ -27,7 +27,7 @@ class CaptionFeatures:
     features: torch.Tensor
     """(N, D) fp32, of length 1, on the CPU."""
     seen: list[float]
-    """Share of each caption's tokens that the model's context holds."""
+    """Share of each caption's tokens that the model's context holds; 0 of a caption without any."""
 
 
 class ImageTextModel:
@@ -77,7 +77,7 @@ class ImageTextModel:
         found = self.model.get_text_features(**{name: inputs[name].to(self.model.device) for name in names})
         room = self.max_tokens - self.tokenizer.num_special_tokens_to_add()
         lengths = [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
-        return CaptionFeatures(features=_normalised(found), seen=[min(1.0, room / max(1, n)) for n in lengths])
+        return CaptionFeatures(features=_normalised(found), seen=[min(1.0, room / n) if n else 0.0 for n in lengths])
 
 
 @cache

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 MODELS: Final = "PP-OCRv6"
+"""Other models read otherwise: the filter's `version` is to be raised with it."""
 
 
 @dataclass(frozen=True, kw_only=True)

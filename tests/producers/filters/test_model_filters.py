@@ -119,6 +119,17 @@ def test_it_is_said_how_much_of_the_best_caption_was_seen(clip: Path) -> None:
     assert "min_similarity" in rejection.detail
 
 
+def test_a_row_without_captions_is_not_rejected_and_moves_no_other(clip: Path) -> None:
+    one = bind("similarity", path=str(clip), min_similarity=1.0)
+    given = facts()
+    bare = Facts(num_bytes=1, width=64, height=48, image=pictures()[0])
+    values = ask(one, [given[0], bare, given[1]])
+    assert values[1]["similarity_seen"] == 0.0
+    assert one.admit(values[1]) is None
+    expected = ask(one, given[:2])
+    assert [values[0], values[2]] == [pytest.approx(each, abs=1e-5) for each in expected]
+
+
 def test_a_batch_scores_as_each_alone(clip: Path) -> None:
     one = bind("similarity", path=str(clip))
     together = ask(one, facts())
