@@ -184,6 +184,8 @@ def _damaged(made: HostileFolder) -> None:
     made.add("damaged/header_only.jpg", encoded(made.scene(), "JPEG")[:400], "truncated")
     made.add("damaged/bomb.png", _png_header(30_000, 30_000), "too_many_pixels")
     made.add("damaged/bigger_bomb.png", _png_header(2**31 - 1, 2**31 - 1), "too_many_pixels")
+    quiet = Image.new("1", (13_000, 13_000))  # under the limit of pixels: half a gigabyte once it is RGB
+    made.add("damaged/quiet_bomb.png", encoded(quiet), "too_few_bits")
     made.add("damaged/zero.jpg", b"", "empty_file")
     made.add("damaged/zero.png", b"", "empty_file")
     texts = {
