@@ -62,10 +62,10 @@ class Facts:
     def preview(self) -> npt.NDArray[np.uint8]:
         """(h, w, 3) sRGB, long side at most 512 px: what classical operators measure, made once for all of them."""
         assert self.image is not None  # asked after the decode
-        small = self.image
-        if max(small.size) > PREVIEW_SIDE:
-            small = small.copy()
-            small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+        small, longest = self.image, max(self.image.size)
+        if longest > PREVIEW_SIDE:
+            width, height = (max(1, round(side * PREVIEW_SIDE / longest)) for side in small.size)
+            small = small.resize((width, height), Image.Resampling.BOX, reducing_gap=1.0)
         return np.asarray(small, dtype=np.uint8)
 
     @cached_property

@@ -42,7 +42,10 @@ def score(facts: Facts) -> dict[str, Value]:
 
 def _bar(picture: npt.NDArray[np.uint8], *, axis: int, last: bool) -> int:
     """Width of the bar at the first or last row (axis 0) or column (axis 1), px; 0 where there is none."""
-    colour = np.median(np.take(picture, -1 if last else 0, axis=axis), axis=0)
+    edge = np.take(picture, [-1] if last else [0], axis=axis)
+    colour = np.median(edge, axis=(0, 1))
+    if _share_near(edge, colour, _TOLERANCE, axis)[0] < _PLAIN:  # as in most photographs: no need to look further
+        return 0
     plain, similar = (_share_near(picture, colour, levels, axis) for levels in (_TOLERANCE, _JUMP))
     if last:
         plain, similar = plain[::-1], similar[::-1]

@@ -14,9 +14,9 @@ from producers.filters.base import Facts, Filter, FilterParams, Rejection, Value
 
 class Params(FilterParams):
     min_luma: float = Field(default=0.06, ge=0.0, le=1.0)
-    """Night photographs lie at 0.08 and above, nine tenths underexposed ones below."""
+    """Hubble's deep field has 0.08, daylight photographs at a tenth of their exposure 0.02 to 0.06."""
     max_luma: float = Field(default=0.97, ge=0.0, le=1.0)
-    """Things on white paper reach 0.96."""
+    """A small thing on white paper reaches 0.96."""
     min_contrast: float = Field(default=0.015, ge=0.0, le=0.5)
 
 

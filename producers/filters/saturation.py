@@ -17,23 +17,23 @@ from pydantic import Field, NonNegativeFloat
 
 from producers.filters.base import Facts, Filter, FilterParams, Rejection, Value, Values, number
 
-# (rg, yb) of an RGB pixel.
-_OPPONENTS: Final = np.array([[1.0, -1.0, 0.0], [0.5, 0.5, -1.0]], dtype=np.float32)
 _VIVID: Final = 200
 
 
 class Params(FilterParams):
     min_colourfulness: NonNegativeFloat = 0.0
-    """3 rejects black and white, 12 most sepia."""
+    """3 rejects black and white."""
     max_vivid: float = Field(default=0.4, ge=0.0, le=1.0)
 
 
 def score(facts: Facts) -> dict[str, Value]:
-    mean, deviation = cv2.meanStdDev(cv2.transform(facts.preview.astype(np.float32), _OPPONENTS))
     red, green, blue = cv2.split(facts.preview)
     chroma = cv2.subtract(cv2.max(cv2.max(red, green), blue), cv2.min(cv2.min(red, green), blue))
+    yellow = cv2.addWeighted(red, 0.5, green, 0.5, 0, dtype=cv2.CV_32F)
+    opponents = (cv2.subtract(red, green, dtype=cv2.CV_16S), cv2.subtract(yellow, blue, dtype=cv2.CV_32F))
+    means, deviations = zip(*(cv2.meanStdDev(plane) for plane in opponents), strict=True)
     return {
-        "colourfulness": float(np.linalg.norm(deviation) + 0.3 * np.linalg.norm(mean)),
+        "colourfulness": float(np.linalg.norm(deviations) + 0.3 * np.linalg.norm(means)),
         "vivid": float((chroma > _VIVID).mean()),
     }
 

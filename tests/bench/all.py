@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Final
 
 HERE: Final = Path(__file__).resolve().parent
-BENCHMARKS: Final = ("padding", "loader", "picture_path", "producer", "million_rows", "ocr", "consumer_step", "memory")
+BENCHMARKS: Final = (
+    "padding",
+    "loader",
+    "picture_path",
+    "filters",
+    "ocr",
+    "producer",
+    "million_rows",
+    "consumer_step",
+    "memory",
+)
 
 
 def main() -> int:
