@@ -19,7 +19,7 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom; px."""
 Align = Literal["left", "centre", "right"]
 
-MIN_SIZE: Final = 11
+MIN_SIZE: Final = 9
 _NO_LINE_START: Final = frozenset("，。、；：！？”’）》】")
 
 
