@@ -23,6 +23,7 @@ BENCHMARKS: Final = (
     "ocr",
     "producer",
     "million_rows",
+    "inspect_rows",
     "consumer_step",
     "memory",
 )
