@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from qwenimg_dist.models.identity import latents_facet_names
 from qwenimg_dist.models.pipeline import pipeline_dir
 from qwenimg_dist.models.vae import LatentCodec
 from qwenimg_dist.report.contact_sheet import SheetRow
+from qwenimg_dist.schema import IMAGE, Kind
 
 _DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -34,7 +35,8 @@ def with_decoded(dataset: Dataset, config: Config, rows: Sequence[SheetRow]) -> 
     """The rows, with the decoded latents of those that have any. Raises `DataError` naming what is there instead."""
     folder = pipeline_dir(config.model, components=("vae",))
     there = set(dataset.facets())
-    facets = {px: facet for px, facet in latents_facet_names(folder, config).items() if facet in there}
+    kind = cast(Kind, rows[0].kind if rows else IMAGE)  # a data set has rows of one kind
+    facets = {px: facet for px, facet in latents_facet_names(folder, config, kind).items() if facet in there}
     if not facets:
         others = ", ".join(sorted(facet for facet in there if facet.startswith("latents-"))) or "none"
         raise DataError(

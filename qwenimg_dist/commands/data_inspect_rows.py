@@ -28,8 +28,8 @@ from producers.sources.base import OUTSIDE_ROOT, read_bytes
 from qwenimg_dist.data.catalog import Ints
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.data.pins import parallel
-from qwenimg_dist.report.contact_sheet import Cut, SheetRow
-from qwenimg_dist.schema import LABEL_PREFIX, LISTING, RAW, ROWS, SCAN, SCORE_PREFIX
+from qwenimg_dist.report.contact_sheet import Cut, Further, SheetRow
+from qwenimg_dist.schema import IMAGE, LABEL_PREFIX, LISTING, PROMPT, RAW, ROWS, SCAN, SCORE_PREFIX, role_of
 
 Entries = dict[int, dict[str, Any]]
 """Row -> its columns."""
@@ -55,6 +55,8 @@ def read_rows(dataset: Dataset, rows: Ints, labels: Mapping[str, str]) -> list[S
             labels=_labels(entry),
             cuts={label: _cut(entries[facet][row]) for facet, label in labels.items() if row in entries[facet]},
             thumb="",
+            kind=entries[LISTING].get(row, {}).get("kind") or IMAGE,
+            others=_others(entries[LISTING].get(row, {})),
         )
         for row, entry in sorted(entries[ROWS].items())
     ]
@@ -97,20 +99,41 @@ def jpeg_url(picture: Image.Image, side: int) -> str:
 
 
 def _with_thumbnail(row: SheetRow, root: str, side: int) -> SheetRow:
-    """Read as `produce` reads it."""
     if row.reason == OUTSIDE_ROOT:
         return replace(row, no_thumb="outside of source.path")
-    try:
-        picture = load_image(read_bytes(root, row.uri)).image
-    except ImageFault as fault:
-        return replace(row, no_thumb=f"no picture: {fault.detail}")
-    except FileNotFoundError:
-        return replace(row, no_thumb="file not found")
-    except OSError as error:
-        return replace(row, no_thumb=f"cannot be read: {error.strerror or error}")
+    others = []
+    for other in row.others:
+        found = _picture(root, other.uri)
+        if isinstance(found, str):
+            others.append(replace(other, no_thumb=found))
+        else:
+            others.append(replace(other, thumb=jpeg_url(found, side)))
+    row = replace(row, others=tuple(others))
+    if row.kind == PROMPT:
+        return replace(row, no_thumb="a prompt, without a picture")
+    picture = _picture(root, row.uri)
+    if isinstance(picture, str):
+        return replace(row, no_thumb=picture)
     # The picture's own sides: the file may have changed since it was scanned.
     width, height = picture.size
     return replace(row, thumb=jpeg_url(picture, side), width=width, height=height)
+
+
+def _picture(root: str, uri: str) -> Image.Image | str:
+    """Read as `produce` reads it; or why there is none."""
+    try:
+        return load_image(read_bytes(root, uri)).image
+    except ImageFault as fault:
+        return f"no picture: {fault.detail}"
+    except FileNotFoundError:
+        return "file not found"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+
+
+def _others(listed: Mapping[str, Any]) -> tuple[Further, ...]:
+    kind, uris = listed.get("kind") or IMAGE, listed.get("others") or ()
+    return tuple(Further(role=role_of(kind, index), uri=uri) for index, uri in enumerate(uris, start=1))
 
 
 def _tracked(items: Any, description: str, total: int, console: Console) -> Any:

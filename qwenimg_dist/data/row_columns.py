@@ -23,8 +23,8 @@ from qwenimg_dist.data.part_tables import match_rows, newest, to_array
 from qwenimg_dist.data.pins import parallel
 from qwenimg_dist.schema import DEDUP, LABEL_PREFIX, ROWS, SCAN, SCORE_PREFIX, Bucket
 
-NEAR_FACET: Final = re.compile(r"^near-(\d+)$")
-"""Facet with near duplicates up to a distance."""
+NEAR_FACET: Final = re.compile(r"^near-(\d+)(?:-(\w+))?$")
+"""Facet with near duplicates: distance, and a fingerprint of which rows took part."""
 
 _OF_SINGLE_ROWS: Final = ("key", "detail", "caption_faults")
 
@@ -107,7 +107,7 @@ class Pairs:
     """Rows that are duplicates of another row; ascending by row."""
 
     name: str
-    """`exact`, or `near` with the greatest distance looked for."""
+    """`exact`, or `near` with the greatest distance looked for, and its facet's fingerprint where there are several."""
     rows: Ints
     originals: Ints
     distance: Ints
@@ -117,7 +117,9 @@ class Pairs:
 def load_pairs(dataset: Dataset) -> list[Pairs]:
     """Exact duplicates, and near ones where a facet has them."""
     found = []
-    for facet in dataset.facets():
+    facets = dataset.facets()
+    distances = [near[1] for facet in facets if (near := NEAR_FACET.match(facet))]
+    for facet in facets:
         near = NEAR_FACET.match(facet)
         if facet != DEDUP and near is None:
             continue
@@ -129,6 +131,8 @@ def load_pairs(dataset: Dataset) -> list[Pairs]:
         mask = originals >= 0
         distance = to_array(table["distance"], np.int64, missing=0) if near is not None else np.zeros_like(originals)
         name = "exact" if near is None else f"near, up to {near[1]}"
+        if near is not None and distances.count(near[1]) > 1:
+            name += f" ({near[2]})"
         rows = to_array(table["row"], np.int64)
         found.append(Pairs(name=name, rows=rows[mask], originals=originals[mask], distance=distance[mask]))
     return found

@@ -28,6 +28,17 @@ class Cut:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Further:
+    """A picture that belongs to a row beside its own."""
+
+    role: str
+    """`rejected`, `condition_0`."""
+    uri: str
+    thumb: str = ""
+    no_thumb: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SheetRow:
     """One row as it is shown."""
 
@@ -51,6 +62,9 @@ class SheetRow:
     """`data:` URL of the thumbnail; empty if there is none."""
     no_thumb: str = ""
     """Why there is none."""
+    kind: str = "image"
+    others: tuple[Further, ...] = ()
+    """The row's further pictures: what was rejected, or the conditions of an edit."""
     decoded: tuple[str, str] | None = None
     """(class, `data:` URL) of the picture decoded from the latents."""
 
@@ -73,6 +87,8 @@ class SheetRow:
             "places": {name: vars(cut) for name, cut in self.cuts.items()},
             "thumb": self.thumb,
             "no_thumb": self.no_thumb,
+            "kind": self.kind,
+            "others": [vars(other) for other in self.others],
             "decoded": self.decoded,
         }
 

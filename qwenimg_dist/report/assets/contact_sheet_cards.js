@@ -8,7 +8,7 @@ function drawCards() {
   const first = state.page * PER_PAGE;
   const here = shown.slice(first, first + PER_PAGE);
   const cards = here.map((row, i) => card(row, () => openCloseUp(shown, first + i)));
-  el("cards").classList.toggle("compared", state.decoded && here.some((row) => row.decoded));
+  el("cards").classList.toggle("compared", here.some((row) => row.others.length || (state.decoded && row.decoded)));
   el("cards").replaceChildren(...cards);
   if (!here.length) el("cards").append(make("p", "nothing", "No row matches."));
   const last = first + here.length;
@@ -78,6 +78,7 @@ function factList(row, facts) {
 }
 
 function pictures(row, open, side) {
+  if (row.others.length) return withOthers(row, open, side);
   const both = state.decoded && row.decoded && (state.view === "pictures" || !open);
   const box = make(open ? "button" : "div", both ? "thumb both" : "thumb");
   if (open) {
@@ -102,6 +103,34 @@ function pictures(row, open, side) {
     two.append(make("span", "under", `model, ${row.decoded[0]}`));
     box.append(two);
   }
+  return box;
+}
+
+// A preference pair or an edit: its own picture, then the further ones, and what the model sees of its own.
+function withOthers(row, open, side) {
+  const box = make(open ? "button" : "div", "thumb many");
+  if (open) {
+    box.setAttribute("aria-label", `look closer at row ${row.row}`);
+    box.addEventListener("click", open);
+  }
+  const small = open ? side / 1.6 : side / 1.3;
+  const add = (name, content) => {
+    const one = make("span", "one");
+    one.append(content, make("span", "under", name));
+    box.append(one);
+  };
+  const plain = (url, name) => {
+    const image = make("img", "plain");
+    image.alt = name;
+    image.src = url;
+    image.style.maxWidth = image.style.maxHeight = `${small}px`;
+    return image;
+  };
+  add({ preference: "chosen", edit: "target" }[row.kind] || row.kind, row.thumb ? frame(row, small) : make("span", "none", row.no_thumb));
+  for (const other of row.others) {
+    add(other.role.replace("_", " "), other.thumb ? plain(other.thumb, other.uri) : make("span", "none", other.no_thumb));
+  }
+  if (state.decoded && row.decoded) add(`model, ${row.decoded[0]}`, plain(row.decoded[1], "decoded latents"));
   return box;
 }
 

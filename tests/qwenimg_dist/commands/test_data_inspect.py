@@ -20,6 +20,7 @@ from qwenimg_dist.data.facets import Part
 from qwenimg_dist.data.origin import Origin, remember_origin
 from qwenimg_dist.data.row_columns import load_row_columns
 from qwenimg_dist.data.where import WhereError
+from qwenimg_dist.schema import LISTING, LISTING_COLUMNS
 from tests.helpers.picture_dataset import PictureDataset, caption_of, make_picture_dataset
 
 KEPT, SMALL, BROKEN = ("kept", ""), ("rejected", "too_small"), ("fault", "truncated")
@@ -79,7 +80,11 @@ def test_thumbnails_are_the_pictures(made: PictureDataset, tmp_path: Path) -> No
 def test_the_page_is_self_contained_and_reads_no_text_as_html(made: PictureDataset, tmp_path: Path) -> None:
     page, _ = sheet(made, tmp_path / "sheet.html")
     assert "<b>ground" not in page
-    scripts = page.replace("image.src = row.thumb", "").replace("image.src = row.decoded[1]", "")
+    scripts = (
+        page.replace("image.src = row.thumb", "")
+        .replace("image.src = row.decoded[1]", "")
+        .replace("image.src = url", "")
+    )
     assert not re.search(r"""(src|href)\s*=\s*["']?(?!data:|#)[a-z/]""", scripts)
     assert "default-src 'none'" in page
     assert "innerHTML" not in page
@@ -210,7 +215,7 @@ def test_pages_go_through_all_rows_once(made: PictureDataset) -> None:
 def test_duplicates_stand_beside_their_original_though_it_is_not_sampled(made: PictureDataset, tmp_path: Path) -> None:
     near = pa.table({"row": [5, 8], "near_duplicate_of": [2, 2], "distance": [3, 4]})
     copy = made.copy(tmp_path)
-    copy.dataset.commit(Part(facet="near-6", unit=0, part=0), near, config_hash="test")
+    copy.dataset.commit(Part(facet="near-6-0a1b", unit=0, part=0), near, config_hash="test")
     _, data = sheet(copy, tmp_path / "sheet.html", "inspect.reason=duplicate", "inspect.clusters=9")
     assert [row["row"] for row in data["rows"]] == [7, 17, 27, 37]
     assert [row["row"] for row in data["clusterRows"]] == [6, 16, 26, 36]
@@ -219,3 +224,18 @@ def test_duplicates_stand_beside_their_original_though_it_is_not_sampled(made: P
     _, data = sheet(copy, tmp_path / "sheet.html", "inspect.where='row == 5'", "inspect.max_rows=1")
     # The cluster is shown whole: what its other rows are is why one looks.
     assert data["clusters"] == [{"kind": "near, up to 6", "rows": [2, 5, 8], "distances": [0, 3, 4], "size": 3}]
+
+
+def test_further_pictures_of_pairs_stand_beside_their_own(made: PictureDataset, tmp_path: Path) -> None:
+    copy = made.copy(tmp_path)
+    listing = copy.dataset.read(Part(facet=LISTING, unit=0, part=0)).slice(0, 2).to_pylist()
+    pairs = [{**entry, "kind": "preference", "others": ["pictures/00001.jpg"]} for entry in listing]
+    pairs[1]["others"] = ["pictures/nowhere.jpg"]
+    table = pa.Table.from_pylist(pairs, schema=LISTING_COLUMNS)
+    copy.dataset.commit(Part(facet=LISTING, unit=0, part=1), table, config_hash="test")
+    _, data = sheet(copy, tmp_path / "sheet.html", "inspect.where='row < 2'")
+    first, second = data["rows"]
+    (other,) = first["others"]
+    assert (other["role"], other["uri"]) == ("rejected", "pictures/00001.jpg")
+    assert other["thumb"] == second["thumb"] != first["thumb"]
+    assert second["others"][0]["no_thumb"] == "file not found"
