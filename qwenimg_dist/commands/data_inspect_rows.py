@@ -157,7 +157,7 @@ def _scores(entry: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _labels(entry: Mapping[str, Any]) -> dict[str, str]:
-    return _prefixed(entry, LABEL_PREFIX, str)
+    return {name: word for name, word in _prefixed(entry, LABEL_PREFIX, str).items() if word}
 
 
 def _prefixed(entry: Mapping[str, Any], prefix: str, kind: Callable[[Any], Any]) -> dict[str, Any]:

@@ -127,8 +127,10 @@ class _Probe:
         """Neighbouring values between which the verdict changes. The parameters are asked too, so that a threshold
         outside of what was measured is found as well."""
         asked = [*np.linspace(numbers[0], numbers[-1], _PROBES), *np.quantile(numbers, np.linspace(0, 1, _PROBES))]
+        asked += [numbers[0] - 1, numbers[0] / 2, numbers[-1] + 1, numbers[-1] * 2]
         for value in self._params.values():
             asked += [v for p in (value, -value, 1 / value if value else 0.0) for v in (*_around(p), p)]
+            asked += [value - 1, value + 1]  # counts are compared as whole numbers
         positive = numbers[0] > 0  # where all are, zero or less would be no value of this score
         values = sorted({float(value) for value in asked if not (positive and value <= 0)})
         verdicts = [self.verdict(value) for value in values]
@@ -200,8 +202,8 @@ def _scored_rows(
         return []
     mask = np.ones(len(columns.rows), dtype=np.bool_) if among is None else among
     for name in names:
-        array = columns.arrays[name]
-        mask = mask & (np.isfinite(array) if array.dtype.kind == "f" else ~columns.is_word(name, ""))
+        if name not in columns.words:  # an empty word is a label too
+            mask = mask & np.isfinite(columns.arrays[name])
     rows = np.flatnonzero(mask)
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _TRIED_ROWS)).astype(np.int64))]
     return [{name.partition("_")[2]: _value(columns, name, row) for name in names} for row in rows.tolist()]

@@ -112,6 +112,7 @@ class Stats:
         words = tuple(
             (name, word or "(none)", count, show_share(count, sum(counts.values())))
             for name, counts in self.labels.items()
+            if set(counts) != {""}
             for word, count in counts.items()
         )
         columns = ("facet", "captions", "p10", "p50", "p90", "p99", "max")

@@ -167,7 +167,8 @@ function openCloseUp(rows, at) {
   facts.append(head);
   if (row.detail) facts.append(make("div", "detail", row.detail));
   row.captions.forEach((caption, i) => facts.append(captionLine("p", "whole", caption, row.captionNotes[i])));
-  const rest = [["file", row.uri], ["key", row.key], ["size", row.width ? `${row.width}\u00d7${row.height}` : "unknown"], ["bytes", grouped(row.bytes)]];
+  const rest = [["file", row.uri], ["key", row.key], ["size", row.width ? `${row.width}\u00d7${row.height}` : "unknown"]];
+  if (!("bytes" in row.scores)) rest.push(["bytes", grouped(row.bytes)]);
   for (const [name, place] of Object.entries(row.places)) rest.push(cutFact(name, place));
   rest.push(...Object.entries(row.labels));
   for (const name of Object.keys(row.scores).sort()) rest.push([name, number(row.scores[name]), verdict(row, name)]);

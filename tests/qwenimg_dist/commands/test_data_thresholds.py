@@ -106,6 +106,22 @@ def test_a_derived_threshold_with_other_scores_and_a_label(monkeypatch: pytest.M
     assert by_stage(config, index) == {2: {"noisy": 3}}
 
 
+def test_counts_without_a_single_hit_and_rows_with_an_empty_label_have_their_thresholds() -> None:
+    zeros = [0.0, 0.0]
+    scores = {"qr_codes": zeros, "barcodes": zeros, "caption_other_script": zeros, "caption_repetition": [0.0, 0.6]}
+    index = columns(scores, [KEPT, "caption_repetition"])
+    arrays: dict[str, Any] = {**index.arrays, "label_caption_fault": np.zeros(2, dtype=np.int16)}
+    index = RowColumns(rows=index.rows, arrays=arrays, words={**index.words, "label_caption_fault": [""]})
+    found = lines(index, "filters.barcode.max_codes=0")
+    (code,) = found["qr_codes"]
+    assert code[2:4] == (pytest.approx(1.0), "above")  # half a code counts as none
+    assert code[5:] == (0, 2)
+    assert found["caption_repetition"] == [
+        ("caption_validity", "max_repetition", pytest.approx(0.5), "above", False, 1, 1)
+    ]
+    assert by_stage(load_config([]), index) == {3: {"caption_repetition": 1}}
+
+
 def by_stage(config: Config, index: RowColumns) -> dict[int, dict[str, int]]:
     """Stages that rejected something."""
     return {one.number: one.reasons for one in stages(config, index) if one.reasons}
