@@ -235,10 +235,22 @@ class DataConfig(Section):
     then on. May grow while a run lasts; each generation records which list it followed."""
     weights: dict[str, SamplingWeight] = {}
     """Expression over the index columns -> how often its rows come per epoch: 3 three times, 0.5 every other epoch, 0
-    never. Weights of all expressions that hold for a row are multiplied; a row with none comes once."""
+    never. Weights of all expressions that hold for a row are multiplied; a row with none comes once. On a command line,
+    where keys cannot be quoted: `data.weights=[{where: "category == 'text'", weight: 3}]`."""
     caption_weights: dict[str, NonNegativeFloat] | None = None
     """Kind of caption -> its weight in the draw, for example `{raw: 0.2, recaption: 0.8}`; a row's kinds share by
     these. `None` draws evenly among a row's captions."""
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _listed_weights(cls, weights: Any) -> Any:
+        if not isinstance(weights, list | tuple):
+            return {} if weights is None else weights
+        if not all(isinstance(one, dict) and set(one) == {"where", "weight"} for one in weights):
+            raise ValueError("a list of weights has entries such as {where: row < 5, weight: 2}")
+        if len({one["where"] for one in weights}) < len(weights):
+            raise ValueError("an expression stands twice in the list")
+        return {one["where"]: one["weight"] for one in weights}
 
     @field_validator("caption_weights")
     @classmethod

@@ -23,6 +23,7 @@ from qwenimg_dist.data.where import Where
 
 _BITS: Final = 24
 _ONE: Final = 1 << _BITS
+_BUCKET_SHIFT: Final = 40
 MAX_WEIGHT: Final = 1000.0
 COPY_BITS: Final = 44
 """The n-th time of a row in an epoch has draws of its own, keyed by row + (n << 44)."""
@@ -59,12 +60,14 @@ class EpochCounts:
 
     def __init__(self, bucket: npt.NDArray[np.int16], weights: Ints, offset: Ints) -> None:
         self._groups: list[tuple[int, int, int, npt.NDArray[np.uint32]]] = []
-        groups, inverse = np.unique(np.stack([bucket.astype(np.int64), weights]), axis=1, return_inverse=True)
-        for index, (of_bucket, weight) in enumerate(groups.T.tolist()):
-            mine = np.flatnonzero(inverse.ravel() == index)
-            kept = np.sort(offset[mine]).astype(np.uint32) if weight % _ONE else np.zeros(0, dtype=np.uint32)
+        of = (bucket.astype(np.int64) << _BUCKET_SHIFT) + weights
+        order = np.argsort(of, kind="stable")
+        groups, starts = np.unique(of[order], return_index=True)
+        for group, start, end in zip(groups.tolist(), starts, np.append(starts, len(of))[1:], strict=True):
+            of_bucket, weight = divmod(group, 1 << _BUCKET_SHIFT)
+            mine = offset[order[start:end]] if weight % _ONE else offset[:0]
             if weight:
-                self._groups.append((of_bucket, weight, len(mine), kept))
+                self._groups.append((of_bucket, weight, int(end - start), np.sort(mine).astype(np.uint32)))
 
     def __bool__(self) -> bool:
         """Whether any row ever comes."""

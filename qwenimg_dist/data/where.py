@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from qwenimg_dist.schema import LABEL_PREFIX, SCORE_PREFIX
 
@@ -215,7 +216,7 @@ def _top(best: float, given: Sequence[npt.NDArray[Any]]) -> Mask:
     grouped = group != "" if _is_text(group) else _measured(group)
     # Whole numbers are all measured, which is one True for the column.
     known = np.flatnonzero(np.broadcast_to(_measured(score) & grouped, len(score)))
-    _, code = np.unique(group[known], return_inverse=True)
+    code = pa.array(group[known]).dictionary_encode().indices.to_numpy()  # many times faster than np.unique on text
     sizes = np.bincount(code) if len(known) else np.zeros(0, dtype=np.int64)
     # Numbers of up to 2^53 rows are exact; the small step keeps 0.07 * 100 from being rounded up to 8.
     wanted = np.ceil(best * sizes - 1e-9).astype(np.int64) if best < 1 else np.full(len(sizes), int(best))

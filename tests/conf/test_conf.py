@@ -63,6 +63,9 @@ def test_the_config_is_frozen_and_round_trips() -> None:
         (["filters.resolution.min_sid=3"], "did you mean 'filters.resolution.min_side'"),
         (["foo"], "key=value"),
         (["curriculum.phases.low.setps=3"], "did you mean 'curriculum.phases.low.steps'"),
+        (["data.weights=[{where: row, weight: 0.0001}]"], "from 0.001 to 1000 times per epoch"),
+        (["data.weights=[{where: row}]"], "has entries such as"),
+        (["data.caption_weights={raw: 0}"], "at least one kind"),
         (["curriculum.phases.low.steps=5"], "every phase a `share`, or .* every phase `steps`"),
     ],
 )
@@ -80,6 +83,8 @@ def test_identity_holds_what_moves_the_numbers_and_nothing_else() -> None:
         "train.steps=7",
         "objective.caption_dropout=0.2",
         "data.where=x",
+        "data.weights=[{where: 'row < 5', weight: 2}]",
+        "data.caption_weights={raw:1}",
     ]:
         assert training_identity(load_config([change])) != base, change
     assert stable_hash(base) == stable_hash(dict(reversed(base.items())))

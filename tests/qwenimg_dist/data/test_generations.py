@@ -386,3 +386,27 @@ def test_a_process_killed_while_it_records_leaves_a_run_that_goes_on(tmp_path: P
     assert not list((tmp_path / "run" / "index").glob(".tmp-*"))
     assert train(run, 0, 12) == expected
     assert json.loads((tmp_path / "run" / FILE).read_text())["digest"] == calm.lines[0].digest
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_weights_hold_through_generations_and_resumes(tmp_path: Path, follow: bool) -> None:
+    producer = FakeProducer(tmp_path / "data")
+    produce_units(producer, 3)
+    producer.complete()
+    config = replace(make_config(), weights={"row < 6": 0.5, "sharpness > 1.05": 2.0})
+    undisturbed = train(open_run(tmp_path / "one", producer, config, follow=follow), 0, 40)
+    assert len(undisturbed) == 40
+    seen = train(open_run(tmp_path / "two", producer, config, follow=follow), 0, 13)
+    seen += train(open_run(tmp_path / "two", producer, config, follow=follow), 13, 27)
+    assert seen == undisturbed
+    every = {row.key: number for number, row in enumerate(producer.rows)}
+    come = [[0] * 12 for _ in range(4)]
+    for _, epoch, _, keys, _, real in undisturbed:
+        assert isinstance(keys, tuple)
+        assert isinstance(real, tuple)
+        if isinstance(epoch, int) and epoch < 4:
+            for key, weight in zip(keys, real, strict=True):
+                come[epoch][every[key]] += int(weight)
+    for row in range(12):
+        weight = (0.5 if row < 6 else 1.0) * (2.0 if row / 10 > 1.05 else 1.0)
+        assert sum(come[epoch][row] for epoch in range(4)) == 4 * weight, row
