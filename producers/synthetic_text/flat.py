@@ -120,7 +120,7 @@ def app(recipe: Recipe, random: Random) -> tuple[Image.Image, list[str]]:
     key = (card[2] - gap - width * 0.24, card[3] - height * 0.13, card[2] - gap, card[3] - height * 0.03)
     page.pen.rounded_rectangle(key, 8, fill=accent)
     inner = (key[0] + 6, key[1] + 4, key[2] - 6, key[3] - 4)
-    page.write(button, inner, _WHITE, max_size=height * 0.042, align="centre", middle=True, bold=True)
+    page.write(button, inner, _WHITE, max_size=height * 0.042, align="centre", middle=True, spacing=1.1, bold=True)
     return image, page.drawn
 
 
