@@ -205,8 +205,27 @@ def _commit_rows(dataset: Dataset, unit: int, plan: Plan, state: UnitState, deci
         "scorers": {**state.scorers, **{one.name: one.fingerprint for one in plan.filters}},
         "counts": dict(Counter(decision.reason or "kept" for decision in decisions.values())),
         "left_out": _left_out(plan, state, decisions),
+        "stages": _stages(plan, decisions.values()),
     }
     commit_part(dataset, dataset.next_part(ROWS, unit), table, config_hash=plan.config_hash, extra=extra)
+
+
+def _stages(plan: Plan, decisions: Iterable[Decision]) -> dict[str, int]:
+    """Reason -> which of the seven stages rejects for it. What no filter is responsible for belongs to the first: files
+    that cannot be used, no caption at all, duplicates, too small for every bucket."""
+    stages: dict[str, int] = {}
+    for decision in decisions:
+        if not decision.kept and decision.reason not in stages:
+            stages[decision.reason] = next((one.filter.stage for one in plan.filters if _rejects(one, decision)), 1)
+    return stages
+
+
+def _rejects(one: BoundFilter, decision: Decision) -> bool:
+    """Whether it is this filter that gives the decision's reason."""
+    if one.filter.per_caption:
+        return decision.reason in decision.caption_faults
+    rejection = one.admit(decision.scores) if decision.status == "rejected" and one.scored(decision.scores) else None
+    return rejection is not None and rejection.reason == decision.reason
 
 
 def _carried_inputs(plan: Plan, state: UnitState, decisions: Mapping[int, Decision]) -> dict[str, int]:

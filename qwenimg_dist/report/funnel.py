@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import pyarrow as pa
@@ -27,6 +27,16 @@ from qwenimg_dist.schema import DEDUP, LISTING, NEAR_DUPLICATE, NEAR_PREFIX, ROW
 
 LATENTS_PREFIX = "latents-"
 TEXT_PREFIX = "text-"
+STAGES: Final = {
+    1: "files, sizes, duplicates",
+    2: "picture quality",
+    3: "captions",
+    4: "rendered text",
+    5: "aesthetics, watermarks",
+    6: "categories",
+    7: "selection",
+}
+"""The report's seven stages; a filter names the one it belongs to."""
 _NUM_EXAMPLES: Final = 2
 _URI_CHARS: Final = 44
 
@@ -60,6 +70,8 @@ class Funnel:
     """(status, reason) of the rows that were not admitted -> rows, most frequent first."""
     examples: dict[tuple[str, str], tuple[str, ...]]
     """(status, reason) -> uris of such rows, at most two."""
+    stages: dict[str, int] = field(default_factory=dict)
+    """Reason -> which of the seven stages rejects for it, as the units' records say."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -76,7 +88,13 @@ class Funnel:
             "too_small": dict(self.too_small),
             "captions": dict(self.captions),
             "reasons": [
-                {"status": status, "reason": reason, "rows": n, "examples": list(self.examples[status, reason])}
+                {
+                    "status": status,
+                    "reason": reason,
+                    "stage": self.stages.get(reason),
+                    "rows": n,
+                    "examples": list(self.examples[status, reason]),
+                }
                 for (status, reason), n in self.reasons.items()
             ],
         }
@@ -98,6 +116,8 @@ class Funnel:
         rows = tuple((name, count, show_share(count, self.listed)) for name, count in stages)
         small = tuple((f"{px} px", count, show_share(count, self.admitted)) for px, count in self.too_small.items())
         tables = [Table(title="Funnel", columns=("stage", "rows", "of listed"), rows=rows)]
+        if self.stages and self.reasons:
+            tables.append(self._by_stage())
         if self.reasons:
             reasons = tuple(
                 (reason, status, count, show_share(count, self.listed), _shortened(self.examples[status, reason]))
@@ -110,6 +130,19 @@ class Funnel:
             tables.append(Table(title=title, columns=("class", "rows", "of admitted"), rows=small))
         return tables
 
+    def _by_stage(self) -> Table:
+        """What each stage took, and what it left over; stages that took nothing are not shown."""
+        lost: Counter[int] = Counter()
+        for (_, reason), count in self.reasons.items():
+            lost[self.stages.get(reason, 1)] += count
+        rows, left = [], self.decided
+        for stage, count in sorted(lost.items()):
+            left -= count
+            named = f"{stage}. {STAGES[stage]}"
+            rows.append((named, count, show_share(count, self.decided), left, show_share(left, self.decided)))
+        columns = ("stage", "rows lost", "of decided", "rows left", "of decided")
+        return Table(title="By stage", columns=columns, rows=tuple(rows))
+
 
 def funnel(dataset: Dataset) -> Funnel:
     """Count a data set's committed parts. Raises `DataError` naming a part that cannot be read."""
@@ -121,6 +154,7 @@ def funnel(dataset: Dataset) -> Funnel:
     encoded: Counter[str] = Counter(dict.fromkeys(latents, 0))
     too_small: Counter[str] = Counter()
     reasons: Counter[tuple[str, str]] = Counter()
+    stages: dict[str, int] = {}
     first: dict[tuple[str, str], list[int]] = {}
     for unit in sorted(parts[LISTING]):
         tables = {
@@ -132,7 +166,9 @@ def funnel(dataset: Dataset) -> Funnel:
         for reason, (count, rows) in _reasons(tables[ROWS]).items():
             reasons[reason] += count
             first[reason] = [*first.get(reason, []), *rows][:_NUM_EXAMPLES]
-        too_small.update(dataset.meta(parts[ROWS][unit][-1]).get("left_out", {}))
+        record = dataset.meta(parts[ROWS][unit][-1])
+        too_small.update(record.get("left_out", {}))
+        stages.update(record.get("stages", {}))
         kept = _rows_where(tables[ROWS], pc.equal(tables[ROWS]["status"], "kept"))
         for name in latents:
             if unit in parts[name]:
@@ -153,6 +189,7 @@ def funnel(dataset: Dataset) -> Funnel:
         captions={name: count_captions(dataset, name) for name in texts},
         reasons=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
         examples=_uris(dataset, first),
+        stages={reason: stage for reason, stage in sorted(stages.items()) if any(reason == r for _, r in reasons)},
     )
 
 

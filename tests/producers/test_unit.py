@@ -25,6 +25,7 @@ from producers.listing import sync_listing
 from producers.sources.base import SourceRow
 from producers.unit import produce_unit
 from qwenimg_dist.data.facets import DataError, Dataset
+from qwenimg_dist.report.funnel import funnel
 from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN, caption_key
 
 PLAN = make_plan_for(resolutions=(64, 96))
@@ -233,3 +234,20 @@ def test_every_part_of_every_facet_is_there_even_if_nothing_was_kept(tmp_path: P
     inputs = dataset.meta(dataset.parts(ROWS)[0])["inputs"]
     assert inputs == dict.fromkeys([LISTING, SCAN, DEDUP, *PLAN.facets], 1)
     assert (0, caption_key("")) in rows_of(dataset, PLAN.text_facet)
+
+
+def test_the_funnel_counts_what_each_stage_took(source: Path, dataset: Dataset) -> None:
+    shutil.copy(source / "0.png", source / "2.png")
+    (source / "3.png").write_bytes((source / "3.png").read_bytes()[:-200])
+    (source / "4.txt").write_text("https://example.org/picture.jpg")
+    draw(source / "5.png", 5, (30, 30))
+    produce_here(source, dataset, PLAN, FakeEncoders())
+    counted = funnel(dataset)
+    assert {reason: counted.stages[reason] for _, reason in counted.reasons} == {
+        "duplicate": 1,
+        "truncated": 1,
+        "caption_url": 3,
+        "too_small": 1,
+    }
+    table = next(table for table in counted.tables() if table.title == "By stage")
+    assert [row[:2] + row[3:4] for row in table.rows] == [("1. files, sizes, duplicates", 3, 3), ("3. captions", 1, 2)]
