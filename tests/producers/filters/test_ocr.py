@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from skimage import data
 from producers.filters import validate_filters
 from producers.filters.base import Facts, Resources, Scorers, Values
 from producers.filters.ocr import measure
+from producers.sources import open_source
+from producers.sources.base import read_bytes
+from producers.synthetic_text.recipe import parse
+from qwenimg_dist.config import SyntheticTextSource
 from qwenimg_dist.models.ocr import Line
 
 SCORERS = Scorers(Resources(pipeline_dir=Path("no pipeline"), device="cpu"))
@@ -62,6 +67,17 @@ def test_text_on_a_photograph_is_held_to_what_captions_quote() -> None:
     assert wrong["ocr_quote_match"] < 0.5  # type: ignore[operator]
     assert half["ocr_quotes"] == 2.0
     assert 0.4 < half["ocr_quote_match"] < 0.8  # type: ignore[operator]
+
+
+def test_pages_of_the_synthetic_source_show_what_their_captions_quote() -> None:
+    font = str(lettering.CHINESE)
+    config = SyntheticTextSource(kind="synthetic_text", num_rows=12, size=640, fonts=(font,), chinese_fonts=(font,))
+    for row in open_source(config).find().rows:
+        values = ask(Image.open(io.BytesIO(read_bytes("/", row.uri))).convert("RGB"), *row.captions)
+        assert values["ocr_quotes"] >= 1, row.uri  # type: ignore[operator]
+        assert values["ocr_quote_match"] > 0.9, row.uri  # type: ignore[operator]
+        assert values["ocr_language"] == parse(row.uri).language
+        assert values["text_level"] >= 1  # type: ignore[operator]
 
 
 def line(text: str | None, *, confidence: float = 0.9, found: float = 0.9, height: float = 0.1) -> Line:
