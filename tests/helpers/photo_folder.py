@@ -103,6 +103,6 @@ def _write_damaged(made: PhotoFolder) -> None:
     }
     for name in made.reasons:
         if name != "nameless.png":
-            (made.root / name).with_suffix(".txt").write_text(f"damaged {name}")
+            (made.root / name).with_suffix(".txt").write_text(f"a damaged picture called {Path(name).stem}")
     (made.root / "copy.txt").write_text("a copy")
     made.upright["copy.jpg"] = made.upright.pop("plain.jpg")
