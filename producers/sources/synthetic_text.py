@@ -71,9 +71,8 @@ class SyntheticText:
                     f"{self._config.path} has no paragraph in this language that can be used: set source.{name}=0, or "
                     f"add lines of at most {self._longest[language]} characters without quotation marks"
                 )
-        found = Found(rows=(), ignored=Counter())
-        rows = self._rows(corpus, backgrounds, found.ignored)
-        return Found(rows=rows, ignored=found.ignored)
+        dropped: Counter[str] = Counter()
+        return Found(rows=self._rows(corpus, backgrounds, dropped), dropped=dropped)
 
     def _rows(
         self, corpus: dict[Language, list[str]], backgrounds: Sequence[str], dropped: Counter[str]

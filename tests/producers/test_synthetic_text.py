@@ -127,7 +127,7 @@ def test_one_unrenderable_character_drops_the_paragraph_and_is_counted(tmp_path:
     found = source(path=str(corpus), chinese=0, compositional=0, complex=0, fonts=(CHINESE,)).find()
     texts = {parse(row.uri).texts[-1] for row in found.rows}
     assert texts == set(good)
-    assert found.ignored["paragraphs with characters that the font lacks"] > 0
+    assert found.dropped["paragraphs with characters that the font lacks"] > 0
     assert not fonts.can_write(fonts.DEFAULT, "雨")
     assert fonts.can_write(fonts.DEFAULT, "Rain, 24")
 
