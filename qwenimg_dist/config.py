@@ -158,8 +158,19 @@ class SyntheticTextSource(Section):
     """Folder of pictures that compositional text is put into; `None` draws scenes by rule."""
 
 
+class PromptsSource(Section):
+    """Texts without pictures: a `.txt` with one per line, or `.jsonl` or `.parquet` files."""
+
+    kind: Literal["prompts"]
+    path: str | None = None
+    """A file, or a folder of tables."""
+    prompt_column: str = "prompt"
+    meta_columns: tuple[str, ...] = ()
+    """Columns kept as JSON with each sample: what a reward needs to know."""
+
+
 SourceConfig = Annotated[
-    FolderSource | ManifestSource | WebdatasetSource | PairsSource | EditsSource | SyntheticTextSource,
+    FolderSource | ManifestSource | WebdatasetSource | PairsSource | EditsSource | PromptsSource | SyntheticTextSource,
     Field(discriminator="kind"),
 ]
 

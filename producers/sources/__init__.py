@@ -10,10 +10,11 @@ from producers.sources.edits import Edits
 from producers.sources.folder import Folder
 from producers.sources.manifest import Manifest
 from producers.sources.pairs import Pairs
+from producers.sources.prompts import Prompts
 from producers.sources.synthetic_text import SyntheticText
 from producers.sources.webdataset import Webdataset
 from qwenimg_dist.config import SourceConfig
-from qwenimg_dist.schema import EDIT, IMAGE, PREFERENCE, Kind
+from qwenimg_dist.schema import EDIT, IMAGE, PREFERENCE, PROMPT, Kind
 
 SOURCES: Final[dict[str, Callable[[Any], Source]]] = {
     "folder": Folder,
@@ -22,8 +23,9 @@ SOURCES: Final[dict[str, Callable[[Any], Source]]] = {
     "pairs": Pairs,
     "edits": Edits,
     "synthetic_text": SyntheticText,
+    "prompts": Prompts,
 }
-SAMPLE_KINDS: Final[dict[str, Kind]] = {"pairs": PREFERENCE, "edits": EDIT}
+SAMPLE_KINDS: Final[dict[str, Kind]] = {"pairs": PREFERENCE, "edits": EDIT, "prompts": PROMPT}
 """What a source gives, where it is not images with captions."""
 
 

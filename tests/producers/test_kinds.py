@@ -27,7 +27,7 @@ from producer_world import (
 )
 from safetensors.numpy import load as load_safetensors
 
-from producers.listing import check_kind, sync_listing
+from producers.listing import check_kind
 from producers.load import render
 from producers.pictures import area_size
 from producers.sources.base import SourceRow
@@ -40,7 +40,6 @@ from qwenimg_dist.schema import (
     IMAGE,
     LISTING,
     PREFERENCE,
-    PROMPT,
     ROWS,
     SCAN,
     caption_key,
@@ -265,34 +264,24 @@ def test_the_template_for_one_picture_takes_no_edits_of_several(folder: Path, da
     assert [reason for reason, _ in decided(dataset).values()] == ["kept", "too_many_pictures"]
 
 
-def test_prompts_have_text_alone(tmp_path: Path, dataset: Dataset) -> None:
-    rows = [
-        SourceRow(kind=PROMPT, uri="", captions=(text,), meta=json.dumps({"count": number}))
-        for number, text in enumerate(["one", "two", "one"])
-    ]
-    sync_listing(dataset, rows, config_hash="x", before_commit=lambda: None)
+@pytest.mark.parametrize("form", ["txt", "jsonl"])
+def test_prompts_have_text_alone(tmp_path: Path, dataset: Dataset, form: str) -> None:
+    texts = ["one", "two words", "one", ""]
+    file = tmp_path / f"prompts.{form}"
+    if form == "txt":
+        file.write_text("\n".join([*texts[:2], "", *texts[2:]]))
+    else:
+        write_lines(file, *({"prompt": text, "count": number} for number, text in enumerate(texts)))
+    words = ("source=prompts", "source.meta_columns=[count]")
     encoders = FakeEncoders()
-    produce_listed(dataset, encoders, tmp_path)
-    assert [reason for reason, _ in decided(dataset).values()] == ["kept", "kept", "duplicate"]
+    produce_here(file, dataset, PLAN, encoders, *words)
+    expected = ["kept", "kept", "duplicate", "no_caption"]
+    assert [reason for reason, _ in decided(dataset).values()] == (expected[:3] if form == "txt" else expected)
     assert (encoders.num_pictures, encoders.num_captions) == (0, 3)
-    assert json.loads(rows_of(dataset, LISTING)[1]["meta"]) == {"count": 1}
+    if form == "jsonl":
+        assert json.loads(rows_of(dataset, LISTING)[1]["meta"]) == {"count": 1}
     assert sound(dataset)
-
-
-def produce_listed(dataset: Dataset, encoders: FakeEncoders, root: Path) -> None:
-    """All units of a listing that is there."""
-    from producer_world import SCORERS
-
-    from producers.driver import Driver
-    from producers.workers import InlineWorkers
-
-    driver = Driver(
-        dataset=dataset,
-        plan=PLAN,
-        root=str(root),
-        make_workers=lambda: InlineWorkers(dataset, PLAN, str(root), encoders, SCORERS),
-    )
-    assert driver.produce(driver.pending(), 3)
+    assert produce_here(file, dataset, PLAN, FakeEncoders(), *words) == []
 
 
 def test_a_data_set_holds_one_kind(folder: Path, dataset: Dataset) -> None:

@@ -1,0 +1,70 @@
+"""Prompts without pictures, for stages that draw their own: one per line of a `.txt`, or a column of a table.
+
+A row is its text; what a reward needs to know about it (`meta_columns`) goes along as JSON. The same prompt twice is
+one sample: the later row is a duplicate. Refuses tables without a prompt, and lists of prompts in one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from producers.sources.base import BAD_CAPTION, Found, SourceRow, clean_captions
+from producers.sources.pairs import one_text
+from producers.sources.records import Records
+from qwenimg_dist.config import PromptsSource
+from qwenimg_dist.schema import PROMPT
+
+
+class Prompts:
+    """`source=prompts`."""
+
+    def __init__(self, config: PromptsSource) -> None:
+        self._config = config
+        self._text = Path(config.path).expanduser() if config.path and config.path.endswith(".txt") else None
+        self._records = Records(config.path, None, "prompts, or .txt")
+
+    @property
+    def root(self) -> str:
+        return str(self._text.parent) if self._text is not None else self._records.root
+
+    def find(self, *, min_age_s: float = 0.0) -> Found:
+        """See `Source.find`; `min_age_s` does not apply: a file is complete before it is named."""
+        # Twice through the file rather than a million rows in memory; the first time to find what is wrong.
+        num_rows = num_prompts = 0
+        for row in self._rows():
+            num_rows += 1
+            num_prompts += bool(row.captions)
+        if not num_rows:
+            raise ValueError(f"{self._config.path} has no rows; is source.path right?")
+        if not num_prompts:
+            raise ValueError(
+                f"{self._config.path}: none of its {num_rows} rows has a prompt in {self._config.prompt_column!r}; "
+                "set source.prompt_column"
+            )
+        return Found(rows=self._rows())
+
+    def _rows(self) -> Iterator[SourceRow]:
+        if self._text is not None:
+            yield from self._lines(self._text)
+            return
+        column, meta = self._config.prompt_column, self._config.meta_columns
+        for record in self._records.read([column], optional=meta):
+            captions, fault = one_text(record.text(column))
+            yield SourceRow(kind=PROMPT, uri="", captions=captions, fault=fault, meta=record.meta(meta))
+
+    def _lines(self, file: Path) -> Iterator[SourceRow]:
+        """Lines that are not blank."""
+        try:
+            with open(file, "rb") as lines:
+                for raw in lines:
+                    try:
+                        text = raw.decode("utf-8-sig")
+                    except UnicodeDecodeError:
+                        yield SourceRow(kind=PROMPT, uri="", captions=(), fault=BAD_CAPTION)
+                        continue
+                    if text.strip():
+                        captions, fault = clean_captions(text)
+                        yield SourceRow(kind=PROMPT, uri="", captions=captions, fault=fault)
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read ({error.strerror})") from error
