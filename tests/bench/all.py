@@ -22,6 +22,7 @@ BENCHMARKS: Final = (
     "filters",
     "ocr",
     "producer",
+    "near_duplicates",
     "million_rows",
     "inspect_rows",
     "consumer_step",
