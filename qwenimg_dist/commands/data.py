@@ -76,19 +76,15 @@ def _inspect(dataset: Dataset, config: Config) -> int:
 
 
 def _stats(dataset: Dataset, config: Config, as_json: bool) -> int:
-    from qwenimg_dist.commands.data_thresholds import stage_table
-    from qwenimg_dist.data.row_columns import load_row_columns
     from qwenimg_dist.report.funnel import funnel
     from qwenimg_dist.report.stats import stats
 
-    columns = load_row_columns(dataset)
-    counted, held = funnel(dataset), stats(dataset, columns)
+    counted, held = funnel(dataset), stats(dataset)
     if as_json:
         print(json.dumps({"funnel": counted.as_dict(), **held.as_dict()}, indent=1))
         return 0
     out = console()
-    first, *others = counted.tables()
-    for table in [first, stage_table(config, columns), *others, *held.tables()]:
+    for table in [*counted.tables(), *held.tables()]:
         out.print(table.rich())
     if counted.reasons:
         print(look_closer(config.data.path, counted))

@@ -17,7 +17,7 @@ from rich.console import Console
 from producers.sources import open_source
 from qwenimg_dist.commands.data_inspect_choice import Choice, choose, clusters
 from qwenimg_dist.commands.data_inspect_rows import read_rows, with_thumbnails
-from qwenimg_dist.commands.data_thresholds import histograms, stage_table
+from qwenimg_dist.commands.data_thresholds import histograms
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.origin import read_origin
@@ -56,7 +56,7 @@ def inspect(dataset: Dataset, config: Config, console: Console) -> int:
         cluster_rows=tuple(row for row in rows if row.row in set(beside)),
         clusters=tuple(found),
         histograms=tuple(histograms(config, columns)),
-        tables=(*counted.tables(), stage_table(config, columns), *stats(dataset, columns).tables()),
+        tables=(*counted.tables(), *stats(dataset, columns).tables()),
     )
     out = Path(config.inspect.out) if config.inspect.out else dataset.root / "inspect.html"
     write_contact_sheet(out, sheet)

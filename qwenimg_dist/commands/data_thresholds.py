@@ -1,6 +1,6 @@
 """What the configured filters' thresholds do to a data set's scores: where each lies, how many rows fall on each side.
 
-Place in the flow: `data inspect` draws them, `data stats` counts rejections by stage. A filter's thresholds are found
+Place in the flow: `data inspect` draws them. A filter's thresholds are found
 by asking it: along one score, its `admit` is asked at many values, and where the verdict changes, the place is found by
 bisection and named after the parameter that has this value. So a filter needs to declare nothing, and what is drawn is
 what it does. A filter that looks at several scores at once is asked with the others as in a row that it admits.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -21,20 +20,8 @@ from producers.filters.base import BoundFilter, Rejection, Value
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.row_columns import RowColumns
 from qwenimg_dist.report.histograms import Histogram, Threshold, histogram
-from qwenimg_dist.report.table import Table, show_share
 from qwenimg_dist.schema import LABEL_PREFIX, SCORE_PREFIX
 
-STAGES: Final = {
-    0: "0 faults, duplicates",
-    1: "1 resolution, format",
-    2: "2 quality",
-    3: "3 captions",
-    4: "4 text rendering",
-    5: "5 aesthetics",
-    6: "6 categories",
-    7: "7 selection",
-}
-"""The report's stages; 0 is what no enabled filter decided."""
 _PROBES: Final = 129
 _HALVINGS: Final = 80
 _TRIED_ROWS: Final = 256
@@ -71,40 +58,6 @@ def thresholds(bound: BoundFilter, score: str, columns: RowColumns) -> list[Thre
         if one is not None:
             found.append(one)
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One of the report's seven stages."""
-
-    number: int
-    filters: tuple[str, ...]
-    reasons: dict[str, int]
-    """Reason -> rows that were rejected for it."""
-
-
-def stages(config: Config, columns: RowColumns) -> list[Stage]:
-    """Rejections by stage of the filter that gives their reason; stage 0 holds those of no enabled filter: faults,
-    duplicates, pictures smaller than every bucket, filters that are off now."""
-    bounds = validate_filters(config.filters)
-    lost = columns.counts("reason", ~columns.is_word("status", "kept")) if len(columns.rows) else {}
-    owner: dict[str, BoundFilter] = {}
-    for bound in bounds:
-        for reason in _reasons(bound, columns, lost):
-            owner.setdefault(reason, bound)
-    numbers = {bound.filter.stage for bound in bounds} | {0}
-    return [
-        Stage(
-            number=number,
-            filters=tuple(bound.name for bound in bounds if bound.filter.stage == number),
-            reasons={
-                reason: count
-                for reason, count in lost.items()
-                if (owner[reason].filter.stage if reason in owner else 0) == number
-            },
-        )
-        for number in sorted(numbers)
-    ]
 
 
 class _Probe:
@@ -193,14 +146,12 @@ def _admitted_values(bound: BoundFilter, columns: RowColumns) -> dict[str, Value
     return tried[0] if tried else None
 
 
-def _scored_rows(
-    bound: BoundFilter, columns: RowColumns, among: npt.NDArray[np.bool_] | None = None
-) -> list[dict[str, Value]]:
+def _scored_rows(bound: BoundFilter, columns: RowColumns) -> list[dict[str, Value]]:
     """Values of some rows that have all of the filter's scores, evenly spaced."""
     names = [*(SCORE_PREFIX + name for name in bound.filter.scores), *(LABEL_PREFIX + n for n in bound.filter.labels)]
     if any(name not in columns.arrays for name in names):
         return []
-    mask = np.ones(len(columns.rows), dtype=np.bool_) if among is None else among
+    mask = np.ones(len(columns.rows), dtype=np.bool_)
     for name in names:
         if name not in columns.words:  # an empty word is a label too
             mask = mask & np.isfinite(columns.arrays[name])
@@ -214,36 +165,5 @@ def _value(columns: RowColumns, name: str, row: int) -> Value:
     return columns.words[name][int(value)] if name in columns.words else float(value)
 
 
-def _reasons(bound: BoundFilter, columns: RowColumns, lost: Iterable[str]) -> set[str]:
-    """Those of `lost` that the filter gives, to rows that were rejected for them, or along its scores."""
-    found: set[str] = set()
-    for score in bound.filter.scores:
-        if SCORE_PREFIX + score in columns.arrays:
-            found |= {one.reason for one in thresholds(bound, score, columns)}
-    for reason in lost:
-        if reason in found:
-            continue
-        rows = _scored_rows(bound, columns, columns.is_word("reason", reason))
-        verdicts = (_ask(bound, values) for values in rows)
-        if any(verdict is not None and verdict.reason == reason for verdict in verdicts):
-            found.add(reason)
-    return found & set(lost)
-
-
 def _around(value: float) -> Sequence[float]:
     return math.nextafter(value, -math.inf), math.nextafter(value, math.inf)
-
-
-def stage_table(config: Config, columns: RowColumns) -> Table:
-    """The funnel by stage: rows that its filters rejected, and what is left."""
-    left = len(columns.rows)
-    rows = []
-    for stage in stages(config, columns):
-        lost = sum(stage.reasons.values())
-        left -= lost
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in stage.reasons.items())
-        rows.append(
-            (STAGES[stage.number], ", ".join(stage.filters), lost, left, show_share(lost, len(columns.rows)), reasons)
-        )
-    names = ("stage", "filters", "rejected", "left", "of decided", "reasons")
-    return Table(title="Funnel by stage", columns=names, rows=tuple(rows))

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from qwenimg_dist.commands.data_inspect import inspect
 from qwenimg_dist.commands.data_inspect_choice import choose
-from qwenimg_dist.commands.data_thresholds import histograms, stages
+from qwenimg_dist.commands.data_thresholds import histograms
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import Dataset, Part
 from qwenimg_dist.data.row_columns import load_row_columns
@@ -151,7 +151,6 @@ def main() -> int:
                 columns, config.inspect.model_copy(update={"where": "aspect < 2 and language == 'zh'"})
             ),
             "histograms, thresholds": lambda: histograms(config, columns),
-            "rejections by stage": lambda: stages(config, columns),
             "funnel": lambda: funnel(dataset),
             "stats": lambda: stats(dataset, columns),
         }.items():

@@ -10,9 +10,8 @@ import pytest
 
 from producers.filters import FILTERS
 from producers.filters.base import Filter, FilterParams, Rejection, Value, Values, number
-from qwenimg_dist.commands.data_thresholds import histograms, stage_table, stages
+from qwenimg_dist.commands.data_thresholds import histograms
 from qwenimg_dist.compose import load_config
-from qwenimg_dist.config import Config
 from qwenimg_dist.data.row_columns import RowColumns
 
 KEPT, TOO_SMALL, LONG, MISSING = "", "too_small", "extreme_aspect", "missing_file"
@@ -103,7 +102,6 @@ def test_a_derived_threshold_with_other_scores_and_a_label(monkeypatch: pytest.M
     (line,) = next(one for one in histograms(config, index) if one.name == "noise").thresholds
     assert (line.at, line.name, line.rejects, line.inclusive) == (pytest.approx(0.5), "", "above", True)
     assert (line.rejected, line.admitted, line.reason) == (3, 1, "noisy")
-    assert by_stage(config, index) == {2: {"noisy": 3}}
 
 
 def test_counts_without_a_single_hit_and_rows_with_an_empty_label_have_their_thresholds() -> None:
@@ -119,22 +117,8 @@ def test_counts_without_a_single_hit_and_rows_with_an_empty_label_have_their_thr
     assert found["caption_repetition"] == [
         ("caption_validity", "max_repetition", pytest.approx(0.5), "above", False, 1, 1)
     ]
-    assert by_stage(load_config([]), index) == {3: {"caption_repetition": 1}}
-
-
-def by_stage(config: Config, index: RowColumns) -> dict[int, dict[str, int]]:
-    """Stages that rejected something."""
-    return {one.number: one.reasons for one in stages(config, index) if one.reasons}
-
-
-def test_rejections_by_stage() -> None:
-    assert by_stage(load_config([]), INDEX) == {0: {MISSING: 1}, 1: {TOO_SMALL: 2, LONG: 2}}
-    table = stage_table(load_config([]), INDEX)
-    assert [row[2:4] for row in table.rows][:2] == [(1, 8), (4, 4)]
-    assert table.rows[-1][3] == 4
 
 
 def test_nothing_decided() -> None:
     empty = RowColumns(rows=np.empty(0, dtype=np.int64), arrays={}, words={})
     assert histograms(load_config([]), empty) == []
-    assert stage_table(load_config([]), empty).rows[0][2:4] == (0, 0)
