@@ -24,7 +24,7 @@ _URL: Final = re.compile(
     r"\b(?:https?://|www\.)\S+|\b[\w-]+\.(?:com|net|org|cn|io|de|co\.uk)(?:/\S*)?\b", re.IGNORECASE
 )
 _FILE_NAME: Final = re.compile(
-    r"(?:[\w()~ -]+\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|avif|svg|psd|raw|cr2|nef|mp4|mov|pdf))"
+    r"(?:[\w~.-]+(?: ?\(\d+\)| \d+)?\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|avif|svg|psd|raw|cr2|nef|mp4|mov|pdf))"
     r"|(?:(?:IMG|DSC[NF]?|DSC_|PXL|MVIMG|VID|GOPR|DJI|WP|Screenshot|Screen Shot|image|photo|pic|picture|untitled|"
     r"scan|thumb|图片|照片|截图|未命名)[ _-]?\(?[\d_.: -]{2,}\)?(?:at [\d.: -]+)?\w{0,3})"
     r"|(?:[0-9a-f]{8}-?[0-9a-f]{4}-?[0-9a-f]{4}-?[0-9a-f]{4}-?[0-9a-f]{12}|[0-9a-f]{16,64}|[\d_.x -]{4,})",

@@ -28,6 +28,8 @@ FIT = [
     'A neon sign that reads "www.example.com" above a door',
     "Café façade in Zürich, naïve art",
     "an image of 3 dogs",
+    "a screenshot of logo.png in a folder",
+    "scan of beach.jpg",
     "Portrait of a woman, 85mm, f/1.8",
     "I'm sorry for the mess: a child's note on a fridge",
     "{curly} braces around a word",
