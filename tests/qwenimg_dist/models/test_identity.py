@@ -11,6 +11,7 @@ import pytest
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
 from qwenimg_dist.models.tiny import tiny_pipeline_dir
+from qwenimg_dist.schema import EDIT
 
 
 @pytest.fixture
@@ -54,3 +55,29 @@ def test_what_moves_the_names(override: str, text_moves: bool, latents_move: boo
     tiny, base, changed = tiny_pipeline_dir(), load_config([]), load_config([override])
     assert (text_facet_name(tiny, base) != text_facet_name(tiny, changed)) == text_moves
     assert (latents_facet_names(tiny, base) != latents_facet_names(tiny, changed)) == latents_move
+
+
+@pytest.mark.parametrize(
+    ("override", "text_moves", "latents_move"),
+    [
+        ("encode.edit.template=single", True, False),
+        ("encode.edit.vision_side=128", True, False),
+        ("encode.edit.condition_side=128", False, True),
+    ],
+)
+def test_how_conditions_go_in_moves_the_names_of_edits_alone(
+    override: str, text_moves: bool, latents_move: bool
+) -> None:
+    tiny, base, changed = tiny_pipeline_dir(), load_config([]), load_config([override])
+    assert text_facet_name(tiny, base) == text_facet_name(tiny, changed) != text_facet_name(tiny, base, EDIT)
+    assert latents_facet_names(tiny, base) == latents_facet_names(tiny, changed)
+    assert (text_facet_name(tiny, base, EDIT) != text_facet_name(tiny, changed, EDIT)) == text_moves
+    assert (latents_facet_names(tiny, base, EDIT) != latents_facet_names(tiny, changed, EDIT)) == latents_move
+
+
+def test_a_processor_moves_the_text_of_edits_alone(copy: Path) -> None:
+    config, tiny = load_config([]), tiny_pipeline_dir()
+    (copy / "processor").mkdir()
+    (copy / "processor" / "preprocessor_config.json").write_text("{}")
+    assert text_facet_name(copy, config) == text_facet_name(tiny, config)
+    assert text_facet_name(copy, config, EDIT) != text_facet_name(tiny, config, EDIT)
