@@ -64,11 +64,13 @@ def test_the_same_bytes_each_time_and_others_for_another_letter() -> None:
 
 def test_what_is_quoted_is_what_was_drawn_inside_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     placed: list[tuple[Image.Image, tuple[int, int, int, int]]] = []
+    written: list[str] = []
     real = layout.ImageDraw.ImageDraw.text
 
     def spy(pen: Any, place: tuple[int, int], text: str, **options: Any) -> None:
         placed.append((pen._image, options["font"].getbbox(text, stroke_width=options["stroke_width"])))
         placed[-1] = (pen._image, tuple(v + place[i % 2] for i, v in enumerate(placed[-1][1])))  # type: ignore[assignment]
+        written.append(text)
         real(pen, place, text, **options)
 
     monkeypatch.setattr(layout.ImageDraw.ImageDraw, "text", spy)
@@ -76,6 +78,8 @@ def test_what_is_quoted_is_what_was_drawn_inside_the_picture(monkeypatch: pytest
         recipe = parse(row.uri)
         _, drawn = draw(recipe)
         assert Counter(drawn) == Counter(recipe.texts)
+        letters = Counter("".join(written).replace(" ", ""))  # what the pen was given, line by line
+        assert letters == Counter("".join(recipe.texts).replace(" ", ""))
         opening, closing = ("“", "”") if recipe.language == "zh" else ('"', '"')
         for text in recipe.texts:
             assert f"{opening}{text}{closing}" in row.captions[0]
@@ -83,6 +87,7 @@ def test_what_is_quoted_is_what_was_drawn_inside_the_picture(monkeypatch: pytest
             assert 0 <= left < right <= image.width, recipe
             assert 0 <= top < bottom <= image.height, recipe
         placed.clear()
+        written.clear()
 
 
 def test_text_stands_out_from_its_ground() -> None:
