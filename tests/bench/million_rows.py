@@ -201,18 +201,19 @@ def measure(job: dict[str, Any]) -> harness.Figures:
         figures[f"{name} s"] = time.perf_counter() - began
         figures[f"{name} MB"] = (_status("VmHWM") - base) / 1e6
 
-    driver = make_driver()
+    drivers = [make_driver()]
     source = open_source(config.source)
     state: dict[str, int] = {}
 
     def look() -> None:
-        state["rows"] = driver.list_source(source.find()).num_rows
+        state["rows"] = drivers[0].list_source(source.find()).num_rows
 
     def produce() -> None:
-        if not driver.produce(driver.pending(), state["rows"]):
+        if not drivers[0].produce(drivers[0].pending(), state["rows"]):
             raise RuntimeError("the driver stopped")
 
     def resume() -> None:
+        drivers.clear()  # with all it remembers, as if the process had ended
         if make_driver().pending():
             raise RuntimeError("units are pending after they were produced")
         if not len(load_index(dataset)):
