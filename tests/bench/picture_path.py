@@ -130,7 +130,8 @@ def bytes_written(folder: Path, num: int) -> Figures:
     scorers = Scorers(Resources(pipeline_dir=folder, device="cpu"))
     workers = InlineWorkers(dataset, plan, source.root, ShapedEncoders(), scorers)
     driver = Driver(dataset=dataset, plan=plan, root=source.root, make_workers=lambda: workers)
-    driver.produce(driver.pending(), driver.list_source(source.find()).num_rows)
+    num_rows = driver.list_source(source.find()).num_rows
+    driver.produce(driver.pending(), num_rows)
     payload = {facet: _payload(dataset, facet) for facet in plan.facets}
     written = sum(file.stat().st_size for file in dataset.root.rglob("*") if file.is_file())
     text, whole = payload[plan.text_facet], sum(payload.values())
