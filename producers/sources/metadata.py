@@ -10,7 +10,6 @@ from __future__ import annotations
 import posixpath
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -24,6 +23,7 @@ from qwenimg_dist.schema import RAW
 Captions = tuple[tuple[str, ...], str | None, tuple[str, ...]]
 """(captions, fault, kind of each; no kinds where the source tells none apart)"""
 
+_OPEN_FILES: Final = 8
 CAPTION_KEYS: Final = ("text", "caption", "captions")
 
 
@@ -47,7 +47,7 @@ class Described:
         self._numbers = np.frombuffer(numbers, dtype=np.intc)[order] if order.size else np.empty(0, np.intc)
         self._offsets = np.frombuffer(offsets, dtype=np.int64)[order] if order.size else np.empty(0, np.int64)
         # Lines are asked for in the order of paths, mostly their own order: few files are open at a time.
-        self._open = lru_cache(maxsize=8)(self._open_file)
+        self._handles: dict[str, BinaryIO] = {}
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -96,11 +96,16 @@ class Described:
             return path, entry
         return path, {RAW: next((entry[key] for key in CAPTION_KEYS if entry.get(key) is not None), None)}
 
-    def _open_file(self, file: str) -> BinaryIO:
-        try:
-            return open(self._root / file, "rb")
-        except OSError as error:
-            raise ValueError(f"{self._root / file} cannot be read ({error.strerror})") from error
+    def _open(self, file: str) -> BinaryIO:
+        # No lru_cache around a method: the cycle would keep the arrays of every look that was ever taken.
+        if file not in self._handles:
+            if len(self._handles) >= _OPEN_FILES:
+                self._handles.pop(next(iter(self._handles))).close()
+            try:
+                self._handles[file] = open(self._root / file, "rb")  # noqa: SIM115 - stays open
+            except OSError as error:
+                raise ValueError(f"{self._root / file} cannot be read ({error.strerror})") from error
+        return self._handles[file]
 
     def _changed(self, index: int) -> ValueError:
         file = self._root / self._files[int(self._numbers[index])]
