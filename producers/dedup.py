@@ -54,7 +54,8 @@ def load_index(dataset: Dataset) -> DigestIndex:
         dedup, scan = dataset.merge(parts), dataset.merge(scans[unit], ["row", "sha256", "others"])
         digests = _digests(dataset, unit, scan)
         for row, original in zip(dedup["row"].to_pylist(), dedup["duplicate_of"].to_pylist()):
-            if original == KEPT:
+            # A row without a digest was scanned anew after a repair, and its file is gone by now: nothing is its copy.
+            if original == KEPT and row in digests:
                 index.add(digests[row], row)
     return index
 

@@ -67,6 +67,8 @@ class Driver:
     _workers: Workers | None = None
     _index: DigestIndex | None = None
     _near: HammingIndex | None = None
+    _tried: set[tuple[int, int]] = field(default_factory=set)
+    """(unit, row) of faults that were tried again by this driver."""
     _watched: set[int] = field(default_factory=set)
     """Units with rows whose file may turn up."""
 
@@ -163,7 +165,11 @@ class Driver:
         (self._watched.add if faults else self._watched.discard)(unit)
         for row, uris, by_scan in faults:
             if not all(can_be_read(self.root, uri) for uri in uris):
+                self._tried.discard((unit, row))
                 continue
+            if (unit, row) in self._tried:
+                continue  # it can be opened and still fails: once per command, not at every look with `follow`
+            self._tried.add((unit, row))
             if by_scan:
                 again.append(row)
             retry = True

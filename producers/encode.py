@@ -8,13 +8,14 @@ says what to change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
 import numpy as np
 import torch
 
+from producers.halving import halving
 from producers.pictures import Pixels
 from producers.write import EditPrompt
 from qwenimg_dist.config import Config
@@ -27,7 +28,6 @@ from qwenimg_dist.models.vae import LatentCodec
 _DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class PipelineEncoders:
@@ -103,21 +103,6 @@ def token_batches(items: Sequence[Item], lengths: Sequence[int], max_tokens: int
         batch.append(item)
     if batch:
         yield batch
-
-
-def halving(run: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]) -> list[Result]:
-    """`run(items)`; out of GPU memory, on halves of them. Raises RuntimeError if a single item is too much."""
-    try:
-        return run(items)
-    except torch.OutOfMemoryError as error:
-        if len(items) == 1:
-            raise RuntimeError(
-                f"a single picture or caption does not fit into GPU memory ({error}); give each producer a GPU of its "
-                "own (cluster.gpus_per_producer=1), or lower encode.resolutions"
-            ) from error
-    torch.cuda.empty_cache()
-    middle = len(items) // 2
-    return [*halving(run, items[:middle]), *halving(run, items[middle:])]
 
 
 def raw_tensor(tensor: torch.Tensor, dtype: str) -> RawTensor:

@@ -51,7 +51,7 @@ class Plan:
         """Changes whenever a unit that was finished under another plan must be looked at again."""
         parts: dict[str, Any] = {
             "facets": self.facets,
-            "filters": {f.name: json.loads(f.params.model_dump_json()) for f in self.filters},
+            "filters": {f.name: [f.fingerprint, json.loads(f.params.model_dump_json())] for f in self.filters},
         }
         if self.near is not None:
             parts["near"] = self.near.facet

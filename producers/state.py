@@ -78,6 +78,8 @@ class UnitState:
     rows: tuple[Row, ...]
     decisions: Mapping[int, Decision]
     """Row -> the newest committed decision, without scores that would be made otherwise now."""
+    committed: Mapping[int, Decision]
+    """The same with all their scores, as they stand in the parts."""
     record: Mapping[str, Any]
     """Commit meta of the newest rows part; empty if there is none."""
     num_parts: Mapping[str, int]
@@ -110,6 +112,7 @@ def read_state(dataset: Dataset, unit: int, plan: Plan) -> UnitState:
 
     scans = {entry["row"]: entry for entry in merged(SCAN)}
     duplicates = {entry["row"]: entry["duplicate_of"] for entry in merged(DEDUP)}
+    committed = _read_decisions(dataset, unit)
     near = {entry["row"]: entry for entry in (merged(plan.near.facet) if plan.near is not None else ())}
     return UnitState(
         rows=tuple(
@@ -117,10 +120,11 @@ def read_state(dataset: Dataset, unit: int, plan: Plan) -> UnitState:
             for entry in merged(LISTING)
         ),
         decisions=_without(
-            _without(_read_decisions(dataset, unit), _stale(record, plan)),
+            _without(committed, _stale(record, plan)),
             caption_scores(plan),
             only=_recaptioned(dataset, parts[LISTING], record),
         ),
+        committed=committed,
         record=record,
         num_parts={facet: len(of_facet) for facet, of_facet in parts.items()},
         latents={
@@ -158,10 +162,10 @@ def passing_faults(dataset: Dataset, unit: int) -> list[tuple[int, tuple[str, ..
     listing = dataset.read_unit(LISTING, unit, ["row", "uri", "others"])
     scan = dataset.read_unit(SCAN, unit, ["row", "fault"])
     assert listing is not None  # there are decisions
-    assert scan is not None
-    scanned = {entry["row"]: entry["fault"] in PASSING for entry in scan.to_pylist()}
+    # A repair may have moved the scan aside; what it says is then asked again anyway.
+    scanned = {entry["row"]: entry["fault"] in PASSING for entry in scan.to_pylist()} if scan is not None else {}
     return [
-        (entry["row"], (entry["uri"], *(entry.get("others") or ())), scanned[entry["row"]])
+        (entry["row"], (entry["uri"], *(entry.get("others") or ())), scanned.get(entry["row"], False))
         for entry in listing.to_pylist()
         if entry["row"] in faulty
     ]
@@ -204,8 +208,9 @@ def caption_scores(plan: Plan) -> frozenset[str]:
 
 
 def _recaptioned(dataset: Dataset, listing: Sequence[Part], record: Mapping[str, Any]) -> frozenset[int]:
-    """Rows listed again, with other captions, since the newest decisions were made."""
-    newer = listing[record.get("inputs", {}).get(LISTING, len(listing)) :]
+    """Rows listed again, with other captions, since the newest decisions were made; all, where a repair withdrew the
+    record that would say."""
+    newer = listing[record.get("inputs", {}).get(LISTING, 0) :]
     return frozenset(row for part in newer for row in dataset.read(part, ["row"])["row"].to_pylist())
 
 

@@ -194,7 +194,8 @@ def _commit_rows(dataset: Dataset, unit: int, plan: Plan, state: UnitState, deci
         inputs[facet] = state.num_parts[facet]
     for facet in plan.facets:
         inputs[facet] = dataset.next_part(facet, unit).part
-    changed = [row for row in state.rows if state.decisions.get(row.row) != decisions[row.row]]
+    # Compared with what stands in the parts: a score that was found stale must not stay there as if it were fresh.
+    changed = [row for row in state.rows if state.committed.get(row.row) != decisions[row.row]]
     schema = ROWS_COLUMNS
     for column, kind in sorted(_value_columns(decisions.values())):
         schema = schema.append(pa.field(column, kind))

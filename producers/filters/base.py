@@ -23,6 +23,7 @@ import numpy.typing as npt
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
+from producers.halving import halving
 from qwenimg_dist.config import stable_hash
 
 Value = float | str
@@ -194,7 +195,7 @@ class Scorers:
     def score(self, one: BoundFilter, facts: Sequence[Facts]) -> list[dict[str, Value]]:
         """Scores and labels of each, by the filter's model."""
         self.load([one])
-        return self._loaded[one.name, one.fingerprint](facts)
+        return halving(self._loaded[one.name, one.fingerprint], facts)
 
 
 def number(values: Values, name: str) -> float:

@@ -210,6 +210,29 @@ def pins_of(dataset: Dataset, parts: list[Part]) -> list[Pin]:
     return [Pin(part=p, sha256=hashlib.sha256(dataset.parquet(p).read_bytes()).hexdigest()) for p in parts]
 
 
+@pytest.mark.parametrize("gone", ["before the first produce", "after it"])
+def test_a_lost_scan_of_a_unit_with_a_file_that_is_gone_is_made_again(tmp_path: Path, gone: str) -> None:
+    world = World(tmp_path)
+    for number in range(4):
+        draw(world.source / f"{number:02d}.png", number, (100, 100), f"caption of number {number}")
+    Dataset.create(world.dataset.root, 4)
+    if gone == "before the first produce":
+        listed = [f'{{"file_name": "{n:02d}.png", "text": "caption of number {n}"}}' for n in range(4)]
+        (world.source / "metadata.jsonl").write_text("\n".join(listed))
+        (world.source / "02.png").unlink()
+    world.produce()
+    if gone == "after it":
+        (world.source / "02.png").rename(tmp_path / "away.png")
+        (world.source / "metadata.jsonl").write_text('{"file_name": "02.png", "text": "caption of number 2"}')
+    world.dataset.parquet(Part(facet=SCAN, unit=0, part=0)).unlink()
+    world.repair()
+    assert world.produce()[0] == [0]
+    assert rows_of(world.dataset, ROWS)[2]["reason"] == "missing_file"
+    assert [rows_of(world.dataset, ROWS)[row]["status"] for row in (0, 1, 3)] == ["kept"] * 3
+    assert world.verify() == []
+    assert world.produce()[0] == []
+
+
 def test_leftovers_are_moved_aside_and_no_unit_is_done_again(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (".tmp-unit-000001.001-x-000.tar-1", "unit-000002.000-abcd-000.tar"):
         (world.dataset.root / SMALL / name).write_bytes(b"half")
