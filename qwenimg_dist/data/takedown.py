@@ -84,12 +84,23 @@ def recorded(run: Path, digest: str) -> Takedown:
 
 
 def rows_taken_down(dataset: Dataset, units: Sequence[UnitPins], takedown: Takedown) -> Ints:
-    """Listing numbers of the rows that an entry names by any of their pictures, ascending. Reads unit by unit."""
+    """Listing numbers of the rows that an entry names by any of their pictures, ascending. Reads unit by unit.
+
+    Who names one file of a picture means the picture: rows with the same bytes under another uri go too.
+    """
     if not takedown.entries:
         return np.zeros(0, dtype=np.int64)
-    entries = pa.array(takedown.entries, pa.string())
-    found = parallel(lambda unit: _of_unit(dataset, unit, entries), units)
-    return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *found]))
+
+    def rows_of(names: Sequence[str]) -> Ints:
+        entries = pa.array(names, pa.string())
+        found = parallel(lambda unit: _of_unit(dataset, unit, entries), units)
+        return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *found]))
+
+    named = rows_of(takedown.entries)
+    contents = {
+        sha256 for of_unit in parallel(lambda unit: _contents(dataset, unit, named), units) for sha256 in of_unit
+    }
+    return np.union1d(named, rows_of(sorted(contents)))
 
 
 def _of_unit(dataset: Dataset, unit: UnitPins, entries: pa.Array) -> Ints:
@@ -103,6 +114,20 @@ def _of_unit(dataset: Dataset, unit: UnitPins, entries: pa.Array) -> Ints:
         rows = to_array(table["row"], np.int64)
         found += [_named(table[name].combine_chunks(), rows, entries) for name in columns if name in table.column_names]
     return np.concatenate(found)
+
+
+def _contents(dataset: Dataset, unit: UnitPins, rows: Ints) -> list[str]:
+    """sha256 of those of these rows that are one picture each; of a pair, only what was named is meant."""
+    parts = [Part(facet=SCAN, unit=unit.unit, part=part) for part in range(unit.inputs.get(SCAN, 0))]
+    if not parts:
+        return []
+    tables = [dataset.read(part, None) for part in parts]
+    table = newest(pa.concat_tables(tables, promote_options="default"))
+    mask = pc.and_(pc.is_in(table["row"], value_set=pa.array(rows)), pc.is_valid(table["sha256"]))
+    if "others" in table.column_names:
+        mask = pc.and_(mask, pc.equal(pc.fill_null(pc.list_value_length(table["others"]), 0), 0))
+    found: list[str] = table.filter(mask)["sha256"].to_pylist()
+    return found
 
 
 def _named(column: Any, rows: Ints, entries: pa.Array) -> Ints:

@@ -148,3 +148,24 @@ def test_a_list_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             read_takedown(tmp_path / name)
     assert read_takedown(None).digest == ""
     assert replace(read_takedown(None), entries=("a",)).digest != ""
+
+
+def test_naming_a_copy_takes_the_kept_row_with_the_same_bytes_down_too(tmp_path: Path, producer: FakeProducer) -> None:
+    """Row 7 is a copy of row 1, as the scan sees it."""
+    dataset = producer.dataset
+    scan = dataset.read_unit(SCAN, 0)
+    assert scan is not None
+    kept = scan.to_pylist()[1]
+    unit = 7 // dataset.unit_size
+    part = Part(facet=SCAN, unit=unit, part=0)
+    rows = [
+        {**entry, "sha256": kept["sha256"] if entry["row"] == 7 else entry["sha256"]}
+        for entry in dataset.read(part).to_pylist()
+    ]
+    schema, meta = dataset.read(part).schema.remove_metadata(), dataset.meta(part)
+    dataset.parquet(part).unlink()
+    dataset.commit(part, pa.Table.from_pylist(rows, schema=schema), config_hash=meta["config_hash"])
+    takedown = tmp_path / "takedown.txt"
+    takedown.write_text(producer.rows[7].uri)
+    pins = [UnitPins(unit=number, rows_parts=1, inputs={LISTING: 1, SCAN: 1}) for number in dataset.units(LISTING)]
+    assert rows_taken_down(dataset, pins, read_takedown(takedown)).tolist() == [1, 7]
