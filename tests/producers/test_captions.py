@@ -14,17 +14,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from producer_world import FINGERPRINT, FakeEncoders, draw, make_plan_for, produce_here, rows_of
+from rich.console import Console
 
 from producers.filters.base import BoundFilter, Facts, Filter, FilterParams, Resources, Scorer, Value
 from producers.plan import Plan
 from producers.sources import open_source
+from qwenimg_dist.commands.data_repair import repair
 from qwenimg_dist.commands.data_verify import Tally, problems
 from qwenimg_dist.config import FolderSource, ManifestSource, WebdatasetSource
 from qwenimg_dist.data.catalog import Catalog, RunFacets
 from qwenimg_dist.data.catalog_build import build_catalog
-from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.data.facets import Dataset, Part
 from qwenimg_dist.data.pins import ready_units
-from qwenimg_dist.schema import LISTING, ROWS, caption_key, latents_facet, text_facet
+from qwenimg_dist.schema import LISTING, ROWS, SCAN, caption_key, latents_facet, text_facet
 
 FACETS = RunFacets(text=text_facet(FINGERPRINT), latents={64: latents_facet(64, FINGERPRINT)})
 
@@ -157,6 +159,20 @@ def test_scores_of_captions_are_made_again_for_just_the_rows_whose_captions_chan
     loose = make_plan_for("filters.caption_validity.reject=[refusal,url]")
     produce_here(source, dataset, with_similarity(loose, loosened), FakeEncoders())
     assert loosened == [("a cat on a mat", "IMG_1234"), ("IMG_1234", "a dog in a park"), ("DSC_0001.jpg",)]
+
+
+def test_captions_that_change_after_a_repair_are_scored_again(tmp_path: Path, dataset: Dataset) -> None:
+    """The repair withdraws the record that would say which captions the scores were made of."""
+    source = tmp_path / "source"
+    write(source, MIXED)
+    produce_here(source, dataset, with_similarity(make_plan_for(), []), FakeEncoders())
+    dataset.parquet(Part(facet=SCAN, unit=0, part=0)).unlink()
+    repair(dataset, Console())
+    write(source, {**MIXED, "d.png": ["one", "three"]})
+    again: list[tuple[str, ...]] = []
+    produce_here(source, dataset, with_similarity(make_plan_for(), again), FakeEncoders())
+    assert ("one", "three") in again
+    assert rows_of(dataset, ROWS)[3]["score_alikeness"] == len("onethree")
 
 
 def test_parts_written_before_captions_had_faults_are_read(tmp_path: Path, dataset: Dataset) -> None:
