@@ -1,10 +1,10 @@
 """Near duplicates by perceptual hash, settled in source order by the driver, after exact ones.
 
 Place in the flow: scan -> dedup -> **near** -> filters; off unless `dedup.near` is set. An image takes part once it is
-the one copy of its bytes, has a hash, is admitted by the header's filters and fits a bucket of the smallest class: a
-thumbnail that nobody will train on must not cost the picture of which it is a copy. It is then settled for good: kept
-if and only if no kept row before it is within the distance. Rows that take part later (a file that turned up) are
-compared with everything settled before.
+the one copy of its bytes, has a hash and is admitted by the header's filters: a thumbnail below
+`filters.resolution.min_side` does not cost the picture of which it is a copy. It is then settled for good: kept if and
+only if no kept row before it is within the distance. Rows that take part later (a file that turned up) are compared
+with everything settled before. Resolution classes play no role, so adding one changes no decision.
 
 The facet's name holds the distance and a fingerprint of who takes part, so another distance or other header thresholds
 settle anew, from the scan's columns, in a facet of their own; no picture is read again and nothing is rewritten. A
@@ -27,10 +27,9 @@ from producers.dedup import KEPT
 from producers.filters.base import BoundFilter, Facts
 from producers.near_index import HammingIndex, Hashes, Ints
 from qwenimg_dist.config import stable_hash
-from qwenimg_dist.data.buckets import place
 from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.data.pins import parallel
-from qwenimg_dist.schema import DEDUP, NEAR_COLUMNS, SCAN, Bucket, near_facet
+from qwenimg_dist.schema import DEDUP, NEAR_COLUMNS, SCAN, near_facet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +39,6 @@ class NearRule:
     distance: int
     filters: tuple[BoundFilter, ...]
     """Those on the header."""
-    smallest: tuple[Bucket, ...]
-    """Buckets of the smallest class."""
-    upscale: bool
 
     @property
     def facet(self) -> str:
@@ -51,15 +47,11 @@ class NearRule:
             "filters": {
                 one.name: [one.filter.version, json.loads(one.params.model_dump_json())] for one in self.filters
             },
-            "smallest": [str(bucket) for bucket in self.smallest],
-            "upscale": self.upscale,
         }
         return near_facet(self.distance, stable_hash(takes_part, digits=8))
 
     def takes_part(self, facts: Facts) -> bool:
         """Whether a readable row with a hash does, by its header."""
-        if place(facts.height, facts.width, self.smallest, upscale=self.upscale) is None:
-            return False
         return all(one.admit(one.score(facts)) is None for one in self.filters)
 
 

@@ -79,7 +79,7 @@ def make_plan(config: Config, *, text_facet: str, latents_facets: Mapping[int, s
         buckets=classes,
         upscale=config.encode.upscale,
         filters=filters,
-        near=_near_rule(config, filters, classes) if config.dedup.near else None,
+        near=_near_rule(config, filters) if config.dedup.near else None,
         config_hash=stable_hash(config.model_dump(mode="json", include=stamped)),
         max_shard_bytes=config.data.max_shard_bytes,
         image_batch_pixels=config.encode.image_batch_pixels,
@@ -88,10 +88,8 @@ def make_plan(config: Config, *, text_facet: str, latents_facets: Mapping[int, s
     )
 
 
-def _near_rule(config: Config, filters: Sequence[BoundFilter], classes: Mapping[int, tuple[Bucket, ...]]) -> NearRule:
+def _near_rule(config: Config, filters: Sequence[BoundFilter]) -> NearRule:
     return NearRule(
         distance=config.dedup.distance,
         filters=tuple(one for one in filters if one.filter.looks_at == "header"),
-        smallest=classes[min(classes)],
-        upscale=config.encode.upscale,
     )

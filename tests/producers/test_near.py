@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from producer_world import BurningDataset, FakeEncoders, Fuse, Killed, make_plan_for, produce_here, rows_of
@@ -125,10 +125,40 @@ def test_a_thumbnail_does_not_cost_the_picture_it_is_of(source: Path, tmp_path: 
     found = statuses(dataset)
     assert (found[0], found[3], found[6]) == ("too_small", "kept", "near_duplicate")
     assert (found[7], found[10]) == ("too_small", "kept")
-    # At a class that takes thumbnails they come first in source order.
+    # Where thumbnails are admitted they come first in source order.
     taken = near_plan("filters.resolution.min_side=50", "encode.upscale=true")
     produce_here(source, dataset, taken, FakeEncoders())
     assert statuses(dataset) == EXPECTED
+
+
+@settings(deadline=None, max_examples=6, suppress_health_check=list(HealthCheck))
+@given(
+    first=st.sets(st.sampled_from([32, 64, 96, 128]), min_size=1, max_size=2),
+    added=st.sampled_from([16, 32, 48, 96, 256]),
+    sides=st.lists(st.integers(50, 200), min_size=6, max_size=6),
+    upscale=st.booleans(),
+)
+@example(first={128}, added=64, sides=[70, 150, 150, 70, 150, 150], upscale=False)
+def test_decisions_do_not_change_when_a_resolution_is_added(
+    tmp_path_factory: pytest.TempPathFactory, first: set[int], added: int, sides: list[int], upscale: bool
+) -> None:
+    """Only what was too small for every class may come in; who is a copy of whom is said once."""
+    root = tmp_path_factory.mktemp("grown")
+    for row, side in enumerate(sides):
+        picture(root / "source" / f"{row:02d}.jpg", row % 2, size=(side + 20, side))
+    dataset = Dataset.create(root / "data", UNIT_SIZE)
+    words = ("dedup.near=true", "filters.resolution.min_side=60", f"encode.upscale={str(upscale).lower()}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        plans = [make_plan_for(*words, resolutions=sorted(first)), make_plan_for(*words, resolutions=[*first, added])]
+        produce_here(root / "source", dataset, plans[0], FakeEncoders())
+        before = statuses(dataset)
+        produce_here(root / "source", dataset, plans[1], FakeEncoders())
+    after = statuses(dataset)
+    assert {row: after[row] for row in after if before[row] != "too_small"} == {
+        row: status for row, status in before.items() if status != "too_small"
+    }
+    assert all(after[row] in ("too_small", "kept") for row in after if before[row] == "too_small")
 
 
 def test_scans_from_before_there_were_hashes_have_none(source: Path, tmp_path: Path) -> None:
