@@ -20,6 +20,8 @@ class MicroBatch:
 
     latents: torch.Tensor
     """(b, 16, height / 8, width / 8) fp32, normalised posterior mean."""
+    logvar: torch.Tensor | None
+    """As `latents`: log-variance of the posterior, where the objective asked for it."""
     text: torch.Tensor
     """(b, T, D) in the compute dtype; zeros where padded."""
     text_mask: torch.Tensor | None
@@ -28,16 +30,20 @@ class MicroBatch:
     """(b,) fp32; 1 = real, 0 = a slot that fills the batch and must not move the model."""
     slots: torch.Tensor
     """(b,) int64 position in the global batch (held-out: in the held-out set); seeds noise and sigma."""
+    num_slots: int
+    """Slots of the whole global batch (held-out: of the held-out set's bucket)."""
     bucket: Bucket
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch on another device; copies from pinned memory do not block."""
         return MicroBatch(
             latents=self.latents.to(device, non_blocking=True),
+            logvar=None if self.logvar is None else self.logvar.to(device, non_blocking=True),
             text=self.text.to(device, non_blocking=True),
             text_mask=None if self.text_mask is None else self.text_mask.to(device, non_blocking=True),
             weights=self.weights.to(device, non_blocking=True),
             slots=self.slots.to(device, non_blocking=True),
+            num_slots=self.num_slots,
             bucket=self.bucket,
         )
 

@@ -60,6 +60,7 @@ class HeldOut:
             density=objective.sigma_density,
             mean=objective.sigma_mean,
             std=objective.sigma_std,
+            mode_scale=objective.sigma_mode_scale,
             mu=shift_mu(objective, micro.bucket.image_tokens),
         )
         noise = draw_noise(evaluate.seed, 0, micro.slots.tolist(), micro.latents.shape[1:], stream="eval")

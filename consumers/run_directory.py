@@ -113,7 +113,11 @@ def facets_of(config: Config, pipeline: Path) -> RunFacets:
         raise ValueError(
             f"the curriculum trains at {missing} px, encode.resolutions lacks it: add it and produce again"
         )
-    return RunFacets(text=text_facet_name(pipeline, config), latents={r: latents[r] for r in sorted(wanted)})
+    return RunFacets(
+        text=text_facet_name(pipeline, config),
+        latents={r: latents[r] for r in sorted(wanted)},
+        logvar=config.objective.posterior == "sample",
+    )
 
 
 def check_identity(config: Config, run_dir: Path) -> None:

@@ -222,6 +222,7 @@ def _open_data(
         world=ranks.world_size,
         compute_dtype=torch.bfloat16 if config.engine.precision == "bf16" else torch.float32,
         pin_memory=ranks.device.type == "cuda",
+        logvar=prepared.facets.logvar,
     )
     stack.callback(stream.close)
     return generations, stream

@@ -73,6 +73,7 @@ class Stream:
         compute_dtype: torch.dtype,
         pin_memory: bool = False,
         prefetch: int = PREFETCH,
+        logvar: bool = False,
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
@@ -80,6 +81,7 @@ class Stream:
         self._rank = rank
         self._world = world
         self._prefetch = prefetch
+        self._logvar = logvar
         self._assembler = Assembler(ledger.catalogs, compute_dtype=compute_dtype, pin_memory=pin_memory)
         self._pending: dict[int, Future[RankBatch | None]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
@@ -138,6 +140,7 @@ class Stream:
                 texts=group.texts[cut.source],
                 slots=group.slots[cut.source],
                 weights=(cut.slots < len(group.rows)).astype(np.float32),
+                num_slots=len(group.rows),
                 resolution=group.resolution,
                 bucket=group.bucket,
                 sizes=cut.sizes,
@@ -167,9 +170,11 @@ class Stream:
             texts=batch.texts[cut.source],
             slots=cut.slots,
             weights=weights,
+            num_slots=len(batch.rows),
             resolution=batch.resolution,
             bucket=batch.bucket,
             sizes=cut.sizes,
+            logvar=self._logvar,
         )
         return _rank_batch(
             batch,
@@ -204,12 +209,14 @@ class Assembler:
         texts: Ints,
         slots: Ints,
         weights: npt.NDArray[np.float32],
+        num_slots: int,
         resolution: int,
         bucket: Bucket,
         sizes: Sequence[int],
+        logvar: bool = False,
     ) -> list[MicroBatch]:
-        """Read n samples and cut them into micro-batches of the given sizes."""
-        latents = self._latents(rows, resolution, bucket)
+        """Read n samples, with their log-variances if asked, and cut them into micro-batches of the given sizes."""
+        latents = self._latents(rows, resolution, bucket, logvar)
         features = self._features(texts)
         made, begin = [], 0
         for size in sizes:
@@ -217,27 +224,31 @@ class Assembler:
             text, mask = collate_text([features[int(t)] for t in texts[part]])
             made.append(
                 MicroBatch(
-                    latents=self._finish(latents[part]),
+                    latents=self._finish(latents[0, part]),
+                    logvar=self._finish(latents[1, part]) if logvar else None,
                     text=self._finish(text),
                     text_mask=None if mask is None else self._finish(mask),
                     weights=torch.from_numpy(weights[part].copy()),
                     slots=torch.from_numpy(slots[part].copy()),
+                    num_slots=num_slots,
                     bucket=bucket,
                 )
             )
             begin += size
         return made
 
-    def _latents(self, rows: Ints, resolution: int, bucket: Bucket) -> torch.Tensor:
-        """(n, 16, h, w) fp32."""
+    def _latents(self, rows: Ints, resolution: int, bucket: Bucket, logvar: bool) -> torch.Tensor:
+        """(1 or 2, n, 16, h, w) fp32: means, and log-variances behind them if asked."""
         made: torch.Tensor | None = None
-        for catalog, where, places in self._catalogs.latents_places(rows, resolution, bucket):
+        num = 1 + logvar
+        for catalog, where, places in self._catalogs.latents_places(rows, resolution, bucket, logvar=logvar):
             index = catalog.latents[resolution]
-            raw = self._raw("latents", int(places.nbytes.sum())).reshape(len(where), -1)
+            raw = self._raw("latents", int(places.nbytes.sum())).reshape(num * len(where), -1)
             self.read_bytes += self._reader.read(places, list(raw))
+            shape = index.shape(bucket)
             if made is None:
-                made = torch.empty(len(rows), *index.shape(bucket), dtype=torch.float32)
-            made[torch.from_numpy(where)] = _typed(raw, index.dtype).view(len(where), *index.shape(bucket)).float()
+                made = torch.empty(num, len(rows), *shape, dtype=torch.float32)
+            made[:, torch.from_numpy(where)] = _typed(raw, index.dtype).view(num, len(where), *shape).float()
         assert made is not None
         return made
 

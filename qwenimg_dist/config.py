@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -205,6 +206,8 @@ class EncodeConfig(Section):
     upscale: bool = False
     """Encode a picture at a class larger than itself; off, it is left out of that class."""
     posterior: Literal["mean", "mean_logvar"] = "mean"
+    """What is cached of the VAE's posterior. `mean_logvar` doubles the latents' size, and lets
+    `objective.posterior=sample` train on it; it is a facet of its own."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Storage type of latents and text features."""
     compute_dtype: Literal["bfloat16", "float32"] = "float32"
@@ -314,13 +317,35 @@ class FlowMatchingConfig(Section):
     """Flow matching on velocity = noise - x0 (sigma = 1 is noise)."""
 
     kind: Literal["flow_matching"]
-    sigma_density: Literal["logit_normal", "uniform"] = "logit_normal"
+    sigma_density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
+    """How often each sigma is trained, before the shift. `logit_normal`: most in the middle, hardly at the ends, as the
+    report trained; `uniform`: every sigma alike, which spends steps where little is to be learnt; `mode`: SD3's, in the
+    middle more often and yet not rarely at the ends. Costs nothing."""
     sigma_mean: float = 0.0
+    """Of the normal under the sigmoid of `logit_normal`; above 0 trains noisier sigmas."""
     sigma_std: PositiveFloat = 1.0
+    """Of the normal under the sigmoid of `logit_normal`; smaller trains the ends less."""
+    sigma_mode_scale: float = Field(default=1.29, ge=-1, le=2 / (math.pi - 2))
+    """s of `sigma_density=mode`: 0 is uniform, above 0 the middle comes more often (1.29: SD3's best), below 0 the ends
+    do."""
+    sigma_stratified: bool = False
+    """The slots of each global batch share the density's quantiles evenly, one in each part, dealt anew every step: the
+    loss scatters less from step to step, most with small batches. Each single draw keeps its density; costs nothing."""
     shift: Literal["resolution", "constant", "none"] = "resolution"
-    """`resolution` is the scheduler's own exponential shift by image tokens."""
+    """Moves sigmas towards noise, of which larger pictures need more to lose their structure. `resolution` is the
+    scheduler's own exponential shift by image tokens, which sampling uses too; `none` trains large pictures at sigmas
+    that sampling hardly visits."""
     shift_constant: PositiveFloat = 2.2
     """e^mu, used with `shift=constant`."""
+    weighting: Literal["none", "bell"] = "none"
+    """Weight of a sample's loss by its shifted sigma. `bell`: exp(-2 (sigma - 1/2)^2) - exp(-1/2), divided by its mean
+    over the sampled density, so that the mean weight is 1 and `optim.lr` keeps its meaning: 0 at both ends, as common
+    trainers weigh uniform sigmas. On top of `logit_normal` it hardly trains the ends. `train/loss` is then weighted;
+    `train/loss_unweighted` stands beside it."""
+    posterior: Literal["mode", "sample"] = "mode"
+    """Latents are the VAE posterior's mode, or a new sample of it each time. `sample` is what the VAE was trained to
+    decode and a slight augmentation; it needs a data set made with `encode.posterior=mean_logvar`, whose latents are
+    twice the size, and reads twice the bytes. Validation uses the mode."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of captions replaced by the empty prompt; decided in the ledger."""
 
@@ -533,6 +558,15 @@ class Config(Section):
     inspect: InspectConfig = InspectConfig()
     follow: bool = False
     """`produce` watches the source, `train` waits for new units, until the other side is done."""
+
+    @model_validator(mode="after")
+    def _cached_logvar(self) -> Config:
+        if self.objective.posterior == "sample" and self.encode.posterior != "mean_logvar":
+            raise ValueError(
+                "objective.posterior=sample needs cached log-variances: set encode.posterior=mean_logvar and produce "
+                "with it first (a facet of latents beside the one of means), or train on objective.posterior=mode"
+            )
+        return self
 
     @property
     def resolutions(self) -> tuple[int, ...]:

@@ -41,6 +41,8 @@ class RunFacets:
     text: str
     latents: dict[int, str]
     """Resolution class (px) -> facet."""
+    logvar: bool = False
+    """Read the posterior's log-variances too, which not every facet holds."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,6 +81,8 @@ class LatentsIndex:
     """(rows,) index into `buckets`; -1 where the picture is too small for this class."""
     tar: npt.NDArray[np.int32]
     offset: Ints
+    logvar_offset: Ints | None = None
+    """Of the log-variance, of the latents' shape and type and in their tar; None where the run did not ask for it."""
 
     def shape(self, bucket: Bucket) -> tuple[int, int, int]:
         """(channels, height / 8, width / 8) of every sample of a bucket."""
@@ -175,6 +179,7 @@ class Catalog:
                     channels=entry["channels"],
                     buckets=tuple(Bucket(height=h, width=w) for h, w in entry["buckets"]),
                     **{name: load(f"latents-{resolution}-{name}") for name in LATENTS_ARRAYS},
+                    logvar_offset=load(f"latents-{resolution}-{LOGVAR_OFFSET}") if entry.get("logvar") else None,
                 )
                 for resolution, entry in head["latents"].items()
             },
@@ -186,6 +191,7 @@ class Catalog:
 ROW_ARRAYS: Final = ("keys", "rows", "units", "key_hash", "caption_start", "caption_text", "caption_kind")
 TEXT_ARRAYS: Final = ("text_keys", "text_tokens", "text_tar", "text_offset")
 LATENTS_ARRAYS: Final = ("bucket", "tar", "offset")
+LOGVAR_OFFSET: Final = "logvar_offset"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,20 +275,28 @@ class Catalogs:
                 ),
             )
 
-    def latents_places(self, rows: Ints, resolution: int, bucket: Bucket) -> Iterator[tuple[Catalog, Ints, Places]]:
-        """Per catalog: the catalog, which of `rows` lie in it, and the places of their latents."""
+    def latents_places(
+        self, rows: Ints, resolution: int, bucket: Bucket, *, logvar: bool = False
+    ) -> Iterator[tuple[Catalog, Ints, Places]]:
+        """Per catalog: the catalog, which of `rows` lie in it, and the places of their latents; with `logvar` those of
+        their log-variances behind them, which lie side by side and are read as one."""
         for catalog, local, where in self._split(rows, self._row_base):
             index = catalog.latents[resolution]
             nbytes = int(np.prod(index.shape(bucket))) * ITEM_BYTES[index.dtype]
+            offsets = [index.offset[local]]
+            if logvar:
+                if index.logvar_offset is None:
+                    raise DataError(f"{catalog.folder} was compiled without log-variances: remove it, it is made again")
+                offsets.append(index.logvar_offset[local])
             yield (
                 catalog,
                 where,
                 Places(
                     tars=catalog.tars,
-                    tar=index.tar[local],
-                    offset=index.offset[local],
-                    nbytes=np.full(len(local), nbytes, dtype=np.int64),
-                    keys=catalog.keys[local],
+                    tar=np.tile(index.tar[local], len(offsets)),
+                    offset=np.concatenate(offsets),
+                    nbytes=np.full(len(local) * len(offsets), nbytes, dtype=np.int64),
+                    keys=np.tile(catalog.keys[local], len(offsets)),
                 ),
             )
 

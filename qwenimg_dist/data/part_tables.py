@@ -34,6 +34,7 @@ _COLUMNS: Final = {
 }
 _TEXT_COLUMNS: Final = ("key", "num_tokens", *_PLACE)
 _LATENTS_COLUMNS: Final = ("row", "key", "bucket_height", "bucket_width", *_PLACE)
+FURTHER: Final = "further"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +48,10 @@ class FacetTable:
     """Name -> size in bytes, of the committed tars."""
 
 
-def load_facets(dataset: Dataset, units: Sequence[UnitPins]) -> dict[str, FacetTable]:
-    """Read every pinned part once: bytes for the digest, then columns."""
+def load_facets(dataset: Dataset, units: Sequence[UnitPins], *, further: bool = False) -> dict[str, FacetTable]:
+    """Read every pinned part once: bytes for the digest, then columns; `further`: those of latents' other tensors too."""
     parts = [part for unit in units for part in unit.parts()]
-    read = parallel(lambda part: _read(dataset, part), parts)
+    read = parallel(lambda part: _read(dataset, part, further), parts)
     loaded: dict[str, FacetTable] = {}
     for facet in sorted({part.facet for part in parts}):
         mine = [(part, result) for part, result in zip(parts, read, strict=True) if part.facet == facet]
@@ -64,13 +65,14 @@ def load_facets(dataset: Dataset, units: Sequence[UnitPins]) -> dict[str, FacetT
     return loaded
 
 
-def _read(dataset: Dataset, part: Part) -> tuple[str, dict[str, Any], pa.Table]:
+def _read(dataset: Dataset, part: Part, further: bool) -> tuple[str, dict[str, Any], pa.Table]:
     raw = read_part_bytes(dataset, part)
     file = dataset.parquet(part)
     try:
         # One thread per file: the files themselves are read side by side.
         parquet = pq.ParquetFile(pa.BufferReader(raw))
-        table = parquet.read(columns=_wanted(part.facet, parquet.schema_arrow.names), use_threads=False)
+        wanted = _wanted(part.facet, parquet.schema_arrow.names, further)
+        table = parquet.read(columns=wanted, use_threads=False)
         meta = json.loads((parquet.schema_arrow.metadata or {})[b"qwenimg_dist"])
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise DataError(f"{file} cannot be read ({error}): restore it, `data verify` lists all") from error
@@ -98,13 +100,15 @@ def caption_keys(captions: pa.ChunkedArray) -> pa.LargeListArray:
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(keys, pa.large_string()))
 
 
-def _wanted(facet: str, names: Sequence[str]) -> list[str]:
+def _wanted(facet: str, names: Sequence[str], further: bool) -> list[str]:
     if facet == ROWS:
         values = sorted(name for name in names if name.startswith((SCORE_PREFIX, LABEL_PREFIX)))
         return [*_there(_COLUMNS[ROWS], names), *values]
     if facet in _COLUMNS:
         return _there(_COLUMNS[facet], names)
-    return list(_TEXT_COLUMNS if facet.startswith("text-") else _LATENTS_COLUMNS)
+    if facet.startswith("text-"):
+        return list(_TEXT_COLUMNS)
+    return [*_LATENTS_COLUMNS, *(_there([FURTHER], names) if further else ())]
 
 
 def _there(columns: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -153,6 +157,29 @@ def check_places(facet: FacetTable, shapes: Ints, dtype: str) -> None:
     require(facet, ~to_array(pc.is_null(number), np.bool_), "its tar is not among the tars committed with the part")
     sizes = np.array([*facet.tars.values(), 0], dtype=np.int64)[to_array(number, np.int64, missing=-1)]
     require(facet, (offset >= 0) & (offset + nbytes <= sizes), "it lies outside its tar")
+
+
+def further_offsets(facet: FacetTable, name: str) -> Ints:
+    """(rows,) where the sample's tensor `name` begins; it must have the shape and type of the sample's first one.
+
+    Raises `DataError` naming the first sample without it.
+    """
+    offsets = np.full(len(facet.table), -1, dtype=np.int64)
+    same = np.zeros(len(facet.table), dtype=np.bool_)
+    if FURTHER in facet.table.column_names:
+        lists = facet.table[FURTHER].combine_chunks()
+        rows = to_array(pc.list_parent_indices(lists), np.int64)
+        places = pc.list_flatten(lists)
+        mine = to_array(pc.equal(pc.struct_field(places, "name"), name), np.bool_)
+        rows, places = rows[mine], places.filter(pa.array(mine))
+        offsets[rows] = to_array(pc.struct_field(places, "offset"), np.int64)
+        first = facet.table.select(["nbytes", "dtype"]).take(pa.array(rows))
+        # Bytes and type are equal; the shape then is too, since both are latents of one picture in one bucket.
+        same[rows] = to_array(pc.equal(pc.struct_field(places, "nbytes"), first["nbytes"]), np.bool_)
+        same[rows] &= to_array(pc.equal(pc.struct_field(places, "dtype"), first["dtype"].cast(pa.string())), np.bool_)
+    require(facet, offsets >= 0, f"the sample has no tensor {name!r} (produce with encode.posterior=mean_logvar)")
+    require(facet, same, f"the tensor {name!r} has other bytes or another type than the latents")
+    return offsets
 
 
 def require(facet: FacetTable, holds: npt.NDArray[np.bool_], what: str) -> None:

@@ -8,19 +8,22 @@ Each (seed, stream, step, slot) is hashed to the seed of a CPU generator of its 
 uses 32 bits of it: two slots of a long run may share their noise by chance (about 1 pair in 4e9), which is
 harmless.
 
-Refuses: drawing on the GPU (another generator, other values), densities it does not know.
+Refuses: drawing on the GPU (another generator, other values), densities it does not know, strata of a batch whose size
+it was not told.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
-Stream = Literal["sigma", "noise", "eval"]
-Density = Literal["logit_normal", "uniform"]
+Stream = Literal["sigma", "noise", "eval", "posterior", "strata"]
+Density = Literal["logit_normal", "uniform", "mode"]
+MAX_MODE_SCALE: Final = 2.0 / (math.pi - 2.0)
+"""1.75: beyond it the mode density's map is not monotone."""
 
 
 def resolution_mu(
@@ -61,18 +64,31 @@ def draw_sigma(
     density: Density = "logit_normal",
     mean: float = 0.0,
     std: float = 1.0,
+    mode_scale: float = 0.0,
     mu: float = 0.0,
+    strata: int = 0,
     stream: Stream = "sigma",
 ) -> torch.Tensor:
     """Training sigmas (B,) fp32 on the CPU, in (0,1): one per slot, drawn from `density`, then shifted by
     `mu`.
 
-    `logit_normal`: sigmoid of N(mean, std^2). `mu` from `resolution_mu`; 0 means no shift.
+    `mu` from `resolution_mu`; 0 means no shift. `strata` > 0 is the size of the global batch: its slots then share the
+    density's quantiles evenly, one in each of `strata` equal parts, dealt anew at every step.
     """
     uniforms = [
         float(torch.rand((), generator=slot_generator(seed, stream, step, slot), dtype=torch.float64)) for slot in slots
     ]
-    return sigma_at_quantiles(uniforms, density=density, mean=mean, std=std, mu=mu)
+    if strata:
+        dealt = _deal(seed, step, strata)
+        # Slots beyond the batch only even out the ranks, at weight zero.
+        uniforms = [(dealt[slot % strata] + u) / strata for slot, u in zip(slots, uniforms, strict=True)]
+    return sigma_at_quantiles(uniforms, density=density, mean=mean, std=std, mode_scale=mode_scale, mu=mu)
+
+
+def _deal(seed: int, step: int, strata: int) -> list[int]:
+    """Slot -> stratum: a permutation of 0 .. strata - 1, the same on every rank."""
+    order: list[int] = torch.randperm(strata, generator=slot_generator(seed, "strata", step, strata)).tolist()
+    return order
 
 
 def draw_noise(
@@ -84,9 +100,14 @@ def draw_noise(
 
 
 def sigma_at_quantiles(
-    quantiles: Sequence[float], *, density: Density, mean: float, std: float, mu: float
+    quantiles: Sequence[float], *, density: Density, mean: float, std: float, mu: float, mode_scale: float = 0.0
 ) -> torch.Tensor:
-    """Sigmas (N,) fp32 at given quantiles, in [0,1], of the training density shifted by `mu`."""
+    """Sigmas (N,) fp32 at given quantiles, in [0,1], of the training density shifted by `mu`.
+
+    `logit_normal`: sigmoid of N(mean, std^2). `mode`: `1 - u - s (cos^2(pi u / 2) - 1 + u)` of a uniform u (Esser et
+    al. 2024, Eq. 20, where t = 1 is noise as here); it falls with u, so that its quantile q is its value at 1 - q.
+    Raises ValueError for an s outside [-1, 2 / (pi - 2)], where it is no density.
+    """
     # In fp64: the inverse normal near 0 and 1 is where fp32 would merge neighbours. The clamp keeps sigma
     # off 0 and 1, where a quantile of exactly 0 (possible, 2^-53) would have no logit.
     tiny = 2.0**-53
@@ -98,6 +119,12 @@ def sigma_at_quantiles(
         values = torch.tensor([normal.inv_cdf(q) for q in inside], dtype=torch.float64).sigmoid()
     elif density == "uniform":
         values = torch.tensor(inside, dtype=torch.float64)
+    elif density == "mode":
+        if not -1.0 <= mode_scale <= MAX_MODE_SCALE:
+            raise ValueError(f"the mode density needs a scale from -1 to {MAX_MODE_SCALE:.4f}, got {mode_scale}")
+        uniform = 1.0 - torch.tensor(inside, dtype=torch.float64)
+        values = 1.0 - uniform - mode_scale * ((math.pi / 2 * uniform).cos().square() - 1.0 + uniform)
+        values = values.clamp(tiny, 1.0 - tiny)
     else:
-        raise ValueError(f"unknown sigma density {density!r}; known are logit_normal and uniform")
+        raise ValueError(f"unknown sigma density {density!r}; known are logit_normal, uniform and mode")
     return shift(values, mu).float()

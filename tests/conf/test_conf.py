@@ -66,6 +66,8 @@ def test_the_config_is_frozen_and_round_trips() -> None:
         (["data.weights=[{where: row, weight: 0.0001}]"], "from 0.001 to 1000 times per epoch"),
         (["data.weights=[{where: row}]"], "has entries such as"),
         (["data.caption_weights={raw: 0}"], "at least one kind"),
+        (["objective.posterior=sample"], "set encode.posterior=mean_logvar and produce"),
+        (["objective.sigma_mode_scale=1.8"], "less than or equal to 1.75"),
         (["curriculum.phases.low.steps=5"], "every phase a `share`, or .* every phase `steps`"),
     ],
 )

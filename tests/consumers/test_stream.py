@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fake_dataset import WIDTH, FakeProducer, FakeRow, fake_features, fake_latents, make_rows
+from fake_dataset import WIDTH, FakeProducer, FakeRow, fake_features, fake_latents, fake_logvar, make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consumers.batch import RankBatch
 from consumers.stream import Stream, cut_for
+from qwenimg_dist.data.catalog_build import build_catalog
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.generations import Generations, LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
+from qwenimg_dist.data.pins import ready_units
 from qwenimg_dist.schema import caption_key
 
 SIZES = ((256, 256), (64, 130), (150, 70))
@@ -26,9 +29,17 @@ STEPS = 24
 
 
 def make_run(
-    root: Path, *, batch: int = 6, dtype: str = "bfloat16", follow: bool = False, num: int = 30
+    root: Path,
+    *,
+    batch: int = 6,
+    dtype: str = "bfloat16",
+    follow: bool = False,
+    num: int = 30,
+    logvar: bool = False,
 ) -> tuple[FakeProducer, Generations]:
-    producer = FakeProducer(root / "data", unit_size=8, resolutions=(32, 64), dtype=dtype, max_shard_bytes=20_000)
+    sizes = {"unit_size": 8, "max_shard_bytes": 20_000}
+    producer = FakeProducer(root / "data", resolutions=(32, 64), dtype=dtype, logvar=logvar, **sizes)
+    producer.facets = replace(producer.facets, logvar=logvar)
     producer.add(make_rows(num, captions=2, sizes=SIZES))
     producer.produce(complete=not follow)
     phase = PlannedPhase(
@@ -109,6 +120,36 @@ def test_the_ranks_together_are_the_global_batch(tmp_path: Path, world: int, sto
             assert batch.read_bytes > 0
     for stream in streams:
         stream.close()
+
+
+def test_log_variances_come_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    producer, run = make_run(tmp_path, logvar=True)
+    stream = Stream(run.ledger, rank=0, world=1, compute_dtype=torch.float32, logvar=True)
+    plain = Stream(run.ledger, rank=0, world=1, compute_dtype=torch.float32)
+    for step in range(6):
+        batch, without = stream.get(step), plain.get(step)
+        assert check(batch, run, producer, torch.float32) == check(without, run, producer, torch.float32)
+        assert all(micro.logvar is None for micro in without.micro_batches)
+        for micro in batch.micro_batches:
+            assert micro.logvar is not None
+            assert micro.num_slots == len(batch.keys)
+            for slot, latents in zip(micro.slots.tolist(), micro.logvar, strict=True):
+                assert np.array_equal(latents.numpy(), fake_logvar(batch.keys[slot], micro.bucket))
+        latents_bytes = len(batch.keys) * 16 * (batch.batch.bucket.height // 8) * (batch.batch.bucket.width // 8) * 2
+        assert batch.read_bytes - without.read_bytes == latents_bytes
+    held_out = stream.held_out_batches(run.held_out(32, 5), micro_batch_tokens=30)
+    assert all(micro.logvar is None for micro in held_out)
+    stream.close()
+    plain.close()
+
+
+def test_data_without_log_variances_is_refused(tmp_path: Path) -> None:
+    producer, _ = make_run(tmp_path)
+    producer.facets = replace(producer.facets, logvar=True)
+    with pytest.raises(DataError, match=r"has no tensor 'logvar' \(produce with encode.posterior=mean_logvar\)"):
+        build_catalog(
+            producer.dataset, ready_units(producer.dataset, producer.facets), producer.facets, tmp_path / "index"
+        )
 
 
 def test_any_step_first_and_tensors_outlive_later_reads(tmp_path: Path) -> None:

@@ -81,6 +81,11 @@ def fake_latents(key: str, bucket: Bucket) -> np.ndarray:
     return np.random.default_rng(seed + bucket.height).integers(-8, 8, shape).astype(np.float32)
 
 
+def fake_logvar(key: str, bucket: Bucket) -> np.ndarray:
+    """(16, h/8, w/8) fp32, exact in bf16; another for each sample."""
+    return fake_latents(key, bucket)[::-1] / 4 - 2
+
+
 def fake_features(caption: str) -> np.ndarray:
     """(T, WIDTH) fp32, exact in bf16."""
     seed = int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "little")
@@ -104,12 +109,14 @@ class FakeProducer:
         fingerprint: str = "0123456789ab",
         max_shard_bytes: int = 1 << 20,
         dtype: str = "bfloat16",
+        logvar: bool = False,
     ) -> None:
         self.dataset = Dataset.create(root, unit_size)
         self.facets = facets_for(resolutions, fingerprint)
         self.rows: list[FakeRow] = []
         self.max_shard_bytes = max_shard_bytes
         self.dtype = dtype
+        self.logvar = logvar
 
     def add(self, rows: Sequence[FakeRow]) -> None:
         self.rows.extend(rows)
@@ -192,7 +199,10 @@ class FakeProducer:
             for n in missing:
                 row, bucket = kept[n], buckets[n]
                 meta = {"row": n, "uri": row.uri, "captions": list(row.captions)}
-                place = writer.write(row.key, meta, {"mean": self._raw(fake_latents(row.key, bucket))})
+                tensors = {"mean": self._raw(fake_latents(row.key, bucket))}
+                if self.logvar:
+                    tensors["logvar"] = self._raw(fake_logvar(row.key, bucket))
+                place = writer.write(row.key, meta, tensors)
                 records.append(
                     {
                         "row": n,
@@ -204,6 +214,7 @@ class FakeProducer:
                         "crop_top": 0,
                         "crop_left": 0,
                         **place.columns(),
+                        **place.further_columns(),
                     }
                 )
             tars = writer.close()

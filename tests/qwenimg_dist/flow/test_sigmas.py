@@ -7,7 +7,15 @@ import pytest
 import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
-from qwenimg_dist.flow.sigmas import draw_noise, draw_sigma, resolution_mu, shift, sigma_at_quantiles
+from qwenimg_dist.flow.sigmas import (
+    MAX_MODE_SCALE,
+    Density,
+    draw_noise,
+    draw_sigma,
+    resolution_mu,
+    shift,
+    sigma_at_quantiles,
+)
 
 
 @pytest.mark.parametrize(("side", "factor"), [(256, 1.649), (512, 1.714), (640, 1.764), (1024, 2.001), (1328, 2.303)])
@@ -82,6 +90,69 @@ def test_density_is_shifted_logit_normal() -> None:
     empirical = torch.arange(1, count + 1) / count
     expected = torch.tensor([normal.cdf(float(v)) for v in logits])
     assert (empirical - expected).abs().max() < 1.63 / math.sqrt(count), "Kolmogorov-Smirnov at 1 %"
+
+
+def mode_cdf(values: torch.Tensor, scale: float) -> torch.Tensor:
+    """By inverting Esser et al., Eq. 20, with bisection: P(f(u) < t) = 1 - u(t), f falling."""
+    low, high = torch.zeros_like(values), torch.ones_like(values)
+    for _ in range(60):
+        u = (low + high) / 2
+        above = 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u) > values
+        low, high = torch.where(above, u, low), torch.where(above, high, u)
+    return 1 - low
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 1.29, MAX_MODE_SCALE])
+def test_mode_density_is_that_of_the_paper(scale: float) -> None:
+    count = 10_000
+    sigma = draw_sigma(1, 2, range(count), density="mode", mode_scale=scale).double().sort().values
+    empirical = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    assert (empirical - mode_cdf(sigma, scale)).abs().max() < 1.63 / math.sqrt(count), "Kolmogorov-Smirnov at 1 %"
+    middle = float(((sigma > 0.4) & (sigma < 0.6)).double().mean())
+    assert (middle > 0.25) == (scale > 1)
+    assert (middle < 0.16) == (scale < 0)
+
+
+def test_mode_quantiles_and_limits() -> None:
+    quantiles = torch.linspace(0.001, 0.999, 500, dtype=torch.float64)
+    for scale in (-0.7, 0.0, 1.29):
+        sigma = sigma_at_quantiles(quantiles.tolist(), density="mode", mean=0.0, std=1.0, mu=0.0, mode_scale=scale)
+        assert bool((sigma.diff() > 0).all())
+        torch.testing.assert_close(mode_cdf(sigma.double(), scale), quantiles, atol=1e-6, rtol=0)
+    for scale in (-1.01, MAX_MODE_SCALE + 0.01):
+        with pytest.raises(ValueError, match="needs a scale from -1"):
+            draw_sigma(0, 0, [0], density="mode", mode_scale=scale)
+    assert 0 < float(sigma_at_quantiles([0.0], density="mode", mean=0.0, std=1.0, mu=0.0, mode_scale=1.0)) < 1e-9
+
+
+@pytest.mark.parametrize("density", ["logit_normal", "uniform", "mode"])
+def test_strata_are_met_once_each_and_keep_the_density(density: Density) -> None:
+    def quantile(step: int, slots: range, strata: int) -> torch.Tensor:
+        sigma = draw_sigma(5, step, slots, density=density, mode_scale=1.29, strata=strata).double()
+        if density == "logit_normal":
+            return torch.tensor([NormalDist().cdf(float(v)) for v in torch.logit(sigma)])
+        return mode_cdf(sigma, 1.29) if density == "mode" else sigma
+
+    for strata in (1, 7, 64):
+        for step in (0, 1):
+            cells = (quantile(step, range(strata), strata) * strata).floor().long()
+            assert sorted(cells.tolist()) == list(range(strata))
+    # One slot over many steps meets the whole density: no slot is tied to a part of it.
+    over_steps = torch.cat([quantile(step, range(3, 4), 8) for step in range(2000)]).sort().values
+    assert ((torch.arange(2000) + 0.5) / 2000 - over_steps).abs().max() < 1.63 / math.sqrt(2000)
+    first = torch.tensor([float(quantile(step, range(1), 8)) for step in range(300)])
+    second = torch.tensor([float(quantile(step, range(1, 2), 8)) for step in range(300)])
+    assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1]) + 1 / 7) < 0.2
+
+
+def test_strata_belong_to_slots_and_the_size_of_the_batch() -> None:
+    whole = draw_sigma(3, 11, range(12), strata=12)
+    for ranks in (2, 3, 5):
+        for rank in range(ranks):
+            slots = list(range(rank, 12, ranks))
+            assert torch.equal(draw_sigma(3, 11, slots, strata=12), whole[slots])
+    assert not torch.equal(draw_sigma(3, 11, range(12), strata=13), whole)
+    assert draw_sigma(3, 11, [12, 13], strata=12).shape == (2,)  # slots that even out the ranks
 
 
 def test_uniform_density_and_quantiles() -> None:
