@@ -49,7 +49,7 @@ class FacetTable:
 
 
 def load_facets(dataset: Dataset, units: Sequence[UnitPins], *, further: bool = False) -> dict[str, FacetTable]:
-    """Read every pinned part once: bytes for the digest, then columns; `further`: those of latents' other tensors too."""
+    """Read every pinned part once: bytes for the digest, then columns, with `further` of latents' other tensors too."""
     parts = [part for unit in units for part in unit.parts()]
     read = parallel(lambda part: _read(dataset, part, further), parts)
     loaded: dict[str, FacetTable] = {}
