@@ -284,6 +284,7 @@ def build_engine(
         module = qwen.build_transformer(transformer_config)
     qwen.rebuild_rope(module)
     qwen.activation_checkpointing(module, config.engine.activation_checkpointing)
+    qwen.set_attention(module, config.engine.attention)
     if config.engine.gather == "block":
         _gather_whole_blocks(module)
     if source is not None:
@@ -296,6 +297,8 @@ def build_engine(
         config=settings,
         dist_init_required=False,
     )
+    if config.engine.compile:
+        qwen.compile_blocks(module)  # after the hooks are in place, which stay outside of the compiled code
     engine = Engine(deepspeed_engine, groups, ranks)
     if source is not None and any(source.dtype(name) != dtype for name in shapes):
         engine.fill(source)  # DeepSpeed made the masters from bf16; the source knows them better

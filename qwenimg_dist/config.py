@@ -382,8 +382,20 @@ class EngineConfig(Section):
     activation_checkpointing: bool = False
     gather: Literal["block", "layer"] = "block"
     """What forward and backward gather at once: `block` is faster, `layer` needs the least memory."""
+    compile: bool = False
+    """Compile the transformer block, which all blocks share, by `torch.compile`; needs `gather=block` and a C++ or
+    Triton compiler on every node. Costs a minute or more before the first step and at shapes of a new kind."""
+    attention: Literal["native", "flash", "cudnn", "efficient", "math"] = "native"
+    """Which kernel of PyTorch computes the attention: `native` lets PyTorch choose by what the inputs allow; `flash`
+    cannot take the text mask of batches with unequal captions, and is refused at the first such batch."""
     max_skipped_steps: NonNegativeInt = 3
     """Consecutive steps with a non-finite loss or gradient after which the run stops."""
+
+    @model_validator(mode="after")
+    def _compiled_whole(self) -> EngineConfig:
+        if self.compile and self.gather != "block":
+            raise ValueError("`compile=true` needs `gather=block`: a block that is gathered by layers has breaks in it")
+        return self
 
 
 class CheckpointConfig(Section):

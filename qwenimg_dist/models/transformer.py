@@ -11,6 +11,7 @@ model is not guidance-distilled), positional arguments.
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,29 @@ def activation_checkpointing(transformer: Any, enabled: bool) -> None:
         transformer.enable_gradient_checkpointing()
     else:
         transformer.disable_gradient_checkpointing()
+
+
+def compile_blocks(transformer: Any) -> None:
+    """Compile the forward of every block, as one graph without breaks; the code is shared by all blocks.
+
+    The `forward` and not the module, so that hooks around a block (ZeRO-3 gathers its weights there) stay outside of
+    the graph. Shapes are dynamic from the second one on: buckets and text lengths change from batch to batch.
+    """
+    # Eager code would be the silent fallback once more kinds of shapes came than this.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for block in transformer.transformer_blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True)
+
+
+def set_attention(transformer: Any, kernel: str) -> None:
+    """Choose PyTorch's attention kernel: `native` (by what the inputs allow), `flash`, `cudnn`, `efficient`, `math`."""
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(_not_experimental)
+    transformer.set_attention_backend(kernel if kernel == "native" else f"_native_{kernel}")
+
+
+def _not_experimental(record: logging.LogRecord) -> bool:
+    """diffusers calls its backends experimental at every choice, on every rank."""
+    return "experimental feature" not in record.getMessage()
 
 
 def forward_flops(config: Mapping[str, Any], image_tokens: int, text_tokens: int) -> float:

@@ -180,7 +180,7 @@ def scratch(name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_ranks(script: str, num_ranks: int, job: Mapping[str, Any], folder: Path) -> list[Any]:
+def run_ranks(script: str, num_ranks: int, job: Mapping[str, Any], folder: Path, *, on_gpu: bool = False) -> list[Any]:
     """Run `script --worker JOB` on ranks with torchrun's environment; returns what each rank wrote with `answer`.
 
     Raises RuntimeError with the end of a rank's output if it failed; the other ranks are ended then.
@@ -200,8 +200,8 @@ def run_ranks(script: str, num_ranks: int, job: Mapping[str, Any], folder: Path)
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            **({} if on_gpu else {"DS_ACCELERATOR": "cpu"}),
         }
         command = [sys.executable, script, "--worker", json.dumps({**job, "answer": str(answers)})]
         with log.open("wb") as sink:

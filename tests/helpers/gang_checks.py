@@ -151,6 +151,10 @@ def max_difference(engine: Engine, state: Callable[..., torch.Tensor], expected:
     return engine.ranks.max([found])[0]
 
 
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max()) if one.numel() else 0.0
+
+
 def check_skip(world: World) -> dict[str, Any]:
     """A gradient that is not finite on one rank: no update anywhere, and the next step is as if nothing had been."""
     engine, _ = world.engine()
@@ -202,6 +206,20 @@ def check_bf16(world: World) -> dict[str, Any]:
     dtype = str(next(engine.transformer.parameters()).dtype)
     engine.close()
     return {"masters": masters, "rope": rope, "loss": abs(loss - float(expected.detach())), "dtype": dtype}
+
+
+def check_compile(world: World) -> dict[str, Any]:
+    """Compiled blocks, their activations recomputed, take the same steps as eager ones that keep theirs."""
+    eager, _ = world.engine()
+    compiled, _ = world.engine("engine.compile=true", "engine.activation_checkpointing=true")
+    pairs = [(engine_step(eager, None, step, 1e-3), engine_step(compiled, None, step, 1e-3)) for step in range(4)]
+    counters = torch._dynamo.utils.counters
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    weights = max(difference(eager.state("master", share), compiled.state("master", share)) for share in eager.shares)
+    eager.close()
+    compiled.close()
+    loss = max(abs(one[0] - other[0]) for one, other in pairs)
+    return {"loss": loss, "weights": world.ranks.max([weights])[0], "graphs": graphs, "breaks": breaks}
 
 
 def check_save(world: World) -> dict[str, Any]:

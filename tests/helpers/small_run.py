@@ -120,11 +120,15 @@ def _start(
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "helpers")]),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "helpers"), *_python_path()]),
         **env,
     }
     with open(folder / f"rank-{rank}.log", "wb") as sink:
         return subprocess.Popen([sys.executable, *command], env=environment, stdout=sink, stderr=subprocess.STDOUT)
+
+
+def _python_path() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -18,6 +18,7 @@ from qwenimg_dist.models.transformer import (
     pack_latents,
     predict_velocity,
     rebuild_rope,
+    set_attention,
     unpack_latents,
 )
 from qwenimg_dist.models.weights import SafetensorsDirectory
@@ -198,3 +199,16 @@ def test_activation_checkpointing_keeps_gradients(component: Path) -> None:
         predict_velocity(model, noisy, sigma, text).square().mean().backward()
         gradients.append(model.transformer_blocks[0].attn.to_q.weight.grad.clone())
     assert torch.equal(*gradients)
+
+
+def test_another_attention_kernel_gives_the_same_velocity(component: Path) -> None:
+    model = QwenImageTransformer2DModel.from_pretrained(component)
+    noisy, sigma = torch.randn(2, 16, 4, 4), torch.tensor([0.5, 0.9])
+    text, mask = collate_text(features(6, 4))
+    with torch.no_grad():
+        native = predict_velocity(model, noisy, sigma, text, mask)
+        set_attention(model, "math")
+        assert model.transformer_blocks[1].attn.processor._attention_backend == "_native_math"
+        assert torch.allclose(predict_velocity(model, noisy, sigma, text, mask), native, atol=1e-5)
+        set_attention(model, "native")
+        assert model.transformer_blocks[1].attn.processor._attention_backend == "native"
