@@ -17,7 +17,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -35,6 +35,7 @@ from consumers.checkpoint_files import (
     read_manifest,
     space_fault,
     step_name,
+    write_certificate,
     write_manifest,
     write_rank_file,
     write_state,
@@ -75,11 +76,19 @@ class Loaded:
 
 
 def save_checkpoint(
-    engine: Engine, ema: Ema | None, run_dir: Path, *, step: int, state: Mapping[str, Any], keep: int
+    engine: Engine,
+    ema: Ema | None,
+    run_dir: Path,
+    *,
+    step: int,
+    state: Mapping[str, Any],
+    keep: int,
+    certificate: Callable[[], Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write and commit `checkpoints/step-NNNNNNNN`; then keep only the newest `keep` valid ones.
 
-    Collective. Raises `TrainingError` on every rank if one of them could not write; nothing is visible then.
+    Collective; `certificate` is asked on rank 0 alone. Raises `TrainingError` on every rank if one of them could not
+    write; nothing is visible then.
     """
     ranks = engine.ranks
     fault = space_fault(run_dir, engine.num_parameters, ema=ema is not None) if ranks.is_first else None
@@ -89,7 +98,7 @@ def save_checkpoint(
     # Drawn anew each time: a rank of a killed gang that still lives cannot write into this directory.
     token = ranks.broadcast_json(uuid.uuid4().hex[:8])
     temporary = folder / f"{_TEMPORARY}{step_name(step)}-{token}"
-    error: OSError | None = None
+    error: Exception | None = None
     record = FileRecord(name=rank_file(ranks.rank, ranks.world_size), size_bytes=0, sha256="0" * _SHA_HEX_DIGITS)
     try:
         temporary.mkdir(parents=True, exist_ok=True)
@@ -108,8 +117,10 @@ def save_checkpoint(
     if ranks.is_first:
         try:
             records.append(write_state(temporary, whole))
+            if certificate is not None:
+                records.append(write_certificate(temporary, certificate()))
             _commit(temporary, folder / step_name(step), step=step, num_ranks=ranks.world_size, records=records)
-        except OSError as problem:
+        except (OSError, ValueError) as problem:
             error = problem
     _agree(error, ranks, temporary, step)
     if ranks.is_first:
@@ -138,7 +149,7 @@ def load_newest(engine: Engine, ema: Ema | None, run_dir: Path) -> Loaded | None
     raise no_valid_checkpoint(run_dir, skipped)
 
 
-def _agree(error: OSError | None, ranks: Ranks, temporary: Path, step: int) -> None:
+def _agree(error: Exception | None, ranks: Ranks, temporary: Path, step: int) -> None:
     """Raise on every rank if one of them failed; a rank that went on alone would wait for ever."""
     told = ranks.first_problem(f"rank {ranks.rank}: {error}" if error is not None else "")
     if not told:

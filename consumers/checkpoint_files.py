@@ -1,4 +1,5 @@
-"""A checkpoint on disk: `step-NNNNNNNN/` with one safetensors file per rank, `state.json` and `manifest.json`.
+"""A checkpoint on disk: `step-NNNNNNNN/` with a safetensors file per rank, `state.json`, `certificate.json` and
+`manifest.json`.
 
 Place in the flow: `checkpoint.py` writes through this on the ranks, `checkpoint_reader.py` reads it, with or without
 ranks. A rank's file holds, for each parameter NAME, the fp32 tensors `master/NAME`, `exp_avg/NAME`,
@@ -25,6 +26,7 @@ import torch
 
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import write_json
+from qwenimg_dist.models.pipeline import CERTIFICATE
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
@@ -144,6 +146,25 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> FileRecord:
     return describe(folder / STATE)
 
 
+def write_certificate(folder: Path, certificate: Mapping[str, Any]) -> FileRecord:
+    """Write `certificate.json` and describe it for the manifest."""
+    write_json(folder / CERTIFICATE, certificate)
+    return describe(folder / CERTIFICATE)
+
+
+def read_certificate(path: Path) -> dict[str, Any] | None:
+    """A checkpoint's certificate; None if it was written without one. Raises `CheckpointError` if it is damaged."""
+    try:
+        tree = json.loads((path / CERTIFICATE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / CERTIFICATE} cannot be read ({error})") from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path / CERTIFICATE} is no certificate")
+    return tree
+
+
 def write_manifest(folder: Path, step: int, num_ranks: int, files: Iterable[FileRecord]) -> None:
     listed = {record.name: {"size_bytes": record.size_bytes, "sha256": record.sha256} for record in files}
     write_json(folder / MANIFEST, {"format": FORMAT, "step": step, "num_ranks": num_ranks, "files": listed})
@@ -196,7 +217,7 @@ def read_manifest(path: Path) -> tuple[int, list[FileRecord]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {error})") from error
     expected = {STATE, *(rank_file(rank, num_ranks) for rank in range(num_ranks))}
-    if {record.name for record in records} != expected:
+    if {record.name for record in records} - {CERTIFICATE} != expected:  # a certificate is no state: it may lack
         raise CheckpointError(f"{file} does not list the files of {num_ranks} ranks")
     return num_ranks, records
 

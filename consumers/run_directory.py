@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,13 +32,13 @@ from qwenimg_dist.files import write_json
 from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
 from qwenimg_dist.models.pipeline import fingerprint_component, pipeline_dir
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
+from qwenimg_dist.versions import git_commit, package_versions
 
 _LOCK_WAIT_S: Final = 60.0
 _EXTEND: Final = (
     ". The number of steps is fixed per run, since the schedule follows it: to train its result further, export it and "
     "give the export as model.path of a new run"
 )
-_PACKAGES: Final = ("torch", "deepspeed", "diffusers", "transformers", "safetensors", "numpy", "ray")
 _MOVED_BY_FRESH: Final = (
     "checkpoints",
     "metrics.jsonl",
@@ -187,10 +186,6 @@ def write_descriptions(run_dir: Path, config: Config, world_size: int) -> None:
 
 
 def _environment(world_size: int) -> dict[str, Any]:
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "ranks": world_size,
@@ -198,7 +193,8 @@ def _environment(world_size: int) -> dict[str, Any]:
         "cpus_of_this_node": os.cpu_count(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "packages": versions,
+        "packages": package_versions(),
+        "git_commit": git_commit(),
     }
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 
+from consumers.certificate import Certifier
 from consumers.checkpoint import Loaded, load_newest
 from consumers.ema import Ema
 from consumers.engine import Engine, build_engine
@@ -93,6 +94,7 @@ class Session:
     start: dict[int, Losses]
     grids: Grids | None
     throughput: Throughput
+    certifier: Certifier
     log: RunLog | None
     """Rank 0's."""
     progress: Progress
@@ -134,6 +136,9 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         ema = Ema(engine, config.optim.ema_decay) if config.optim.ema_decay else None
         loaded = load_newest(engine, ema, prepared.run_dir)
         progress = _progress(loaded, prepared, ranks, hooks)
+        certifier = Certifier(engine, config, model, prepared, loaded.step if loaded else None)
+        if config.checkpoint.certify != "off":
+            certifier.measure(progress.step)
 
         _on_first(ranks, lambda: truncate_logs(prepared.run_dir, progress.step))
         _on_first(ranks, lambda: write_descriptions(prepared.run_dir, config, ranks.world_size))
@@ -159,6 +164,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             start=_start_losses(config, held_out, engine, prepared, progress.step),
             grids=grids,
             throughput=Throughput(model, ranks, forwards_per_batch=objective.forwards_per_batch),
+            certifier=certifier,
             log=log,
             progress=progress,
             resolutions=batches,

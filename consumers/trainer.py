@@ -202,6 +202,9 @@ def _draw_grid(session: Session) -> None:
 def _save(session: Session) -> None:
     if session.log:
         session.log.sync()
+    if session.config.checkpoint.certify == "save":
+        session.certifier.measure(session.progress.step)
+    certifier, progress = session.certifier, session.progress
     save_checkpoint(
         session.engine,
         session.ema,
@@ -209,6 +212,7 @@ def _save(session: Session) -> None:
         step=session.progress.step,
         state=session.state(),
         keep=session.config.checkpoint.keep,
+        certificate=lambda: certifier.record(progress.step, progress.images),
     )
     if session.ranks.is_first:
         session.hooks.say(f"saved step {session.progress.step}")

@@ -402,6 +402,13 @@ class CheckpointConfig(Section):
     every: PositiveInt = 500
     keep: PositiveInt = 3
     """Newest checkpoints kept; older ones are removed after a new one is committed."""
+    certify: Literal["start", "save", "off"] = "start"
+    """When the run's call of the transformer is compared with stock diffusers' on the same weights: at each start, also
+    before each `save`, or never. The result stands in every checkpoint's certificate; a difference beyond rounding
+    stops the run. Costs seven forwards of 60 image tokens: at 20 B mostly seven gathers of the weights."""
+    certify_independent: NonNegativeInt = 200_000_000
+    """Models of at most so many parameters are also compared with a stock module loaded for it, which rank 0 holds for
+    a moment (4 bytes per parameter in fp32); larger ones only with the stock pipeline's call of the run's engine."""
 
 
 class TrainConfig(Section):

@@ -1,6 +1,6 @@
 """Checkpoints of a run: what is there, whether it is sound, and the way to a diffusers pipeline.
 
-    qwenimg-dist ckpt list run.path=RUN
+    qwenimg-dist ckpt list run.path=RUN                         with what each certificate says
     qwenimg-dist ckpt verify run.path=RUN                       every byte against the manifests
     qwenimg-dist ckpt export run.path=RUN export.path=OUT       a directory that stock diffusers loads
         [export.weights=ema|raw] [export.step=N] [export.dtype=bfloat16|float32]
@@ -18,9 +18,11 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
+from qwenimg_dist.commands.ckpt_list import checkpoint_table
 from qwenimg_dist.commands.inputs import required, run_config
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
+from qwenimg_dist.models.pipeline import CERTIFICATE, PROVENANCE
 
 if TYPE_CHECKING:
     from consumers.checkpoint_reader import CheckpointReader
@@ -38,20 +40,12 @@ def run(args: list[str]) -> int:
 
 
 def list_run(config: Config, args: list[str]) -> int:
-    """Print step, ranks, size and validity of each checkpoint."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from consumers.checkpoint_files import list_checkpoints
-
+    """Print each checkpoint: step, time, ranks, size, images, data, what it started from, difference from stock."""
     run_dir = Path(required(config.run.path, "run.path"))
     if not run_dir.is_dir():
         raise ValueError(f"run.path={run_dir} is not there")
-    table = Table("step", "ranks", "GB", "state", title=str(run_dir))
-    found = list_checkpoints(run_dir)
-    for info in found:
-        table.add_row(str(info.step), str(info.num_ranks), f"{info.size_bytes / 1e9:.3f}", info.fault or "valid")
-    Console().print(table if found else f"no checkpoints in {run_dir}")
+    table = checkpoint_table(run_dir)
+    print(table.text() if table.rows else f"no checkpoints in {run_dir}")
     return 0
 
 
@@ -128,7 +122,9 @@ def _write_pipeline(folder: Path, source: Path, reader: CheckpointReader, config
 
     write_sharded(transformer, map(tensor, start.names), max_shard_bytes=config.export.max_shard_bytes)
     provenance = {"run": str(reader.path), "step": reader.step, "weights": config.export.weights, "from": str(source)}
-    (folder / "qwenimg_dist.json").write_text(json.dumps(provenance, indent=1) + "\n")
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
+    if (reader.path / CERTIFICATE).is_file():
+        shutil.copy2(reader.path / CERTIFICATE, folder / CERTIFICATE)
 
 
 def _take_over(source: Path, folder: Path, *, leave_out: str) -> None:
@@ -136,6 +132,8 @@ def _take_over(source: Path, folder: Path, *, leave_out: str) -> None:
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
         if not file.is_file() or relative.parts[0] == leave_out or relative.parts[0].startswith("."):
+            continue
+        if relative.name in (PROVENANCE, CERTIFICATE):  # of an earlier export, and not of this one
             continue
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,10 @@ from qwenimg_dist.models.hub import resolve_directory
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+PROVENANCE = "qwenimg_dist.json"
+"""In an exported pipeline: run, step and weights that it was."""
+CERTIFICATE = "certificate.json"
+"""In a checkpoint, and taken along by its export: what it was made by and from, see `consumers/certificate.py`."""
 SAFE_SUFFIXES = (".json", ".txt", ".jinja", ".safetensors")
 SAMPLED_BLOCKS = 4
 SAMPLED_BLOCK_BYTES = 16_384

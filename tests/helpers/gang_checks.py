@@ -20,13 +20,18 @@ from diffusers import QwenImageTransformer2DModel
 from fake_dataset import WIDTH
 
 import consumers.checkpoint as checkpoint
+import consumers.engine as engine_module
+from consumers.certificate import Certifier
 from consumers.ema import Ema
 from consumers.engine import KINDS, Engine, build_engine, start_distributed, stop_distributed
 from consumers.errors import TrainingError
 from consumers.ranks import Ranks
+from consumers.run_directory import Prepared
 from consumers.zero_settings import parameter_group
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
+from qwenimg_dist.data.catalog import RunFacets
+from qwenimg_dist.data.generations import LedgerConfig
 from qwenimg_dist.models import transformer as qwen
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 
@@ -220,6 +225,69 @@ def check_compile(world: World) -> dict[str, Any]:
     compiled.close()
     loss = max(abs(one[0] - other[0]) for one, other in pairs)
     return {"loss": loss, "weights": world.ranks.max([weights])[0], "graphs": graphs, "breaks": breaks}
+
+
+def check_certificate(world: World) -> dict[str, Any]:
+    """The run's call is stock's, in both precisions; a wrong one on one rank, and a wrong engine, stop all ranks."""
+    found: dict[str, Any] = {}
+    prepared = prepared_for(world)
+    for precision in ("fp32", "bf16"):
+        engine, config = world.engine(f"engine.precision={precision}")
+        for step in range(2):
+            engine_step(engine, None, step, 1e-2)
+        before = snapshot(engine, None)
+        model = qwen.load_transformer_config(world.pipeline / "transformer")
+        certifier = Certifier(engine, config, model, prepared, None)
+        certifier.measure(2)
+        found[precision] = certifier.record(2, 16)
+        found[f"{precision}_untouched"] = equal(before, snapshot(engine, None))
+        found[f"{precision}_wrong_rank"] = refusal(certifier, wrong_on=1)
+        if precision == "bf16":  # forwards gather stale weights: only the independent stock module tells
+            engine.flat("master", 0).mul_(1.5)
+            found["stale"] = refusal(certifier, wrong_on=None)
+            small = config.checkpoint.model_copy(update={"certify_independent": 0})
+            alone = Certifier(engine, config.model_copy(update={"checkpoint": small}), model, prepared, None)
+            found["stale_contract_only"] = refusal(alone, wrong_on=None)
+        engine.close()
+    return found
+
+
+def prepared_for(world: World) -> Prepared:
+    run_dir = world.out / "certified"
+    if world.ranks.is_first:
+        line = {"generation": 0, "phase": None, "first_step": 0, "epoch": 0, "first_unit": 0, "units": 1, "last": True}
+        line |= {"rows_parts": {}, "facets": {"text": "text-0"}, "index": "0", "num_rows": 7, "num_texts": 7}
+        run_dir.mkdir()
+        (run_dir / "generations.jsonl").write_text(
+            json.dumps({**line, "digest": "ab" * 32, "held_out_below": 0}) + "\n"
+        )
+    facets = RunFacets(text="text-0", latents={})
+    return Prepared(
+        run_dir=run_dir,
+        data_dir=world.out,
+        pipeline=world.pipeline,
+        facets=facets,
+        ledger=LedgerConfig(phases=(), seed=0, caption_dropout=0, where=None, held_out=0, max_held_out=0),
+        model_fingerprint="0123456789ab",
+    )
+
+
+def refusal(certifier: Certifier, *, wrong_on: int | None) -> str | None:
+    """What `measure` refuses, with sigma times 1000 on one rank; None if it finds nothing."""
+    right = engine_module.qwen.predict_velocity
+
+    def wrong(transformer: Any, noisy: Any, sigma: Any, text: Any, mask: Any) -> torch.Tensor:
+        return right(transformer, noisy, sigma * 1000, text, mask)
+
+    if certifier._engine.ranks.rank == wrong_on:
+        engine_module.qwen.predict_velocity = wrong
+    try:
+        certifier.measure(3)
+    except TrainingError as error:
+        return str(error)
+    finally:
+        engine_module.qwen.predict_velocity = right
+    return None
 
 
 def check_save(world: World) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""`ckpt list`: one line per checkpoint, with what its certificate says.
+
+`vs stock` is the largest absolute difference of one forward from stock diffusers (see `consumers/certificate.py`), in
+brackets how large velocities were. Sizes and manifests are checked, bytes are not; that is `ckpt verify`.
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenimg_dist.report.table import Table
+
+if TYPE_CHECKING:
+    from consumers.checkpoint_files import CheckpointInfo
+
+_COLUMNS = ("step", "written", "ranks", "GB", "images", "data", "started from", "vs stock", "state")
+
+
+def checkpoint_table(run_dir: Path) -> Table:
+    """The checkpoints of a run by step, valid or not."""
+    from consumers.checkpoint_files import list_checkpoints
+
+    return Table(title=str(run_dir), columns=_COLUMNS, rows=tuple(_row(info) for info in list_checkpoints(run_dir)))
+
+
+def _row(info: CheckpointInfo) -> tuple[str, ...]:
+    from consumers.checkpoint_files import CheckpointError, read_certificate
+
+    state, told = info.fault or "valid", dict[str, Any]()
+    try:
+        told = read_certificate(info.path) or {}
+    except CheckpointError as error:
+        state = info.fault or str(error)
+    return (
+        str(info.step),
+        _written(info.path),
+        str(info.num_ranks),
+        f"{info.size_bytes / 1e9:.3f}",
+        f"{told['images']:,}" if "images" in told else "-",
+        str(told.get("data", {}).get("fingerprint", "-")),
+        _lineage(told.get("lineage")),
+        _difference(told.get("parity")),
+        state,
+    )
+
+
+def _written(path: Path) -> str:
+    try:
+        moment = (path / "manifest.json").stat().st_mtime
+    except OSError:
+        return "-"
+    return datetime.datetime.fromtimestamp(moment, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _lineage(lineage: dict[str, Any] | None) -> str:
+    """The model that the run started from; for an export of ours, the step and run that it was."""
+    if not lineage:
+        return "-"
+    named = f"{lineage.get('model')} {lineage.get('fingerprint')}"
+    if lineage.get("revision"):
+        named += f" ({str(lineage['revision'])[:12]})"
+    parent = lineage.get("parent")
+    return f"{named}, step {parent.get('step')} of {parent.get('run')}" if parent else named
+
+
+def _difference(parity: dict[str, Any] | None) -> str:
+    if not parity:
+        return "-"
+    if not parity.get("measured"):
+        return "not measured"
+    return f"{parity['max_difference']:.1e} (of {parity['max_velocity']:.2g})"
