@@ -121,6 +121,14 @@ def test_the_export_loads_in_the_stock_pipeline_with_the_checkpoint_s_velocity(d
     assert float(ours.abs().max()) > 0
 
 
+def test_the_export_has_its_checkpoint_s_certificate(demo: Path) -> None:
+    checkpoint = open_checkpoint(demo / "run").path
+    exported = demo / "pipeline" / "certificate.json"
+    assert exported.read_bytes() == (checkpoint / "certificate.json").read_bytes()
+    assert json.loads(exported.read_text())["step"] == STEPS
+    assert json.loads((demo / "pipeline-64px" / "certificate.json").read_text())["step"] == 4
+
+
 def test_the_report_is_one_file_with_grids_and_commands(demo: Path) -> None:
     page = (demo / "report.html").read_text()
     assert page.count("data:image/") >= 5

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from small_run import lines, numbers, overrides, run_gang, write_input
 
-from consumers.checkpoint_files import list_checkpoints
+from consumers.checkpoint_files import list_checkpoints, read_certificate
+from consumers.checkpoint_reader import verify_checkpoint
 from qwenimg_dist.commands.main import main
 
 STEPS = 12
@@ -53,6 +54,37 @@ def test_every_step_is_logged_once(reference: Path) -> None:
     assert [info.step for info in list_checkpoints(reference) if info.fault is None] == [4, 8, 12]
     assert "resolution" in (reference / "config.yaml").read_text()
     assert json.loads((reference / "environment.json").read_text())["ranks"] == 2
+
+
+def test_every_checkpoint_has_a_certificate_that_the_list_shows(
+    root: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {info.step: read_certificate(info.path) for info in list_checkpoints(reference)}
+    assert list(found) == [4, 8, 12]
+    images = {line["step"]: line["train/images"] for line in lines(reference / "metrics.jsonl")}
+    for step, told in found.items():
+        assert told is not None
+        assert (told["step"], told["images"], told["parity"]["at_step"]) == (step, images[step], 0)
+        assert 0 < told["parity"]["max_difference"] < 1e-5
+        assert told["lineage"]["path"] == str(root / "pipeline")
+    assert main(["ckpt", "list", f"run.path={reference}"]) == 0
+    listed = capsys.readouterr().out.splitlines()[2:]
+    for line, (step, told) in zip(listed, found.items(), strict=True):
+        assert told is not None
+        parity, lineage = told["parity"], told["lineage"]
+        for word in (f"{parity['max_difference']:.1e}", told["data"]["fingerprint"], lineage["fingerprint"], "valid"):
+            assert word in line
+        assert line.split()[0] == str(step)
+
+
+def test_a_certificate_is_covered_by_the_manifest(root: Path, reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference / "checkpoints", tmp_path / "checkpoints")
+    info = list_checkpoints(tmp_path)[-1]
+    file = info.path / "certificate.json"
+    file.write_text(file.read_text().replace('"precision": "fp32"', '"precision": "bf16"'))
+    assert "certificate.json has changed" in verify_checkpoint(info.path)[0]
+    file.unlink()
+    assert "certificate.json is missing" in str(list_checkpoints(tmp_path)[-1].fault)
 
 
 def test_killed_inside_a_checkpoint_and_resumed_is_the_same_run(root: Path, reference: Path) -> None:
