@@ -153,6 +153,15 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
+    def gradients(self) -> Iterator[tuple[Share, torch.Tensor]]:
+        """Each share with its part of the gradient, (stop - start,) fp32, averaged over the ranks and not clipped.
+
+        Between the `backward` that was the last and `step`; views, not to be kept.
+        """
+        partitions = (part for index in range(self.num_sub_groups) for part in self._zero.averaged_gradients[index])
+        for share, partition in zip(self.shares, partitions, strict=True):
+            yield share, partition[: share.stop - share.start]
+
     def discard_gradients(self) -> None:
         """Forget what was accumulated since the last step."""
         self._zero.zero_grad()

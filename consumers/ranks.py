@@ -8,8 +8,9 @@ the same order.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import torch
@@ -20,6 +21,13 @@ _TOLD_BYTES: Final = 1024
 _Result = TypeVar("_Result")
 
 
+@dataclass
+class Waited:
+    """Seconds that this rank has spent in reductions: the fewer, the later it came to them."""
+
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
     """This process among the ranks of the run."""
@@ -28,6 +36,7 @@ class Ranks:
     world_size: int
     device: torch.device
     """Where collectives happen: the local GPU under nccl, else the CPU."""
+    waited: Waited = field(default_factory=Waited)
 
     @property
     def is_first(self) -> bool:
@@ -74,8 +83,16 @@ class Ranks:
         if self.world_size == 1:
             return [float(value) for value in values]
         tensor = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        begin = time.perf_counter()
         dist.all_reduce(tensor, op=operation)
-        return [float(value) for value in tensor.tolist()]
+        reduced = [float(value) for value in tensor.tolist()]
+        self.waited.seconds += time.perf_counter() - begin
+        return reduced
+
+    def table(self, values: Sequence[float]) -> list[list[float]]:
+        """The values of every rank, by rank, in fp64; equally many on each."""
+        mine = torch.tensor([list(values)], dtype=torch.float64, device=self.device)
+        return [[float(value) for value in row] for row in self.gather_tensor(mine).tolist()]
 
     def broadcast_json(self, value: Any) -> Any:
         """Rank 0's JSON value on every rank; the others pass anything."""

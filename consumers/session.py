@@ -163,7 +163,12 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             held_out=held_out,
             start=_start_losses(config, held_out, engine, prepared, progress.step),
             grids=grids,
-            throughput=Throughput(model, ranks, forwards_per_batch=objective.forwards_per_batch),
+            throughput=Throughput(
+                model,
+                ranks,
+                forwards_per_batch=objective.forwards_per_batch,
+                peak_tflops=config.cluster.peak_tflops,
+            ),
             certifier=certifier,
             log=log,
             progress=progress,

@@ -24,6 +24,7 @@ from consumers.curriculum import lr_at
 from consumers.engine import StepResult, start_distributed, stop_distributed
 from consumers.errors import TrainingError
 from consumers.evaluate import eval_metrics
+from consumers.norms import block_norms
 from consumers.session import Hooks, Session, Stopped, await_batch, open_session
 from qwenimg_dist.config import Config
 from qwenimg_dist.debug import fault_point
@@ -68,6 +69,7 @@ def _loop(session: Session) -> Outcome:
         except Stopped:
             break
         begin = time.perf_counter()
+        session.throughput.begin()
         batch = ranks.together(lambda: session.stream.get(progress.step))
 
         # ---- Objective: losses and gradients, or None if a loss was not finite on some rank.
@@ -75,6 +77,7 @@ def _loop(session: Session) -> Outcome:
 
         # ---- Clip, step, EMA.
         lr = lr_at(phases, config.optim, progress.step)
+        norms = _norms(session, losses)
         if losses is None:
             engine.discard_gradients()
             result = StepResult(grad_norm=float("nan"), skipped=True)
@@ -89,7 +92,7 @@ def _loop(session: Session) -> Outcome:
         session.throughput.count(batch, time.perf_counter() - begin)
 
         # ---- Log; evaluate: held-out losses and grids.
-        _log(session, batch, losses, result, lr, last=progress.step == last_step)
+        _log(session, batch, losses, result, lr, norms, last=progress.step == last_step)
 
         # ---- Checkpoint if due.
         if progress.step % config.checkpoint.every == 0:
@@ -139,14 +142,30 @@ def _count_skip(session: Session, batch: RankBatch, result: StepResult) -> None:
         )
 
 
+def _norms(session: Session, losses: dict[str, float] | None) -> dict[str, float]:
+    """Per block, of the step that is about to be made, if it is due."""
+    every = session.config.train.norms_every
+    if losses is None or not every or (session.progress.step + 1) % every:
+        return {}
+    return block_norms(session.engine)
+
+
 def _log(
-    session: Session, batch: RankBatch, losses: dict[str, float] | None, result: StepResult, lr: float, *, last: bool
+    session: Session,
+    batch: RankBatch,
+    losses: dict[str, float] | None,
+    result: StepResult,
+    lr: float,
+    norms: dict[str, float],
+    *,
+    last: bool,
 ) -> None:
     config, step = session.config, session.progress.step
     if session.log:
         session.log.samples(step, str(batch.batch.bucket), batch.keys)
     evaluated = _evaluate(session, batch, last=last)
-    due = step % config.train.log_every == 0 or step == 1 or last or result.skipped or bool(evaluated)
+    extra = {**norms, **evaluated}
+    due = step % config.train.log_every == 0 or step == 1 or last or result.skipped or bool(extra)
     if not due:
         return
     names = sorted(losses or {"loss": 0.0})
@@ -166,7 +185,7 @@ def _log(
         "train/images": session.progress.images,
         "train/skipped_steps": session.progress.skipped_steps,
         **rates,
-        **evaluated,
+        **extra,
     }
     session.log.metrics(step, values)
     session.hooks.say(

@@ -419,6 +419,9 @@ class TrainConfig(Section):
     log_samples: bool = False
     """Write `samples.jsonl`: step, bucket and the keys of the global batch in order."""
     log_every: PositiveInt = 10
+    norms_every: NonNegativeInt = 0
+    """Steps between norms of gradients and parameters per block (`norms/...`); 0 turns them off. Costs one pass over a
+    rank's gradients and masters and one small all-reduce."""
     fresh: bool = False
     """Start from step 0 even if the run directory holds checkpoints; they are moved aside."""
 
@@ -469,6 +472,9 @@ class ClusterConfig(Section):
     """Pictures of one unit that may kill the process which opens them; more, and `produce` stops and says so."""
     max_restarts: NonNegativeInt = 3
     """Restarts of the training gang after a rank died."""
+    peak_tflops: PositiveFloat | None = None
+    """Dense bf16 TFLOP/s of one rank's device, what `train/mfu` is measured by; `None` takes the data sheet's of GPUs
+    that are known by name. Costs nothing; a measured matrix rate instead gives the share of what can be reached."""
 
 
 class RunConfig(Section):

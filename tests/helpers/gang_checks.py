@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from consumers.certificate import Certifier
 from consumers.ema import Ema
 from consumers.engine import KINDS, Engine, build_engine, start_distributed, stop_distributed
 from consumers.errors import TrainingError
+from consumers.norms import block_norms, part_of
 from consumers.ranks import Ranks
 from consumers.run_directory import Prepared
 from consumers.zero_settings import parameter_group
@@ -158,6 +161,43 @@ def max_difference(engine: Engine, state: Callable[..., torch.Tensor], expected:
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max()) if one.numel() else 0.0
+
+
+def check_norms(world: World) -> dict[str, Any]:
+    """Norms per block from the partitions against those of a plain PyTorch loop; before clipping, after accumulation.
+
+    And who is slow is named: rank 1 comes late to a forward.
+    """
+    engine, _ = world.engine("optim.clip_grad_norm=0.1")
+    plain = world.plain()
+    ranks, size = world.ranks, GLOBAL_BATCH // world.ranks.world_size
+    cut = [tensor[ranks.rank * size : (ranks.rank + 1) * size] for tensor in samples(3)]
+    for index in range(2):
+        part = tuple(tensor[index * size // 2 : (index + 1) * size // 2] for tensor in cut)
+        engine.backward(errors(engine.predict, part) * ranks.world_size / GLOBAL_BATCH, last=index == 1)
+    found = block_norms(engine)
+    norm = engine.step(1e-3).grad_norm
+    (errors(lambda *args: qwen.predict_velocity(plain, *args), samples(3)) / GLOBAL_BATCH).backward()
+    squares: dict[str, float] = {}
+    for name, parameter in plain.named_parameters():
+        for kind, tensor in (("grad", parameter.grad), ("param", parameter.detach())):
+            square = 0.0 if tensor is None else float(tensor.double().square().sum())
+            for part in (part_of(name), "all"):
+                squares[f"norms/{kind}/{part}"] = squares.get(f"norms/{kind}/{part}", 0.0) + square
+    late = time.perf_counter()
+    waited = ranks.waited.seconds
+    with torch.no_grad():
+        for _ in range(3):
+            time.sleep(0.05 * (ranks.rank == 1))
+            ranks.all_finite(errors(engine.predict, tuple(t[:1] for t in cut)))
+    own = [row[0] for row in ranks.table([time.perf_counter() - late - (ranks.waited.seconds - waited)])]
+    engine.close()
+    return {
+        "found": found,
+        "expected": {name: math.sqrt(square) for name, square in squares.items()},
+        "grad_norm": norm,
+        "slowest": own.index(max(own)),
+    }
 
 
 def check_skip(world: World) -> dict[str, Any]:
