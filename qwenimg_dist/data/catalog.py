@@ -14,13 +14,14 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from qwenimg_dist.data.columns import Columns
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.schema import Bucket
 
@@ -87,24 +88,6 @@ class LatentsIndex:
     def shape(self, bucket: Bucket) -> tuple[int, int, int]:
         """(channels, height / 8, width / 8) of every sample of a bucket."""
         return (self.channels, bucket.height // 8, bucket.width // 8)
-
-
-class Columns(Mapping[str, npt.NDArray[Any]]):
-    """Index columns that `where` may name. Text columns are stored as codes and spelt out when asked for."""
-
-    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], words: Mapping[str, list[str]]) -> None:
-        self._arrays = arrays
-        self._words = words
-
-    def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        array = self._arrays[name]
-        return np.array(self._words[name], dtype=np.str_)[array] if name in self._words else array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,13 +184,18 @@ class CatalogFolder:
     folder: Path
     num_rows: int
     num_texts: int
+    dataset: str = ""
+    """Which of several data sets it is of; empty in a run with one."""
 
 
 class Catalogs:
-    """Several catalogs with positions numbered through. Catalogs are opened when first asked for; few stay open."""
+    """Several catalogs with positions numbered through. Catalogs are opened when first asked for; few stay open.
 
-    def __init__(self, dataset_root: Path) -> None:
-        self._root = dataset_root
+    Those of several data sets have each other's columns (`columns.py`), and keys that begin with `NAME/`.
+    """
+
+    def __init__(self, dataset_root: Path | Mapping[str, Path]) -> None:
+        self._roots = dataset_root if isinstance(dataset_root, Mapping) else {"": dataset_root}
         self._entries: list[CatalogFolder] = []
         self._row_base = np.zeros(1, dtype=np.int64)
         self._text_base = np.zeros(1, dtype=np.int64)
@@ -231,11 +219,25 @@ class Catalogs:
     def __getitem__(self, index: int) -> Catalog:
         with self._lock:
             if index not in self._open:
-                while len(self._open) >= _OPEN_CATALOGS:
+                while len(self._open) >= max(_OPEN_CATALOGS, len(self._roots)):
                     self._open.popitem(last=False)
-                self._open[index] = Catalog.open(self._entries[index].folder, self._root)
+                self._open[index] = self._beside_others(index)
             self._open.move_to_end(index)
             return self._open[index]
+
+    def _load(self, index: int) -> Catalog:
+        return Catalog.open(self._entries[index].folder, self._roots[self._entries[index].dataset])
+
+    def _beside_others(self, index: int) -> Catalog:
+        catalog, name = self._load(index), self._entries[index].dataset
+        if not name:
+            return catalog
+        others = [self._load(other).columns for other in range(len(self)) if other != index]
+        return replace(catalog, columns=catalog.columns.beside(others, name, catalog.num_rows))
+
+    def dataset(self, index: int) -> str:
+        """Name of the data set that a catalog is of; empty in a run with one."""
+        return self._entries[index].dataset
 
     def row_base(self, index: int) -> int:
         """Position of a catalog's first row."""
@@ -248,8 +250,10 @@ class Catalogs:
     def keys(self, rows: Ints) -> list[str]:
         """Sample keys of row positions."""
         keys = np.empty(len(rows), dtype=object)
-        for catalog, local, where in self._split(rows, self._row_base):
-            keys[where] = [key.decode() for key in catalog.keys[local]]
+        for index, local, where in self._split_by_index(rows, self._row_base):
+            name = self.dataset(index)
+            prefix = f"{name}/" if name else ""
+            keys[where] = [prefix + key.decode() for key in self[index].keys[local]]
         return list(keys)
 
     def text_tokens(self, texts: Ints) -> Ints:
@@ -301,8 +305,19 @@ class Catalogs:
             )
 
     def _split(self, positions: Ints, base: Ints) -> Iterator[tuple[Catalog, Ints, Ints]]:
+        for index, local, where in self._split_by_index(positions, base):
+            yield self[index], local, where
+
+    def _split_by_index(self, positions: Ints, base: Ints) -> Iterator[tuple[int, Ints, Ints]]:
         # Side "right" skips catalogs without rows, whose base equals the next one's.
         owner = np.searchsorted(base, positions, side="right") - 1
         for index in np.unique(owner):
             where = np.flatnonzero(owner == index)
-            yield self[int(index)], positions[where] - base[index], where
+            yield int(index), positions[where] - base[index], where
+
+    def count_by_dataset(self, rows: Ints) -> dict[str, int]:
+        """How many of row positions each data set has; those with none are left out."""
+        counts: dict[str, int] = {}
+        for index, _, where in self._split_by_index(rows, self._row_base):
+            counts[self.dataset(index)] = counts.get(self.dataset(index), 0) + len(where)
+        return counts

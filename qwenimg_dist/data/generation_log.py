@@ -49,6 +49,8 @@ class Generation:
     """The run's held-out threshold, see `held_out.py`."""
     takedown: str = ""
     """Digest of the takedown list that was followed; empty: none."""
+    dataset: str = ""
+    """Which of several data sets it is of; empty in a run with one."""
 
 
 def read_lines(file: Path) -> tuple[list[Generation], int]:

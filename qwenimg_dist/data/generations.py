@@ -5,7 +5,8 @@ appends a line to `RUN/generations.jsonl` (fsynced). All ranks `refresh`, which 
 segment. Without `follow`, one generation pins everything that is ready at the start and serves all phases and epochs.
 With it, a phase begins with what is ready, and grows by what became ready whenever its batches are used up, by a tenth
 at least, so that slow producers give a hundred generations and not one per unit; when the source is complete the epoch
-closes, and the next one covers all units again.
+closes, and the next one covers all units again. Several data sets have one generation each, all recorded before the
+first step; `follow` is refused for them.
 
 The order of samples depends on the lines alone, not on the steps they were written at: a run killed and resumed reads
 its lines and goes on. A torn last line (the process died while writing it) was never used; it is ignored and
@@ -28,9 +29,11 @@ from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.generation_log import FILE, Generation, append_line, read_lines
 from qwenimg_dist.data.held_out import HeldOutBucket, held_out_set, held_out_threshold
 from qwenimg_dist.data.ledger import Ledger
-from qwenimg_dist.data.order import Segment, Selection
+from qwenimg_dist.data.mix import Mix
+from qwenimg_dist.data.order import Segment
 from qwenimg_dist.data.phases import PlannedPhase, phase_at
 from qwenimg_dist.data.pins import UnitPins, check_pins, pin_from_json, pin_unit, ready_units, why_not_ready
+from qwenimg_dist.data.samples import Selection
 from qwenimg_dist.data.takedown import FOLDER as TAKEDOWN
 from qwenimg_dist.data.takedown import Takedown, keep_copy, read_takedown, recorded
 from qwenimg_dist.data.where import compile_where
@@ -40,6 +43,16 @@ INDEX: Final = "index"
 _VISIBLE_S: Final = 60.0
 _GROWTH: Final = 10
 """A generation that continues an epoch adds at least 1 / this of the epoch's units so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """What holds for one of several data sets alone."""
+
+    where: str | None = None
+    """Narrows the run's."""
+    caption_weights: Mapping[str, float] | None = None
+    """In the place of the run's; None: those."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,21 +70,45 @@ class LedgerConfig:
     caption_weights: Mapping[str, float] | None = None
     takedown: str | None = None
     """The list's file; read anew for each generation, see `takedown.py`."""
+    mix: Mix | None = None
+    """How several data sets mix; None: there is one."""
+    of_dataset: Mapping[str, DatasetConfig] = field(default_factory=dict)
+    """Data set -> what holds for it alone."""
+
+    def selection(self, dataset: str, held_out_below: int) -> Selection:
+        """What a run may train on of a data set."""
+        own = self.of_dataset.get(dataset, DatasetConfig())
+        wheres = [where for where in (self.where, own.where) if where]
+        joined = wheres[0] if len(wheres) == 1 else " and ".join(f"({where})" for where in wheres)
+        return Selection(
+            where=compile_where(joined) if joined else None,
+            held_out_below=held_out_below,
+            weights=tuple((compile_where(text), weight) for text, weight in sorted(self.weights.items())),
+            caption_weights=self.caption_weights if own.caption_weights is None else own.caption_weights,
+        )
 
 
 class Generations:
     """The generations of one run. Made on every rank; `verify` and `advance` are for rank 0 alone."""
 
-    def __init__(self, run: Path, dataset: Dataset, facets: RunFacets, config: LedgerConfig, *, follow: bool) -> None:
+    def __init__(
+        self,
+        run: Path,
+        dataset: Dataset | Mapping[str, Dataset],
+        facets: RunFacets,
+        config: LedgerConfig,
+        *,
+        follow: bool,
+    ) -> None:
+        """`dataset` are several by name if the config has a `mix`."""
         self.run = run
-        self.dataset = dataset
+        self.datasets = dict(sorted(dataset.items())) if isinstance(dataset, Mapping) else {"": dataset}
         self.facets = facets
         self.config = config
         self.follow = follow
         self.lines: list[Generation] = []
-        self._where = compile_where(config.where) if config.where else None
-        self._weights = tuple((compile_where(text), weight) for text, weight in sorted(config.weights.items()))
-        self._catalogs = Catalogs(dataset.root)
+        self._catalogs = Catalogs({name: one.root for name, one in self.datasets.items()})
+        self._catalog_of: list[int | None] = []  # beside `lines`
         self._ledger: Ledger | None = None
 
     @property
@@ -89,13 +126,14 @@ class Generations:
     @property
     def settled(self) -> bool:
         """No further generation will ever be needed, so `advance` need not be asked again."""
-        return bool(self.lines) and self.lines[0].phase is None
+        return len(self.lines) >= len(self.datasets) and self.lines[0].phase is None
 
     @property
     def not_yet_taken_down(self) -> str | None:
         """What to tell the user of rows that were taken down since; None where the newest generation knows them all."""
         current = read_takedown(self.config.takedown)
-        if not self.lines or self.lines[-1].takedown == current.digest:
+        newest = self.lines[-len(self.datasets) :]
+        if all(line.takedown == current.digest for line in newest):
             return None
         when = (
             "this run has one generation for good, so rows taken down since stay in it: export it and start a new run "
@@ -124,17 +162,18 @@ class Generations:
                 continue
             seen.add(line.index)
             folder = self.run / INDEX / line.index
+            dataset = self.datasets[line.dataset]
             if not self._intact(folder, line):
-                build_catalog(self.dataset, self._pins_of(line), self.facets, folder, recorded(self.run, line.takedown))
-            if Catalog.open(folder, self.dataset.root).digest != line.digest:
+                build_catalog(dataset, self._pins_of(line), self.facets, folder, recorded(self.run, line.takedown))
+            if Catalog.open(folder, dataset.root).digest != line.digest:
                 raise DataError(
                     f"{self.run / FILE} pinned units {line.first_unit}..{line.units - 1} with digest "
-                    f"{line.digest[:12]}, their files in {self.dataset.root} give another: files of the data set were "
+                    f"{line.digest[:12]}, their files in {dataset.root} give another: files of the data set were "
                     "replaced; restore them, or start a new run directory"
                 )
             pins = [pin_from_json(entry) for entry in json.loads((folder / PARTS).read_text())]
             tars = json.loads((folder / "catalog.json").read_text())["tars"]
-            check_pins(self.dataset, pins, [(facet, name, size) for facet, name, size in tars])
+            check_pins(dataset, pins, [(facet, name, size) for facet, name, size in tars])
 
     def advance(self, step: int) -> Literal["ready", "wait"]:
         """Rank 0: make sure that `ledger.batch(step)` can be given, recording further generations if needed.
@@ -144,12 +183,13 @@ class Generations:
         if self._ledger is None:
             self.refresh()
         while self._ledger is None or not self._ledger.available(step):
-            line = self._next(step)
-            if line is None:
+            lines = self._next(step)
+            if not lines:
                 return "wait"
-            if not self.lines:
-                self._try(line)
-            append_line(self.run / FILE, line)
+            if self._ledger is None:
+                self._try([*self.lines, *lines])
+            for line in lines:
+                append_line(self.run / FILE, line)
             self.refresh()
         return "ready"
 
@@ -170,88 +210,110 @@ class Generations:
             self._join(line)
 
     def held_out(self, resolution: int, limit: int) -> list[HeldOutBucket]:
-        """The validation samples of a resolution, fixed for the run."""
-        if not self.lines or self.lines[0].index is None:
-            return []
-        return held_out_set(
-            self._catalogs[0],
-            below=self.lines[0].held_out_below,
-            where=self._where,
-            resolution=resolution,
-            limit=limit,
-        )
+        """The validation samples of a resolution, fixed for the run; several data sets give as many each."""
+        found: list[HeldOutBucket] = []
+        for line, catalog in zip(self.lines[: len(self.datasets)], self._catalog_of, strict=False):
+            if catalog is not None:
+                found += held_out_set(
+                    self._catalogs,
+                    catalog,
+                    below=line.held_out_below,
+                    where=self.config.selection(line.dataset, 0).where,
+                    resolution=resolution,
+                    limit=-(-limit // len(self.datasets)),
+                    first_slot=sum(len(group.rows) for group in found),
+                )
+        return found
 
     def _join(self, line: Generation) -> None:
-        catalog = None
-        if line.index is not None:
-            folder = CatalogFolder(
-                folder=self.run / INDEX / line.index, num_rows=line.num_rows, num_texts=line.num_texts
-            )
-            catalog = self._catalogs.add(folder)
-        if self._ledger is None:
-            self._ledger = self._new_ledger(self._catalogs, line.held_out_below)
-        self._ledger.append(Segment(catalog=catalog, phase=line.phase, epoch=line.epoch, last=line.last))
+        self._catalog_of.append(self._catalogs.add(self._folder(line)) if line.index is not None else None)
         self.lines.append(line)
+        if self._ledger is not None:
+            self._ledger.append(self._segment(line, self._catalog_of[-1]))
+        elif len(self.lines) == len(self.datasets):
+            self._ledger = self._new_ledger(self._catalogs, self.lines)
+            for one, catalog in zip(self.lines, self._catalog_of, strict=True):
+                self._ledger.append(self._segment(one, catalog))
 
-    def _new_ledger(self, catalogs: Catalogs, held_out_below: int) -> Ledger:
+    def _folder(self, line: Generation) -> CatalogFolder:
+        assert line.index is not None
+        return CatalogFolder(
+            folder=self.run / INDEX / line.index,
+            num_rows=line.num_rows,
+            num_texts=line.num_texts,
+            dataset=line.dataset,
+        )
+
+    def _segment(self, line: Generation, catalog: int | None) -> Segment:
+        return Segment(catalog=catalog, phase=line.phase, epoch=line.epoch, last=line.last, dataset=line.dataset)
+
+    def _new_ledger(self, catalogs: Catalogs, firsts: Sequence[Generation]) -> Ledger:
+        """A ledger that the first generation of each data set may join."""
         return Ledger(
             phases=self.config.phases,
             seed=self.config.seed,
             caption_dropout=self.config.caption_dropout,
             catalogs=catalogs,
-            selection=Selection(
-                where=self._where,
-                held_out_below=held_out_below,
-                weights=self._weights,
-                caption_weights=self.config.caption_weights,
-            ),
+            selection={line.dataset: self.config.selection(line.dataset, line.held_out_below) for line in firsts},
+            mix=self.config.mix,
         )
 
-    def _try(self, line: Generation) -> None:
+    def _try(self, firsts: Sequence[Generation]) -> None:
         """Refuse, before anything is recorded, a `where` that names no column, and a phase without a single row
         (which would otherwise be noticed hours later, when the phase begins)."""
-        assert line.index is not None
-        catalogs = Catalogs(self.dataset.root)
-        folder = self.run / INDEX / line.index
-        catalogs.add(CatalogFolder(folder=folder, num_rows=line.num_rows, num_texts=line.num_texts))
-        ledger = self._new_ledger(catalogs, line.held_out_below)
-        if line.phase is None:
-            ledger.append(Segment(catalog=0, phase=None, epoch=0, last=True))
-            ledger.check()
+        catalogs = Catalogs({name: dataset.root for name, dataset in self.datasets.items()})
+        joining = [(line, catalogs.add(self._folder(line))) for line in firsts]
+        ledger = self._new_ledger(catalogs, firsts)
+        if self.follow:
+            for phase in self.config.phases:
+                ledger.append(Segment(catalog=0, phase=phase.index, epoch=0, last=True))
             return
-        for phase in self.config.phases:
-            ledger.append(Segment(catalog=0, phase=phase.index, epoch=0, last=True))
+        for line, catalog in joining:
+            ledger.append(self._segment(line, catalog))
+        ledger.check()
 
-    def _next(self, step: int) -> Generation | None:
-        """The generation that a step needs; None if there is nothing new to make it of."""
+    def _next(self, step: int) -> list[Generation]:
+        """The generations that a step needs; none if there is nothing new to make them of."""
         if self.settled:
             self.ledger.batch(step)  # raises, saying what is missing
-        if not self.lines and not self.follow:
-            units = ready_units(self.dataset, self.facets)
-            if not units:
-                raise DataError(why_not_ready(self.dataset, self.facets))
-            return self._make(step, phase=None, epoch=0, first_unit=0, units=units, last=True)
-        return self._next_of_phase(step, phase_at(self.config.phases, step).index)
+        if self.follow or (self.lines and self.lines[0].phase is not None):
+            line = self._next_of_phase(step, phase_at(self.config.phases, step).index)
+            return [] if line is None else [line]
+        made: list[Generation] = []
+        for name in sorted(self.datasets.keys() - {line.dataset for line in self.lines}):
+            made.append(self._whole(step, name, number=self.count + len(made)))
+        return made
+
+    def _whole(self, step: int, name: str, *, number: int) -> Generation:
+        """All that is ready of a data set, for every phase and epoch."""
+        units = ready_units(self.datasets[name], self.facets)
+        if not units:
+            problem = why_not_ready(self.datasets[name], self.facets)
+            raise DataError(f"data.mix.{name}: {problem}" if name else problem)
+        return self._make(number, step, phase=None, epoch=0, first_unit=0, units=units, last=True, name=name)
 
     def _next_of_phase(self, step: int, phase: int) -> Generation | None:
+        (dataset,) = self.datasets.values()
         # The mark is read before the units: it is written after them and taken away before new ones.
-        listed = source_complete(self.dataset)
+        listed = source_complete(dataset)
         mine = [line for line in self.lines if line.phase == phase]
         closed = not mine or mine[-1].last
         first_unit = 0 if closed else mine[-1].units
         epoch = 0 if not mine else mine[-1].epoch + closed
-        units = ready_units(self.dataset, self.facets, first=first_unit)
+        units = ready_units(dataset, self.facets, first=first_unit)
         end = first_unit + len(units)
         complete = not self.follow or (listed is not None and end >= listed)
         if listed is not None and end == 0:
-            raise DataError(why_not_ready(self.dataset, self.facets))
+            raise DataError(why_not_ready(dataset, self.facets))
         if closed and mine and complete and self._empty_epoch(step, mine):
             self.ledger.batch(step)  # raises, saying what is missing
         if not complete and len(units) < max(1, -(-first_unit // _GROWTH)):
             return None
         if not units and (closed or not mine):
             return None
-        return self._make(step, phase=phase, epoch=epoch, first_unit=first_unit, units=units, last=complete)
+        return self._make(
+            self.count, step, phase=phase, epoch=epoch, first_unit=first_unit, units=units, last=complete, name=""
+        )
 
     def _empty_epoch(self, step: int, mine: Sequence[Generation]) -> bool:
         """All epochs so far together gave the step's stream no batch: more epochs will not help."""
@@ -259,14 +321,24 @@ class Generations:
         return bool(mine) and self.ledger.batches_so_far(mine[-1].phase or 0, resolution) == 0
 
     def _make(
-        self, step: int, *, phase: int | None, epoch: int, first_unit: int, units: Sequence[UnitPins], last: bool
+        self,
+        number: int,
+        step: int,
+        *,
+        phase: int | None,
+        epoch: int,
+        first_unit: int,
+        units: Sequence[UnitPins],
+        last: bool,
+        name: str,
     ) -> Generation:
-        number = len(self.lines)
         takedown = read_takedown(self.config.takedown)
         keep_copy(self.run, takedown)
         rows_parts = {str(unit.unit): unit.rows_parts for unit in units if unit.rows_parts != 1}
         end = first_unit + len(units)
-        index, digest, folder = self._catalog_for(f"gen-{number:04d}", first_unit, end, rows_parts, units, takedown)
+        index, digest, folder = self._catalog_for(
+            f"gen-{number:04d}", name, first_unit, end, rows_parts, units, takedown
+        )
         return Generation(
             generation=number,
             phase=phase,
@@ -281,12 +353,14 @@ class Generations:
             num_rows=folder.num_rows if folder else 0,
             num_texts=folder.num_texts if folder else 0,
             digest=digest,
-            held_out_below=self._held_out_below(folder),
+            held_out_below=self._held_out_below(folder, name),
             takedown=takedown.digest,
+            dataset=name,
         )
 
     def _catalog_for(
         self,
+        index: str,
         name: str,
         first_unit: int,
         end: int,
@@ -297,26 +371,30 @@ class Generations:
         """An earlier catalog of the same pins and takedown list, or a new one."""
         if first_unit == end:
             return None, "", None
-        wanted = (first_unit, end, rows_parts, takedown.digest)
+        wanted = (name, first_unit, end, rows_parts, takedown.digest)
         for line in self.lines:
-            if (line.first_unit, line.units, line.rows_parts, line.takedown) == wanted and line.index:
-                folder = self.run / INDEX / line.index
-                return (
-                    line.index,
-                    line.digest,
-                    CatalogFolder(folder=folder, num_rows=line.num_rows, num_texts=line.num_texts),
-                )
-        built = build_catalog(self.dataset, units, self.facets, self.run / INDEX / name, takedown)
-        return name, Catalog.open(built.folder, self.dataset.root).digest, built
+            if (line.dataset, line.first_unit, line.units, line.rows_parts, line.takedown) == wanted and line.index:
+                return line.index, line.digest, self._folder(line)
+        dataset = self.datasets[name]
+        built = build_catalog(dataset, units, self.facets, self.run / INDEX / index, takedown)
+        return index, Catalog.open(built.folder, dataset.root).digest, built
 
-    def _held_out_below(self, folder: CatalogFolder | None) -> int:
-        if self.lines:
-            return self.lines[0].held_out_below
+    def _held_out_below(self, folder: CatalogFolder | None, name: str) -> int:
+        for line in self.lines:
+            if line.dataset == name:
+                return line.held_out_below
         assert folder is not None
-        key_hash = Catalog.open(folder.folder, self.dataset.root).key_hash
+        key_hash = Catalog.open(folder.folder, self.datasets[name].root).key_hash
         return held_out_threshold(key_hash, self.config.held_out, self.config.max_held_out)
 
     def _check_line(self, line: Generation) -> None:
+        if line.dataset not in self.datasets:
+            there = ", ".join(sorted({other.dataset for other in read_lines(self.run / FILE)[0]} - {""}))
+            here = ", ".join(name for name in self.datasets if name)
+            raise DataError(
+                f"{self.run / FILE}: this run trains on {there or 'one data set'}, the config names "
+                f"{here or 'one data set'}: give the same data.mix, or a new run.path"
+            )
         wanted = _facets_json(self.facets)
         if line.facets != wanted:
             raise DataError(
@@ -327,18 +405,18 @@ class Generations:
     def _intact(self, folder: Path, line: Generation) -> bool:
         """Whether a catalog folder can be opened and is the one that was recorded."""
         try:
-            catalog = Catalog.open(folder, self.dataset.root)
+            catalog = Catalog.open(folder, self.datasets[line.dataset].root)
         except DataError:
             return False
         return (folder / PARTS).is_file() and catalog.digest == line.digest
 
     def _pins_of(self, line: Generation) -> list[UnitPins]:
-        pinned = []
+        dataset, pinned = self.datasets[line.dataset], []
         for unit in range(line.first_unit, line.units):
-            pins = pin_unit(self.dataset, unit, line.rows_parts.get(str(unit), 1), self.facets)
+            pins = pin_unit(dataset, unit, line.rows_parts.get(str(unit), 1), self.facets)
             if pins is None:
                 raise DataError(
-                    f"{self.dataset.root}: unit {unit} is no longer as generation {line.generation} pinned it: restore "
+                    f"{dataset.root}: unit {unit} is no longer as generation {line.generation} pinned it: restore "
                     "the data set, or start a new run directory"
                 )
             pinned.append(pins)

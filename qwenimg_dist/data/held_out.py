@@ -6,6 +6,7 @@ validation uses the rows below it in that generation's catalog, fixed for the ru
 How `max_held_out` is settled: the threshold is data.held_out of the hash space, lowered so that at most
 `max_held_out` rows of the first generation fall below it, and then stays for the run. More data can therefore only
 lower the threshold of a later run: what one run validates on, no earlier run on less of the same data has trained on.
+Each of several data sets has a threshold of its own, so each is validated on.
 With `follow`, later units also hold out their share (the first generation is small), but are not validated on.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qwenimg_dist.data.catalog import Catalog, Ints
+from qwenimg_dist.data.catalog import Catalogs, Ints
 from qwenimg_dist.data.where import Where
 from qwenimg_dist.schema import Bucket
 
@@ -28,11 +29,13 @@ class HeldOutBucket:
     resolution: int
     bucket: Bucket
     rows: Ints
-    """(n,) row positions in the first catalog, which are also positions in `Catalogs`."""
+    """(n,) row positions in `Catalogs`."""
     texts: Ints
     """(n,) text positions: always the first caption, never dropped."""
     slots: Ints
     """(n,) number of the sample in the held-out set; seeds its noise."""
+    dataset: str = ""
+    """Which of several data sets it is of; empty in a run with one."""
 
 
 def held_out_threshold(key_hash: npt.NDArray[np.uint64], share: float, maximum: int) -> int:
@@ -43,29 +46,34 @@ def held_out_threshold(key_hash: npt.NDArray[np.uint64], share: float, maximum: 
 
 
 def held_out_set(
-    catalog: Catalog, *, below: int, where: Where | None, resolution: int, limit: int
+    catalogs: Catalogs, index: int, *, below: int, where: Where | None, resolution: int, limit: int, first_slot: int = 0
 ) -> list[HeldOutBucket]:
-    """The first `limit` held-out rows (by hash) with latents at this resolution, by bucket. Empty if there are none."""
+    """The first `limit` held-out rows (by hash) of a catalog with latents at this resolution, by bucket.
+
+    Slots are numbered from `first_slot`. Empty if there are no such rows.
+    """
+    catalog = catalogs[index]
     latents = catalog.latents[resolution]
     mask = (catalog.key_hash < np.uint64(below)) & (latents.bucket >= 0)
     if where is not None:
         mask = mask & where.mask(catalog.columns, catalog.num_rows)
     rows = np.flatnonzero(mask)
     rows = rows[np.argsort(catalog.key_hash[rows], kind="stable")][:limit]
-    slots = np.arange(len(rows))
+    slots = first_slot + np.arange(len(rows))
     texts = catalog.caption_text[catalog.caption_start[rows]].astype(np.int64)
     tokens = catalog.text_tokens[texts]
     found = []
-    for index in np.unique(latents.bucket[rows]):
-        mine = np.flatnonzero(latents.bucket[rows] == index)
+    for bucket in np.unique(latents.bucket[rows]):
+        mine = np.flatnonzero(latents.bucket[rows] == bucket)
         mine = mine[np.argsort(tokens[mine], kind="stable")]
         found.append(
             HeldOutBucket(
                 resolution=resolution,
-                bucket=latents.buckets[index],
-                rows=rows[mine],
-                texts=texts[mine],
+                bucket=latents.buckets[bucket],
+                rows=rows[mine] + catalogs.row_base(index),
+                texts=texts[mine] + catalogs.text_base(index),
                 slots=slots[mine],
+                dataset=catalogs.dataset(index),
             )
         )
     return found

@@ -15,6 +15,9 @@ on any number of them, and any step can be asked for first, which is all that a 
    `data.weights` say (`weights.py`), each time with draws of its own.
 6. The batches of all buckets are shuffled into one order: within windows, so that windows are still read in turn.
 
+Several data sets (`mix.py`) become one stream: how often rows of each come per epoch follows from their shares, and in
+step 4 each is spread evenly over the other ones of its bucket, so that all share buckets, windows and batches.
+
 While producers run (`follow`), an epoch grows by segments: what does not fill a batch is carried into the next
 segment of the epoch and filled only when the epoch closes.
 
@@ -24,16 +27,18 @@ Refused: a stream without a single row (`DataError`), because a phase that train
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from qwenimg_dist.data.catalog import Catalogs
 from qwenimg_dist.data.facets import DataError
-from qwenimg_dist.data.order import BLOCK_UNITS, WINDOW, Segment, Selection, Stream
+from qwenimg_dist.data.mix import Mix
+from qwenimg_dist.data.order import BLOCK_UNITS, WINDOW, Segment, Stream
 from qwenimg_dist.data.phases import PlannedPhase, phase_at, quota
+from qwenimg_dist.data.samples import Selection
 from qwenimg_dist.schema import Bucket
 
 
@@ -52,6 +57,11 @@ class GlobalBatch:
     """(B,) text positions in `Catalogs`; the empty prompt's where the caption was dropped."""
     weights: npt.NDArray[np.float32]
     """(B,) 1 = real, 0 = fill."""
+    num_by_dataset: Mapping[str, int] = field(default_factory=dict)
+    """Real samples of each of several data sets; empty with one."""
+    epochs_by_dataset: Mapping[str, float] = field(default_factory=dict)
+    """How many epochs of its own each of several data sets has given to this phase and resolution by the end of this
+    batch; empty with one."""
 
     @property
     def num_real(self) -> int:
@@ -69,12 +79,15 @@ class Ledger:
         seed: int,
         caption_dropout: float,
         catalogs: Catalogs,
-        selection: Selection,
+        selection: Selection | Mapping[str, Selection],
+        mix: Mix | None = None,
         window: int = WINDOW,
         block_units: int = BLOCK_UNITS,
     ) -> None:
+        """`selection` is one per data set, by name, where there are several, which then need a `mix`."""
         self.phases = tuple(phases)
         self.catalogs = catalogs
+        selections = selection if isinstance(selection, Mapping) else {"": selection}
         self._streams = {
             (phase.index, resolution): Stream(
                 phase=phase,
@@ -82,7 +95,8 @@ class Ledger:
                 seed=seed,
                 caption_dropout=caption_dropout,
                 catalogs=catalogs,
-                selection=selection,
+                selections=selections,
+                mix=mix,
                 window=window,
                 block_units=block_units,
             )
@@ -125,6 +139,7 @@ class Ledger:
             fill = int(order.num_fill[index])
             weights = np.ones(order.rows.shape[1], dtype=np.float32)
             weights[:fill] = 0.0
+            epochs = stream.epochs_by_dataset(at)
             return GlobalBatch(
                 step=step,
                 phase=stream.phase.index,
@@ -134,7 +149,12 @@ class Ledger:
                 rows=order.rows[index],
                 texts=order.texts[index],
                 weights=weights,
+                num_by_dataset=self._num_by_dataset(order.rows[index][fill:]) if epochs else {},
+                epochs_by_dataset=epochs,
             )
+
+    def _num_by_dataset(self, rows: npt.NDArray[np.int64]) -> dict[str, int]:
+        return dict(sorted(self.catalogs.count_by_dataset(rows).items()))
 
     def check(self) -> None:
         """Raise `DataError` for the first stream that has steps but no rows."""

@@ -14,21 +14,13 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from qwenimg_dist.data.catalog import Catalog, Catalogs, Ints
-from qwenimg_dist.data.draws import draw_key, hashes, uniform
+from qwenimg_dist.data.catalog import Catalogs, Ints
+from qwenimg_dist.data.draws import draw_key, uniform
+from qwenimg_dist.data.epochs import EpochEnds
+from qwenimg_dist.data.mix import Mix, interleave
 from qwenimg_dist.data.phases import PlannedPhase
-from qwenimg_dist.data.weights import (
-    COPY_BITS,
-    EpochCounts,
-    choose_captions,
-    offsets,
-    repeat,
-    row_weights,
-    times_in_epoch,
-)
-from qwenimg_dist.data.where import Where, compile_where
+from qwenimg_dist.data.samples import Sampler, Samples, Selection
 from qwenimg_dist.schema import Bucket
 
 WINDOW: Final = 65536
@@ -49,45 +41,8 @@ class Segment:
     epoch: int
     last: bool
     """Closes its epoch: what does not fill a batch is filled, not carried."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """What a run may train on at all."""
-
-    where: Where | None
-    held_out_below: int
-    """Rows whose key hash is smaller are never trained on."""
-    weights: tuple[tuple[Where, float], ...] = ()
-    """How often rows come per epoch, see `weights.py`; none: every row once."""
-    caption_weights: Mapping[str, float] | None = None
-    """Weight of each kind of caption; None: every caption of a row alike."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Samples:
-    """Parallel arrays: row position, text position, text tokens, number that draws are keyed by."""
-
-    rows: Ints
-    texts: Ints
-    tokens: Ints
-    numbers: Ints
-
-    def take(self, index: npt.NDArray[np.intp] | slice) -> Samples:
-        return Samples(
-            rows=self.rows[index], texts=self.texts[index], tokens=self.tokens[index], numbers=self.numbers[index]
-        )
-
-    def then(self, other: Samples) -> Samples:
-        return Samples(
-            rows=np.concatenate([self.rows, other.rows]),
-            texts=np.concatenate([self.texts, other.texts]),
-            tokens=np.concatenate([self.tokens, other.tokens]),
-            numbers=np.concatenate([self.numbers, other.numbers]),
-        )
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    dataset: str = ""
+    """Which of several data sets it is of; each of them joins once, and serves every phase and epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,49 +76,112 @@ class Stream:
         seed: int,
         caption_dropout: float,
         catalogs: Catalogs,
-        selection: Selection,
+        selections: Mapping[str, Selection],
+        mix: Mix | None,
         window: int,
         block_units: int,
     ) -> None:
+        """One selection per data set, by name; with `mix` there are several."""
         self.phase = phase
         self.resolution = resolution
         self._seed = seed
-        self._dropout = caption_dropout
-        self._catalogs = catalogs
-        self._selection = selection
         self._window = max(1, window // phase.global_batch) * phase.global_batch
-        self._block_units = block_units
-        self._wheres = [w for w in (selection.where, compile_where(phase.where) if phase.where else None) if w]
+        self._samplers = {
+            name: Sampler(
+                name=name,
+                phase=phase,
+                resolution=resolution,
+                seed=seed,
+                caption_dropout=caption_dropout,
+                catalogs=catalogs,
+                selection=selection,
+                block_units=block_units,
+            )
+            for name, selection in selections.items()
+        }
+        self._mix = mix.with_changes(phase.mix) if mix else None
+        self._lacking: list[str] = []  # data sets with a share and no sample
         self._segments: list[Segment] = []
         self._ends: list[int] = []  # batches up to the end of each segment
         self._left: list[dict[Bucket, int]] = []  # samples carried out of each segment
         self._orders: OrderedDict[tuple[int, int], Order] = OrderedDict()
         self._carried: dict[int, dict[Bucket, Samples]] = {}
-        self._epoch_counts: dict[int, EpochCounts] = {}
-        self._epoch_ends: list[int] = []  # of one repeating segment with weights: batches up to the end of each epoch
+        self._epoch_ends: EpochEnds | None = None
 
     def append(self, segment: Segment) -> None:
         """Further rows join; only counts are computed here."""
+        if self._mix is not None:
+            self._append_to_mix(segment, self._mix)
+            return
         counts = dict(self._carry_counts(len(self._segments), segment.epoch))
-        if segment.catalog is not None:
-            for bucket, num in self._counts(segment.catalog, segment.epoch).items():
-                counts[bucket] = counts.get(bucket, 0) + num
+        for bucket, num in self._counts(segment).items():
+            counts[bucket] = counts.get(bucket, 0) + num
         size = self.phase.global_batch
         batches = sum(-(-num // size) if segment.last else num // size for num in counts.values())
         self._segments.append(segment)
         self._ends.append((self._ends[-1] if self._ends else 0) + batches)
         self._left.append({} if segment.last else {bucket: num % size for bucket, num in counts.items() if num % size})
 
+    def _append_to_mix(self, segment: Segment, mix: Mix) -> None:
+        """A data set joins. How often its rows come is known when all of them are there."""
+        assert segment.phase is None
+        assert segment.last
+        self._segments.append(segment)
+        if not self._complete:
+            return
+        totals = {name: sampler.total(catalog) for name, sampler, catalog in self._joined}
+        self._lacking = mix.lacking(totals)
+        for name, times in mix.times_per_epoch(totals).items():
+            self._samplers[name].times = times
+        if not self._lacking:
+            self._ends.append(sum(-(-num // self.phase.global_batch) for num in self._mixed_counts(0).values()))
+
+    @property
+    def _complete(self) -> bool:
+        """Every data set has joined."""
+        return len(self._segments) >= len(self._samplers)
+
+    @property
+    def _joined(self) -> list[tuple[str, Sampler, int]]:
+        """Data sets that have joined a mix, with their samplers and catalogs; by name."""
+        return [
+            (segment.dataset, self._samplers[segment.dataset], segment.catalog)
+            for segment in sorted(self._segments, key=lambda segment: segment.dataset)
+            if segment.catalog is not None
+        ]
+
+    def _mixed_counts(self, epoch: int) -> dict[Bucket, int]:
+        counts: dict[Bucket, int] = {}
+        for _, sampler, catalog in self._joined:
+            for bucket, num in sampler.counts(catalog, epoch).items():
+                counts[bucket] = counts.get(bucket, 0) + num
+        return counts
+
+    def _counts(self, segment: Segment) -> dict[Bucket, int]:
+        """Samples per bucket that a segment brings to its epoch."""
+        if segment.catalog is None:
+            return {}
+        return self._samplers[segment.dataset].counts(segment.catalog, segment.epoch)
+
+    @property
+    def repeats(self) -> bool:
+        """What has joined serves all epochs (a run without `follow`)."""
+        return bool(self._segments) and self._segments[0].phase is None
+
+    @property
+    def epochs_are_alike(self) -> bool:
+        """Every epoch has as many samples of every bucket."""
+        return self.repeats and not any(sampler.weighed for sampler in self._samplers.values())
+
     def locate(self, position: int) -> At | None:
         """Segment, epoch and index of the `position`-th batch; None where the stream does not reach it yet."""
-        if self._segments and self._segments[0].phase is None:
-            if self._selection.weights:
-                return self._locate_in_epochs(position)
-            # One segment that repeats: every epoch has the same number of batches.
+        if self.epochs_are_alike and self._mix is None:
             per_epoch = self._ends[0]
             if per_epoch == 0:
                 return None
             return At(segment=0, epoch=position // per_epoch, index=position % per_epoch)
+        if self.repeats:
+            return self._locate_in_epochs(position)
         segment = bisect_right(self._ends, position)
         if segment == len(self._ends):
             return None
@@ -171,18 +189,23 @@ class Stream:
         return At(segment=segment, epoch=self._segments[segment].epoch, index=position - start)
 
     def _locate_in_epochs(self, position: int) -> At | None:
-        """With weights, epochs differ in length."""
-        catalog = self._segments[0].catalog
-        if catalog is None or not self._counter(catalog):
+        """With weights or several data sets, epochs differ in length."""
+        if not self._complete or self._lacking:
             return None
-        size = self.phase.global_batch
-        while not self._epoch_ends or self._epoch_ends[-1] <= position:
-            counts = self._counts(catalog, len(self._epoch_ends))
-            batches = sum(-(-num // size) for num in counts.values())
-            self._epoch_ends.append((self._epoch_ends[-1] if self._epoch_ends else 0) + batches)
-        epoch = bisect_right(self._epoch_ends, position)
-        start = self._epoch_ends[epoch - 1] if epoch else 0
+        if self._epoch_ends is None:
+            giving = [(sampler, catalog) for _, sampler, catalog in self._joined if sampler.counter(catalog)]
+            if not giving:
+                return None
+            self._epoch_ends = EpochEnds(giving, self.phase.global_batch)
+        epoch, start = self._epoch_ends.find(position)
         return At(segment=0, epoch=epoch, index=position - start)
+
+    def epochs_by_dataset(self, at: At) -> dict[str, float]:
+        """Data set -> how many epochs of its own its samples amount to when a batch is done; empty without a mix."""
+        if self._mix is None:
+            return {}
+        passed = at.epoch + (at.index + 1) / len(self.order(at.segment, at.epoch).num_fill)
+        return {name: float(sampler.times or 0) * passed for name, sampler, _ in self._joined}
 
     def order(self, segment: int, epoch: int) -> Order:
         """All batches of a segment in an epoch; the newest few are kept."""
@@ -203,60 +226,33 @@ class Stream:
     def why_exhausted(self) -> str:
         """What to tell the user when a batch is asked for that there is none of."""
         name = f"phase {self.phase.index} at {self.resolution} px"
-        kept, encoded, selected = self._totals()
         if self._ends and self._ends[-1]:
             return f"{name}: the {self._ends[-1]} batches that are ready are used up"
+        if self._lacking:
+            there = "; ".join(self._what_is_there(dataset) for dataset in self._lacking)
+            changes = ", ".join(f"{dataset}: 0" for dataset in self._lacking)
+            return (
+                f"{name} has nothing to train on of data.mix.{', data.mix.'.join(self._lacking)}, so the shares cannot "
+                f"be kept: {there}; produce more, leave it out of this phase (its `mix: {{{changes}}}`), or give all "
+                "data sets `repeats` instead of `weight`"
+            )
+        there = "; ".join(map(self._what_is_there, self._samplers))
         return (
-            f"{name} has nothing to train on: {kept} rows were kept, {encoded} of them have latents at "
-            f"{self.resolution} px, {selected} of these pass "
-            f"where={' and '.join(w.expression for w in self._wheres) or 'none'!r} and are not held out"
-            f"{', and have a weight above 0' if self._selection.weights else ''}; "
-            "produce more, or change the curriculum's resolutions, `where`, data.weights or data.held_out"
+            f"{name} has nothing to train on: {there}; produce more, or change the curriculum's resolutions, `where`, "
+            "data.weights or data.held_out"
         )
 
-    def _totals(self) -> tuple[int, int, int]:
-        kept = encoded = selected = 0
-        for index in {segment.catalog for segment in self._segments} - {None}:
-            assert index is not None
-            catalog = self._catalogs[index]
-            kept += catalog.num_rows
-            encoded += int(np.count_nonzero(catalog.latents[self.resolution].bucket >= 0))
-            local = self._selected(catalog)
-            if self._selection.weights:
-                local = local[row_weights(catalog, local, self._selection.weights) > 0]
-            selected += len(local)
-        return kept, encoded, selected
-
-    def _selected(self, catalog: Catalog) -> Ints:
-        """Local positions of the rows this stream trains on, ascending."""
-        mask = catalog.latents[self.resolution].bucket >= 0
-        mask = mask & (catalog.key_hash >= np.uint64(self._selection.held_out_below))
-        for where in self._wheres:
-            mask = mask & where.mask(catalog.columns, catalog.num_rows)
-        return np.flatnonzero(mask)
-
-    def _counts(self, catalog_index: int, epoch: int) -> dict[Bucket, int]:
-        """Samples per bucket."""
-        catalog = self._catalogs[catalog_index]
-        latents = catalog.latents[self.resolution]
-        if self._selection.weights:
-            return {latents.buckets[bucket]: num for bucket, num in self._counter(catalog_index).at(epoch).items()}
-        counts = np.bincount(latents.bucket[self._selected(catalog)], minlength=len(latents.buckets))
-        return {bucket: int(num) for bucket, num in zip(latents.buckets, counts, strict=True) if num}
-
-    def _counter(self, catalog_index: int) -> EpochCounts:
-        if catalog_index not in self._epoch_counts:
-            catalog = self._catalogs[catalog_index]
-            local = self._selected(catalog)
-            self._epoch_counts[catalog_index] = EpochCounts(
-                catalog.latents[self.resolution].bucket[local], *self._weighed(catalog, local)
-            )
-        return self._epoch_counts[catalog_index]
-
-    def _weighed(self, catalog: Catalog, local: Ints) -> tuple[Ints, Ints]:
-        """Weights and offsets of rows."""
-        key = draw_key(self._seed, "weights", self.phase.index, self.resolution)
-        return row_weights(catalog, local, self._selection.weights), offsets(key, catalog.rows[local])
+    def _what_is_there(self, dataset: str) -> str:
+        """How many rows of a data set are left after each condition."""
+        sampler = self._samplers[dataset]
+        catalogs = {s.catalog for s in self._segments if s.dataset == dataset and s.catalog is not None}
+        kept, encoded, selected = sampler.totals(sorted(catalogs))
+        return (
+            f"{f'{dataset}: ' if dataset else ''}{kept} rows were kept, {encoded} of them have latents at "
+            f"{self.resolution} px, {selected} of these pass "
+            f"where={' and '.join(w.expression for w in sampler.wheres) or 'none'!r} and are not held out"
+            f"{', and have a weight above 0' if sampler.weighed else ''}"
+        )
 
     def _carry_counts(self, segment: int, epoch: int) -> dict[Bucket, int]:
         """Samples per bucket that the segment before leaves to this one."""
@@ -278,12 +274,14 @@ class Stream:
 
     def _sequences(self, segment: int, epoch: int) -> dict[Bucket, Samples]:
         """Per bucket, the shuffled samples to be cut into batches; remembers what is carried on."""
+        if self._mix is not None:
+            return self._mixed_sequences(epoch)
         sequences = dict(self._carry(segment, epoch))
-        catalog = self._segments[segment].catalog
-        if catalog is not None:
-            for bucket, samples in self._shuffled(catalog, epoch).items():
-                sequences[bucket] = sequences[bucket].then(samples) if bucket in sequences else samples
-        if self._segments[segment].last:
+        at = self._segments[segment]
+        if at.catalog is not None:
+            for bucket, samples in self._samplers[at.dataset].shuffled(at.catalog, epoch).items():
+                sequences[bucket] = Samples.joined([sequences[bucket], samples]) if bucket in sequences else samples
+        if at.last:
             return sequences
         size = self.phase.global_batch
         carried = {}
@@ -294,57 +292,25 @@ class Stream:
         self._carried[segment] = {bucket: samples for bucket, samples in carried.items() if len(samples)}
         return sequences
 
-    def _key(self, purpose: str, epoch: int) -> int:
-        return draw_key(self._seed, purpose, self.phase.index, self.resolution, epoch)
-
-    def _shuffled(self, catalog_index: int, epoch: int) -> dict[Bucket, Samples]:
-        """Rows of a catalog per bucket, blocks of units in random order and rows shuffled within a block."""
-        catalog = self._catalogs[catalog_index]
-        latents = catalog.latents[self.resolution]
-        local = self._selected(catalog)
-        numbers = catalog.rows[local].astype(np.int64)
-        if self._selection.weights:
-            local, copy = repeat(local, times_in_epoch(*self._weighed(catalog, local), epoch))
-            numbers = catalog.rows[local] + (copy << COPY_BITS)
-        units, unit_of_row = np.unique(catalog.units[local], return_inverse=True)
-        rank = np.empty(len(units), dtype=np.int64)
-        rank[np.argsort(hashes(self._key("units", epoch), units), kind="stable")] = np.arange(len(units))
-        block = rank[unit_of_row] // self._block_units
-        shuffle = hashes(self._key("rows", epoch), numbers)
-        bucket = latents.bucket[local]
-        order = np.lexsort((shuffle, block, bucket))
-        samples = self._draw_texts(catalog, catalog_index, local[order], numbers[order], epoch)
-        ends = np.cumsum(np.bincount(bucket, minlength=len(latents.buckets)))
-        starts = ends - np.diff(ends, prepend=0)
+    def _mixed_sequences(self, epoch: int) -> dict[Bucket, Samples]:
+        """Those of all data sets, each spread evenly over the epoch."""
+        parts: dict[Bucket, list[Samples]] = {}
+        for _, sampler, catalog in self._joined:
+            for bucket, samples in sampler.shuffled(catalog, epoch).items():
+                parts.setdefault(bucket, []).append(samples)
         return {
-            name: samples.take(slice(int(start), int(end)))
-            for name, start, end in zip(latents.buckets, starts, ends, strict=True)
-            if end > start
+            bucket: Samples.joined(of_bucket).take(interleave([len(samples) for samples in of_bucket]))
+            for bucket, of_bucket in parts.items()
         }
 
-    def _draw_texts(self, catalog: Catalog, catalog_index: int, local: Ints, numbers: Ints, epoch: int) -> Samples:
-        """One caption of each row, or the empty prompt. Drawn per listing number, so that nothing else matters."""
-        start = catalog.caption_start[local]
-        draws = uniform(self._key("caption", epoch), numbers)
-        if self._selection.caption_weights is None:
-            choice = (draws * (catalog.caption_start[local + 1] - start)).astype(np.int64)
-        else:
-            choice = choose_captions(catalog, local, draws, self._selection.caption_weights)
-        texts = catalog.caption_text[start + choice].astype(np.int64)
-        dropped = uniform(self._key("dropout", epoch), numbers) < self._dropout
-        texts = np.where(dropped, catalog.empty_text, texts)
-        return Samples(
-            rows=local + self._catalogs.row_base(catalog_index),
-            texts=texts + self._catalogs.text_base(catalog_index),
-            tokens=catalog.text_tokens[texts].astype(np.int64),
-            numbers=numbers,
-        )
+    def _key(self, purpose: str, epoch: int) -> int:
+        return draw_key(self._seed, purpose, self.phase.index, self.resolution, epoch)
 
     def _make_order(self, segment: int, epoch: int) -> Order:
         size = self.phase.global_batch
         sequences = {bucket: samples for bucket, samples in self._sequences(segment, epoch).items() if len(samples)}
         buckets = sorted(sequences)
-        cut = [self._cut(sequences[bucket], epoch) for bucket in buckets]
+        cut = [self._cut(sequences[bucket]) for bucket in buckets]
         num = np.array([len(fill) for _, _, fill in cut], dtype=np.int64)
         bucket = np.repeat(np.arange(len(buckets)), num)
         if not buckets:
@@ -367,12 +333,11 @@ class Stream:
             bucket=bucket[order],
         )
 
-    def _cut(self, samples: Samples, epoch: int) -> tuple[Ints, Ints, Ints]:
+    def _cut(self, samples: Samples) -> tuple[Ints, Ints, Ints]:
         """Sort windows by text length and cut batches: rows and texts (batches, B), fill slots (batches,)."""
         size = self.phase.global_batch
-        tie = hashes(self._key("ties", epoch), samples.numbers)
         window = np.arange(len(samples)) // self._window
-        by_length = samples.take(np.lexsort((tie, samples.tokens, window)))
+        by_length = samples.take(np.lexsort((samples.ties, samples.tokens, window)))
         fill = np.zeros(-(-len(samples) // size), dtype=np.int64)
         short = -len(samples) % size
         if short:

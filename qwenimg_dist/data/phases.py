@@ -24,6 +24,8 @@ class PlannedPhase:
     micro_batch_tokens: int
     lr_scale: float
     where: str | None
+    mix: Mapping[str, float] | None = None
+    """Data set -> its weight or repeats in this phase, where it differs from `data.mix`."""
 
 
 def phase_at(phases: Sequence[PlannedPhase], step: int) -> PlannedPhase:

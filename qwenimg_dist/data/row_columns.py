@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from qwenimg_dist.data.catalog import Columns, Ints
+from qwenimg_dist.data.catalog import Ints
 from qwenimg_dist.data.catalog_build import coded, index_columns
+from qwenimg_dist.data.columns import Columns
 from qwenimg_dist.data.facets import Dataset, Part
 from qwenimg_dist.data.part_tables import match_rows, newest, to_array
 from qwenimg_dist.data.pins import parallel

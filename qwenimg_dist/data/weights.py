@@ -4,13 +4,14 @@ Place in the flow: `order.py` asks here while it builds an epoch; nothing is ask
 that such a run's order is what it always was. A row of weight w has an offset of its own, drawn once from (seed, phase,
 resolution, row), and comes floor((e + 1) w + offset) - floor(e w + offset) times in epoch e: 3 is three times in every
 epoch, 0.5 every other epoch (half of the rows in each), 0 never, 1 once; over n epochs always n w times, to within one.
-Integers throughout, so that every machine counts alike. The batches of an epoch follow from sorted offsets in
-O(log rows), so a resume that passes many epochs costs no pass over the rows.
+Integers throughout, so that every machine counts alike. The samples of an epoch follow from sorted offsets in
+O(log rows), of many epochs at once, so a resume that passes many epochs costs no pass over the rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, Final
 
 import numpy as np
@@ -25,6 +26,8 @@ _BITS: Final = 24
 _ONE: Final = 1 << _BITS
 _BUCKET_SHIFT: Final = 40
 MAX_WEIGHT: Final = 1000.0
+MAX_TIMES: Final = 50_000
+"""Of a row per epoch of a mix; the weights in units of 2^-24 must stay below 2^40."""
 COPY_BITS: Final = 44
 """The n-th time of a row in an epoch has draws of its own, keyed by row + (n << 44)."""
 
@@ -43,6 +46,23 @@ def row_weights(catalog: Catalog, local: Ints, rules: Rules) -> Ints:
         key = catalog.keys[local[int(weights.argmax())]].decode()
         raise DataError(f"data.weights give row {key} the product {weights.max():g}, more than {MAX_WEIGHT:g}")
     return np.rint(weights * _ONE).astype(np.int64)
+
+
+def scaled(weights: Ints, times: Fraction, dataset: str) -> Ints:
+    """(n,) weights in units of 2^-24, times a factor. Raises `DataError` if a row would come too often, or never."""
+    unique, inverse = np.unique(weights, return_inverse=True)
+    products = [round(int(weight) * times) for weight in unique]
+    if products and products[-1] > MAX_TIMES * _ONE:
+        raise DataError(
+            f"data.mix.{dataset}: a row of it would come {products[-1] / _ONE:,.0f} times per epoch, more than "
+            f"{MAX_TIMES}: give this data set a smaller share, or more rows"
+        )
+    if times and any(weight and not product for weight, product in zip(unique, products, strict=True)):
+        raise DataError(
+            f"data.mix.{dataset}: a row of it would come less than once in {_ONE} epochs: give this data set a larger "
+            "share, or 0 to leave it out"
+        )
+    return np.array(products, dtype=np.int64)[inverse]
 
 
 def offsets(key: int, rows: Ints) -> Ints:
@@ -74,19 +94,25 @@ class EpochCounts:
         return bool(self._groups)
 
     def at(self, epoch: int) -> dict[int, int]:
-        """Bucket -> samples."""
-        counts: dict[int, int] = {}
-        for bucket, weight, num, sorted_offsets in self._groups:
-            before, after = (_floors(edge * weight, num, sorted_offsets) for edge in (epoch, epoch + 1))
-            counts[bucket] = counts.get(bucket, 0) + after - before
-        return {bucket: num for bucket, num in counts.items() if num}
+        """Bucket -> samples of an epoch, where there are any."""
+        return {bucket: int(num[0]) for bucket, num in self.of(epoch, 1).items() if num[0]}
+
+    def of(self, first: int, num: int) -> dict[int, Ints]:
+        """Bucket -> (num,) samples of each of the epochs first, first + 1, ..."""
+        edges = np.arange(first, first + num + 1, dtype=np.int64)
+        counts: dict[int, Ints] = {}
+        for bucket, weight, rows, sorted_offsets in self._groups:
+            floors = np.diff(_floors(edges * weight, rows, sorted_offsets))
+            counts[bucket] = counts[bucket] + floors if bucket in counts else floors
+        return counts
 
 
-def _floors(position: int, num: int, sorted_offsets: npt.NDArray[np.uint32]) -> int:
-    """Sum over the rows of floor(position + offset)."""
-    whole, rest = divmod(position, _ONE)
-    over = len(sorted_offsets) - int(np.searchsorted(sorted_offsets, _ONE - rest)) if rest else 0
-    return whole * num + over
+def _floors(positions: Ints, num: int, sorted_offsets: npt.NDArray[np.uint32]) -> Ints:
+    """Per position, the sum over the rows of floor(position + offset)."""
+    whole, rest = np.divmod(positions, _ONE)
+    over = len(sorted_offsets) - np.searchsorted(sorted_offsets, (_ONE - rest).astype(np.uint32))
+    counted: Ints = whole * num + np.where(rest > 0, over, 0)
+    return counted
 
 
 def repeat(local: Ints, times: Ints) -> tuple[Ints, Ints]:

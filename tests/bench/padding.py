@@ -31,7 +31,8 @@ from qwenimg_dist.data.buckets import buckets
 from qwenimg_dist.data.catalog import CATALOG_VERSION, HEAD, CatalogFolder, Catalogs
 from qwenimg_dist.data.draws import hash_keys, uniform
 from qwenimg_dist.data.ledger import GlobalBatch, Ledger
-from qwenimg_dist.data.order import Segment, Selection
+from qwenimg_dist.data.order import Segment
+from qwenimg_dist.data.samples import Selection
 
 WIDTH: Final = 3072
 LAYERS: Final = 60

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwenimg_dist.data.catalog import Catalog, CatalogFolder, Catalogs, Columns, LatentsIndex
+from qwenimg_dist.data.catalog import Catalog, CatalogFolder, Catalogs, LatentsIndex
+from qwenimg_dist.data.columns import Columns
 from qwenimg_dist.data.draws import hash_keys
 from qwenimg_dist.schema import Bucket, row_key
 
@@ -17,15 +18,22 @@ BUCKETS = (Bucket(height=16, width=32), Bucket(height=32, width=16), Bucket(heig
 
 
 class MemoryCatalogs(Catalogs):
-    """`Catalogs` whose catalogs were never written."""
+    """`Catalogs` whose catalogs were never written; `names` make each one a data set of its own."""
 
-    def __init__(self, catalogs: Sequence[Catalog]) -> None:
-        super().__init__(Path("nowhere"))
+    def __init__(self, catalogs: Sequence[Catalog], names: Sequence[str] | None = None) -> None:
+        super().__init__({name: Path("nowhere") for name in names or [""]})
         self._memory = list(catalogs)
         for index, catalog in enumerate(catalogs):
-            self.add(CatalogFolder(folder=Path(str(index)), num_rows=catalog.num_rows, num_texts=catalog.num_texts))
+            self.add(
+                CatalogFolder(
+                    folder=Path(str(index)),
+                    num_rows=catalog.num_rows,
+                    num_texts=catalog.num_texts,
+                    dataset=names[index] if names else "",
+                )
+            )
 
-    def __getitem__(self, index: int) -> Catalog:
+    def _load(self, index: int) -> Catalog:
         return self._memory[index]
 
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.ledger import GlobalBatch, Ledger
-from qwenimg_dist.data.order import Segment, Selection
+from qwenimg_dist.data.order import Segment
 from qwenimg_dist.data.phases import PlannedPhase, quota
+from qwenimg_dist.data.samples import Selection
 from qwenimg_dist.data.where import compile_where
 
 FAST = settings(max_examples=60, deadline=None)
@@ -284,3 +285,33 @@ def test_the_order_itself_is_pinned() -> None:
         f"{b.bucket} {b.rows.tolist()} {b.texts.tolist()} {b.weights.tolist()}" for b in map(ledger.batch, range(40))
     )
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "2e6e55fb18e07d45"
+
+
+def digest_of(batches: Sequence[GlobalBatch]) -> str:
+    text = "\n".join(f"{b.epoch} {b.bucket} {b.rows.tolist()} {b.texts.tolist()} {b.weights.tolist()}" for b in batches)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_the_order_of_runs_with_weights_or_that_follow_is_pinned_too() -> None:
+    lengths, kinds = [[3, 9], [4]] * 24 + [[5]], [[0, 1], [2]] * 24 + [[1]]
+    catalogs = MemoryCatalogs([memory_catalog([0, 1, 2, 0, 0, 1, -1] * 7, lengths, kinds=kinds)])
+    selection = Selection(
+        where=compile_where("row > 1"),
+        held_out_below=1 << 61,
+        weights=((compile_where("row < 20"), 2.5), (compile_where("row > 40"), 0.3)),
+        caption_weights={"raw": 0.7, "recaption": 0.2, "fused": 1.0},
+    )
+    ledger = Ledger(
+        phases=[make_phase(4)], seed=7, caption_dropout=0.2, catalogs=catalogs, selection=selection, window=8,
+        block_units=2,
+    )  # fmt: skip
+    ledger.append(Segment(catalog=0, phase=None, epoch=0, last=True))
+    assert digest_of([ledger.batch(step) for step in range(60)]) == "45c830b4fc96de85"
+
+    parts = [
+        memory_catalog([0, 1, 2, 0, 0, 1, -1] * 3, [[3, 9], [4], [7]] * 7, first_row=first) for first in (0, 21, 42)
+    ]
+    growing = make_ledger(MemoryCatalogs(parts), [make_phase(4)], seed=7, repeats=False)
+    for index in range(3):
+        growing.append(Segment(catalog=index, phase=0, epoch=0, last=index == 2))
+    assert digest_of([growing.batch(step) for step in range(growing.batches_so_far(0, 32))]) == "42e04667735bed69"

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.ledger import GlobalBatch, Ledger
-from qwenimg_dist.data.order import Segment, Selection
+from qwenimg_dist.data.order import Segment
 from qwenimg_dist.data.phases import PlannedPhase
+from qwenimg_dist.data.samples import Selection
 from qwenimg_dist.data.weights import EpochCounts, times_in_epoch
 from qwenimg_dist.data.where import compile_where
 
