@@ -57,6 +57,16 @@ def judge(rows: Sequence[Row], plan: Plan, scorers: Scorers) -> list[Judged]:
     return [_judged(one) for one in opened]
 
 
+def caption_rejection(judged: Judged, plan: Plan) -> Rejection | None:
+    """By the first caption filter that does not admit the row."""
+    for one in plan.filters:
+        if one.filter.looks_at == "captions":
+            rejection = judged.rejected.get(one.name) if one.filter.per_caption else one.admit(judged.values)
+            if rejection is not None:
+                return rejection
+    return None
+
+
 def _per_caption(one: BoundFilter, opened: Sequence[_Open], scorers: Scorers) -> None:
     asked = [(of, index) for of in opened for index in of.left]
     facts = [_facts(of.row, (of.row.captions[index],)) for of, index in asked]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Final
 
-from producers.captions import Judged
+from producers.captions import Judged, caption_rejection
 from producers.filters.base import BoundFilter, Facts, Value, Values
 from producers.load import Loaded
 from producers.pictures import CHANGED_FILE, placements, too_small
@@ -103,13 +103,12 @@ def _scores_before(before: Decision | None, judged: Judged, plan: Plan) -> dict[
 
 def _early_rejection(judged: Judged, scores: Values, plan: Plan) -> tuple[str, str, str] | None:
     """(status, reason, detail) by the first filter on header or captions that does not admit the row."""
-    for one in plan.filters:
-        if one.filter.looks_at == "pixels" or (judged.row.kind == PROMPT and one.filter.looks_at == "header"):
-            continue
-        rejection = judged.rejected.get(one.name) if one.filter.per_caption else one.admit(scores)
-        if rejection is not None:
-            return "rejected", rejection.reason, rejection.detail
-    return None
+    header = [one for one in plan.filters if one.filter.looks_at == "header"]
+    rejected = first_rejection(header, scores) if judged.row.kind != PROMPT else None
+    if rejected is not None:
+        return rejected
+    rejection = caption_rejection(judged, plan)
+    return ("rejected", rejection.reason, rejection.detail) if rejection is not None else None
 
 
 def edit_texts(row: Row, known: frozenset[str]) -> tuple[str, ...]:

@@ -1,9 +1,15 @@
 """Exact deduplication by sha256, settled in source order by the driver: no decision depends on timing.
 
-Place in the flow: scan -> **dedup** -> filters. A row takes part once it is readable and has a caption, and is then
-settled for good: kept if and only if no settled row has the same bytes, of all its pictures (`content_digest`). Rows
-that take part later (a file that turned up, a caption written afterwards) are compared with everything settled before.
-Filters play no role, so changed thresholds change nothing here. Near duplicates: `near.py`, afterwards.
+Place in the flow: scan -> **dedup** -> filters. A row takes part once it is readable and has a caption that the caption
+filters leave (`fit_captions.py`): a copy that comes first with a useless caption does not cost the one after it. It is
+then settled for good: kept if and only if no settled row has the same bytes, of all its pictures (`content_digest`).
+Rows that take part later (a file that turned up, a caption written afterwards) are compared with everything settled
+before. The facet's name holds a fingerprint of the caption filters, so other thresholds settle anew, beside the old
+facet. Near duplicates: `near.py`, afterwards.
+
+Left out: filters on pixels. Of copies with equal bytes they say the same, but for those that compare pixels with the
+captions (`similarity`, `ocr`): a first copy that one of these rejects still costs the ones after it, since duplicates
+are settled before a picture is opened. So does a first copy whose captions are changed for useless ones afterwards.
 
 Memory: 36 bytes per kept row (see `key_index.py`), so 36 MB per million, for moments twice that; not Python strings,
 which would take five times as much.
@@ -13,16 +19,46 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
 
 from producers.commit import commit_part
+from producers.filters.base import BoundFilter, fingerprint_of
 from producers.key_index import ABSENT, KeyIndex
 from qwenimg_dist.data.facets import DataError, Dataset
-from qwenimg_dist.schema import DEDUP, DEDUP_COLUMNS, IMAGE, LISTING, PROMPT, SCAN, Kind, row_identity
+from qwenimg_dist.schema import (
+    CAPTIONS_PREFIX,
+    DEDUP_COLUMNS,
+    IMAGE,
+    LISTING,
+    PROMPT,
+    SCAN,
+    Kind,
+    dedup_facet,
+    row_identity,
+)
 
 KEPT: Final = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DedupRule:
+    """Which rows take part."""
+
+    filters: tuple[BoundFilter, ...]
+    """Those on captions; none: every row with a caption does."""
+
+    @property
+    def facet(self) -> str:
+        """Where this rule's outcome lies."""
+        return dedup_facet(fingerprint_of(self.filters) if self.filters else None)
+
+    @property
+    def captions_facet(self) -> str | None:
+        """Where it stands which rows have a caption that the filters leave; None if all have."""
+        return CAPTIONS_PREFIX + fingerprint_of(self.filters) if self.filters else None
 
 
 class DigestIndex:
@@ -44,11 +80,11 @@ class DigestIndex:
         self._index.add(digest, row)
 
 
-def load_index(dataset: Dataset) -> DigestIndex:
+def load_index(dataset: Dataset, rule: DedupRule) -> DigestIndex:
     """Everything settled so far. Raises `DataError` if a dedup part has no scan."""
     index = DigestIndex()
     scans = dataset.parts_by_unit(SCAN)
-    for unit, parts in dataset.parts_by_unit(DEDUP).items():
+    for unit, parts in dataset.parts_by_unit(rule.facet).items():
         if unit not in scans:
             raise DataError(f"unit {unit} of {dataset.root} has a dedup part but no scan: a file was removed")
         dedup, scan = dataset.merge(parts), dataset.merge(scans[unit], ["row", "sha256", "others"])
@@ -88,7 +124,7 @@ def _digests(dataset: Dataset, unit: int, scan: pa.Table) -> dict[int, bytes]:
     return found
 
 
-def settle_unit(dataset: Dataset, unit: int, index: DigestIndex, *, config_hash: str) -> None:
+def settle_unit(dataset: Dataset, unit: int, rule: DedupRule, index: DigestIndex, *, config_hash: str) -> None:
     """Settle the unit's rows that take part and are not settled; commits a part if there is none yet or rows to add.
 
     Call in ascending order of units. The index is updated only after the commit.
@@ -97,9 +133,10 @@ def settle_unit(dataset: Dataset, unit: int, index: DigestIndex, *, config_hash:
     scan = dataset.read_unit(SCAN, unit, ["row", "sha256", "fault", "others"])
     assert listing is not None  # units come from the listing
     assert scan is not None  # and are settled after their scan
-    settled = dataset.read_unit(DEDUP, unit, ["row"])
+    settled = dataset.read_unit(rule.facet, unit, ["row"])
     done = set(settled["row"].to_pylist()) if settled is not None else set()
     without_caption = {entry["row"] for entry in listing.to_pylist() if entry["caption_fault"] is not None}
+    without_caption |= _unfit(dataset, unit, rule)
     digests = _digests(dataset, unit, scan)
     kept: dict[bytes, int] = {}
     rows = []
@@ -116,6 +153,16 @@ def settle_unit(dataset: Dataset, unit: int, index: DigestIndex, *, config_hash:
         rows.append({"row": row, "duplicate_of": KEPT if original is None else original})
     if rows or settled is None:
         table = pa.Table.from_pylist(rows, schema=DEDUP_COLUMNS)
-        commit_part(dataset, dataset.next_part(DEDUP, unit), table, config_hash=config_hash)
+        commit_part(dataset, dataset.next_part(rule.facet, unit), table, config_hash=config_hash)
     for digest, row in kept.items():
         index.add(digest, row)
+
+
+def _unfit(dataset: Dataset, unit: int, rule: DedupRule) -> set[int]:
+    """Rows of which the caption filters leave no caption."""
+    if rule.captions_facet is None:
+        return set()
+    judged = dataset.read_unit(rule.captions_facet, unit)
+    if judged is None:
+        raise DataError(f"unit {unit} of {dataset.root} has no {rule.captions_facet} part: run `produce` again")
+    return {entry["row"] for entry in judged.to_pylist() if not entry["fit"]}

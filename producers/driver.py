@@ -1,6 +1,7 @@
 """The driver: from a look at the source to every unit ready, in one round that may be repeated at any time.
 
-    look at the source -> listing -> per unit: scan (workers, ahead) -> dedup, near (here, in order) -> encode (workers)
+    look at the source -> listing -> per unit: scan, captions (workers, ahead) -> dedup, near (here, in order)
+    -> encode (workers)
 
 Place in the flow: `commands/produce.py` calls `Driver.round` once, or again and again with `follow=true`. The driver
 computes nothing heavy and imports no torch; it decides what is missing, in which order, and settles duplicates, which
@@ -27,7 +28,7 @@ from producers.unit import UnitReport
 from producers.workers import Task, Workers
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.files import fsync_dir, write_json
-from qwenimg_dist.schema import DEDUP, LISTING, SCAN, SOURCE_COMPLETE
+from qwenimg_dist.schema import LISTING, SCAN, SOURCE_COMPLETE
 
 _POLL_S: Final = 0.5
 
@@ -141,12 +142,12 @@ class Driver:
         return True
 
     def _lacks_scan(self, unit: int) -> bool:
-        settled = bool(self.dataset.unit_parts(DEDUP, unit))
+        settled = bool(self.dataset.unit_parts(self.plan.dedup.facet, unit))
         return settled and SCAN not in read_record(self.dataset, unit).get("inputs", {})
 
     def _settle(self, unit: int) -> None:
         """Which of the unit's rows are copies of rows before them. Units come in ascending order."""
-        settle_unit(self.dataset, unit, self._digests(), config_hash=self.plan.config_hash)
+        settle_unit(self.dataset, unit, self.plan.dedup, self._digests(), config_hash=self.plan.config_hash)
         rule = self.plan.near
         if rule is not None:
             if self._near is None:
@@ -155,7 +156,7 @@ class Driver:
 
     def _digests(self) -> DigestIndex:
         if self._index is None:
-            self._index = load_index(self.dataset)
+            self._index = load_index(self.dataset, self.plan.dedup)
         return self._index
 
     def _recovered(self, unit: int) -> tuple[tuple[int, ...], bool]:

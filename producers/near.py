@@ -1,20 +1,23 @@
 """Near duplicates by perceptual hash, settled in source order by the driver, after exact ones.
 
 Place in the flow: scan -> dedup -> **near** -> filters; off unless `dedup.near` is set. An image takes part once it is
-the one copy of its bytes, has a hash and is admitted by the header's filters: a thumbnail below
-`filters.resolution.min_side` does not cost the picture of which it is a copy. It is then settled for good: kept if and
-only if no kept row before it is within the distance. Rows that take part later (a file that turned up) are compared
-with everything settled before. Resolution classes play no role, so adding one changes no decision.
+the one copy of its bytes with a fit caption (`dedup.py`), has a hash and is admitted by the header's filters: a
+thumbnail below `filters.resolution.min_side` does not cost the picture of which it is a copy. It is then settled for
+good: kept if and only if no kept row before it is within the distance. Rows that take part later (a file that turned
+up) are compared with everything settled before. Resolution classes play no role, so adding one changes no decision.
 
 The facet's name holds the distance and a fingerprint of who takes part, so another distance or other header thresholds
 settle anew, from the scan's columns, in a facet of their own; no picture is read again and nothing is rewritten. A
-unit settled once more, its part lost, comes out the same. Left out: what filters on captions and pixels will
-say; edits and preference pairs, whose pictures are meant to be alike.
+unit settled once more, its part lost, comes out the same.
+
+Left out: edits and preference pairs, whose pictures are meant to be alike; and what filters on pixels will say. A first
+copy that one of these rejects (a blurred thumbnail above `min_side`, say) still costs the better ones after it: they
+are settled, in source order and for good, before a picture is opened. Where that matters, let the better files come
+first in the source, or settle by `filters.resolution.min_side`, which is asked before.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +26,12 @@ import numpy as np
 import pyarrow as pa
 
 from producers.commit import commit_part
-from producers.dedup import KEPT
-from producers.filters.base import BoundFilter, Facts
+from producers.dedup import KEPT, DedupRule
+from producers.filters.base import BoundFilter, Facts, fingerprint_of
 from producers.near_index import HammingIndex, Hashes, Ints
-from qwenimg_dist.config import stable_hash
 from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.data.pins import parallel
-from qwenimg_dist.schema import DEDUP, NEAR_COLUMNS, SCAN, near_facet
+from qwenimg_dist.schema import NEAR_COLUMNS, SCAN, near_facet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +41,13 @@ class NearRule:
     distance: int
     filters: tuple[BoundFilter, ...]
     """Those on the header."""
+    dedup: DedupRule
+    """Only the copies that it keeps take part."""
 
     @property
     def facet(self) -> str:
         """Where this rule's outcome lies."""
-        takes_part = {
-            "filters": {
-                one.name: [one.filter.version, json.loads(one.params.model_dump_json())] for one in self.filters
-            },
-        }
-        return near_facet(self.distance, stable_hash(takes_part, digits=8))
+        return near_facet(self.distance, fingerprint_of((*self.filters, *self.dedup.filters)))
 
     def takes_part(self, facts: Facts) -> bool:
         """Whether a readable row with a hash does, by its header."""
@@ -108,7 +107,7 @@ def settle(hashes: Hashes, rows: Ints, index: HammingIndex) -> tuple[Ints, Ints]
 
 def _taking_part(dataset: Dataset, unit: int, rule: NearRule) -> Sequence[dict[str, Any]]:
     """Scan entries of the unit's rows that take part, ascending."""
-    dedup = dataset.read_unit(DEDUP, unit)
+    dedup = dataset.read_unit(rule.dedup.facet, unit)
     scan = dataset.read_unit(SCAN, unit)
     if dedup is None or scan is None:
         raise DataError(f"unit {unit} of {dataset.root} has no scan or dedup part: run `produce` again")

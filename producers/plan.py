@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from producers.dedup import DedupRule
 from producers.enhance import Mode
 from producers.filters import validate_filters
 from producers.filters.base import BoundFilter
 from producers.near import NearRule
 from qwenimg_dist.config import Config, EditEncodeConfig, stable_hash
 from qwenimg_dist.data.buckets import Placement, buckets, place
-from qwenimg_dist.schema import DEDUP, LISTING, SCAN, Bucket
+from qwenimg_dist.schema import LISTING, SCAN, Bucket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class Plan:
     buckets: Mapping[int, tuple[Bucket, ...]]
     upscale: bool
     filters: tuple[BoundFilter, ...]
+    dedup: DedupRule
     near: NearRule | None
     """None: near duplicates are kept."""
     config_hash: str
@@ -53,14 +55,13 @@ class Plan:
             "facets": self.facets,
             "filters": {f.name: [f.fingerprint, json.loads(f.params.model_dump_json())] for f in self.filters},
         }
-        if self.near is not None:
-            parts["near"] = self.near.facet
+        parts["settled"] = self.settled
         return stable_hash(parts)
 
     @property
     def settled(self) -> tuple[str, ...]:
         """Facets of which each unit needs a part before it is encoded: all its parts go into the decisions."""
-        return (LISTING, SCAN, DEDUP, *((self.near.facet,) if self.near is not None else ()))
+        return (LISTING, SCAN, self.dedup.facet, *((self.near.facet,) if self.near is not None else ()))
 
     def placements(self, height: int, width: int) -> dict[int, Placement]:
         """Resolution class -> how a picture of this upright size goes in; classes it is too small for are left out."""
@@ -72,6 +73,7 @@ def make_plan(config: Config, *, text_facet: str, latents_facets: Mapping[int, s
     """Raises `ConfigError` for unusable filters and ValueError for unusable aspects or resolutions."""
     filters = tuple(validate_filters(config.filters))
     classes = {resolution: buckets(resolution, config.encode.aspects) for resolution in sorted(latents_facets)}
+    dedup = DedupRule(filters=tuple(one for one in filters if one.filter.looks_at == "captions"))
     stamped = {"model", "source", "captions", "filters", "dedup", "encode"}
     return Plan(
         text_facet=text_facet,
@@ -79,7 +81,8 @@ def make_plan(config: Config, *, text_facet: str, latents_facets: Mapping[int, s
         buckets=classes,
         upscale=config.encode.upscale,
         filters=filters,
-        near=_near_rule(config, filters) if config.dedup.near else None,
+        dedup=dedup,
+        near=_near_rule(config, filters, dedup) if config.dedup.near else None,
         config_hash=stable_hash(config.model_dump(mode="json", include=stamped)),
         max_shard_bytes=config.data.max_shard_bytes,
         image_batch_pixels=config.encode.image_batch_pixels,
@@ -88,8 +91,9 @@ def make_plan(config: Config, *, text_facet: str, latents_facets: Mapping[int, s
     )
 
 
-def _near_rule(config: Config, filters: Sequence[BoundFilter]) -> NearRule:
+def _near_rule(config: Config, filters: Sequence[BoundFilter], dedup: DedupRule) -> NearRule:
     return NearRule(
         distance=config.dedup.distance,
         filters=tuple(one for one in filters if one.filter.looks_at == "header"),
+        dedup=dedup,
     )

@@ -14,7 +14,7 @@ from producers.filters.base import Value
 from producers.plan import Plan
 from producers.scan import PASSING
 from qwenimg_dist.data.facets import Dataset, Part
-from qwenimg_dist.schema import DEDUP, IMAGE, LABEL_PREFIX, LISTING, ROWS, SCAN, SCORE_PREFIX, Kind
+from qwenimg_dist.schema import IMAGE, LABEL_PREFIX, LISTING, ROWS, SCAN, SCORE_PREFIX, Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def read_state(dataset: Dataset, unit: int, plan: Plan) -> UnitState:
         return rows
 
     scans = {entry["row"]: entry for entry in merged(SCAN)}
-    duplicates = {entry["row"]: entry["duplicate_of"] for entry in merged(DEDUP)}
+    duplicates = {entry["row"]: entry["duplicate_of"] for entry in merged(plan.dedup.facet)}
     committed = _read_decisions(dataset, unit)
     near = {entry["row"]: entry for entry in (merged(plan.near.facet) if plan.near is not None else ())}
     return UnitState(
@@ -134,6 +134,16 @@ def read_state(dataset: Dataset, unit: int, plan: Plan) -> UnitState:
         },
         texts=frozenset(entry["key"] for entry in merged(plan.text_facet, ["key"])),
     )
+
+
+def read_unsettled(dataset: Dataset, unit: int) -> list[Row]:
+    """The unit's listed and scanned rows with captions, before anything is settled."""
+    listing, scan = dataset.read_unit(LISTING, unit), dataset.read_unit(SCAN, unit)
+    assert listing is not None  # units come from the listing
+    assert scan is not None  # and are read here after their scan
+    scans = {entry["row"]: entry for entry in scan.to_pylist()}
+    listed = [entry for entry in listing.to_pylist() if entry["caption_fault"] is None]
+    return [_row(entry, scans[entry["row"]], -1, {}) for entry in listed]
 
 
 def read_record(dataset: Dataset, unit: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from producers.filters.base import Scorers
+from producers.fit_captions import judge_unit
 from producers.plan import Plan
 from producers.poison import Watch
 from producers.scan import scan_unit
@@ -27,7 +28,7 @@ class ProduceError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One unit's scan or encoding."""
+    """One unit's scan (and the verdict on its captions) or encoding."""
 
     kind: Literal["scan", "encode"]
     unit: int
@@ -89,6 +90,7 @@ def run_task(
         watch = Watch(dataset.root, task.kind, task.unit, why=task.why, limit=max_poison_rows)
     if task.kind == "scan":
         scan_unit(dataset, task.unit, root=root, again=task.again, config_hash=plan.config_hash, watch=watch)
+        judge_unit(dataset, task.unit, plan=plan, scorers=scorers)
         return None
     if watch is not None:
         sieve_unit(dataset, task.unit, plan=plan, root=root, scorers=scorers, watch=watch)

@@ -5,7 +5,8 @@ A data set directory (see `data/facets.py` for how parts are committed):
     dataset.json                      schema version, unit size; written once
     listing/unit-000000.000.parquet   the source as it was seen: row, key, uri, captions
     scan/...                          cheap facts of every file: bytes, sha256, header, perceptual hash
-    dedup/...                         duplicate_of, settled in source order
+    captions-<id>/...                 which rows have a caption that the caption filters leave; <id>: of these filters
+    dedup-<id>/...                    duplicate_of, settled in source order among those rows (`dedup`: among all)
     near-<distance>-<id>/...          near duplicates, settled in source order; <id>: of what takes part
     rows/...                          the decision on every row: status, reason, scores and labels
     text-<id>/...                     one sample per distinct caption, unpadded features
@@ -33,6 +34,8 @@ SCHEMA_VERSION: Final = 1
 LISTING: Final = "listing"
 SCAN: Final = "scan"
 DEDUP: Final = "dedup"
+"""Exact duplicates among all rows with a caption; `dedup-<id>` among those whose captions these filters leave."""
+CAPTIONS_PREFIX: Final = "captions-"
 ROWS: Final = "rows"
 NEAR_PREFIX: Final = "near-"
 NEAR_DUPLICATE: Final = "near_duplicate"
@@ -66,6 +69,16 @@ def latents_facet(resolution: int, fingerprint: str) -> str:
 def near_facet(distance: int, fingerprint: str) -> str:
     """Name of the facet of near duplicates up to this Hamming distance; `fingerprint` says which rows take part."""
     return f"{NEAR_PREFIX}{distance}-{fingerprint}"
+
+
+def dedup_facet(fingerprint: str | None) -> str:
+    """Name of the facet of exact duplicates; `fingerprint` is that of the caption filters, None without any."""
+    return DEDUP if fingerprint is None else f"{DEDUP}-{fingerprint}"
+
+
+def is_dedup(facet: str) -> bool:
+    """Whether the facet holds exact duplicates."""
+    return facet == DEDUP or facet.startswith(f"{DEDUP}-")
 
 
 def row_key(uri: str, repeat: int = 0) -> str:
@@ -158,6 +171,8 @@ SCAN_COLUMNS: Final = pa.schema(
 )
 
 DEDUP_COLUMNS: Final = pa.schema([("row", pa.int64()), ("duplicate_of", pa.int64())])  # -1: kept
+
+CAPTIONS_COLUMNS: Final = pa.schema([("row", pa.int64()), ("fit", pa.bool_())])
 
 # Rows of one copy with a hash, of those that take part; the hash stands here too, so that the index loads from this
 # facet alone.

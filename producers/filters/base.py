@@ -178,6 +178,12 @@ class BoundFilter:
         return self.filter.admit(values, self.params)
 
 
+def fingerprint_of(filters: Sequence[BoundFilter]) -> str:
+    """Of all that these filters' verdicts depend on: their versions and thresholds."""
+    given = {one.name: [one.filter.version, json.loads(one.params.model_dump_json())] for one in filters}
+    return stable_hash({"filters": given}, digits=8)
+
+
 class Scorers:
     """The filters' models of one worker, loaded at the first row that needs them."""
 

@@ -31,7 +31,8 @@ from qwenimg_dist.report.funnel import LATENTS_PREFIX, TEXT_PREFIX
 from qwenimg_dist.report.stats import size_of
 from qwenimg_dist.report.table import show_bytes
 from qwenimg_dist.schema import (
-    DEDUP,
+    CAPTIONS_COLUMNS,
+    CAPTIONS_PREFIX,
     DEDUP_COLUMNS,
     KEY_PATTERN,
     LATENTS_COLUMNS,
@@ -46,9 +47,10 @@ from qwenimg_dist.schema import (
     SCAN_COLUMNS,
     SCHEMA_VERSION,
     TEXT_COLUMNS,
+    is_dedup,
 )
 
-_COLUMNS: Final = {LISTING: LISTING_COLUMNS, SCAN: SCAN_COLUMNS, DEDUP: DEDUP_COLUMNS, ROWS: ROWS_COLUMNS}
+_COLUMNS: Final = {LISTING: LISTING_COLUMNS, SCAN: SCAN_COLUMNS, ROWS: ROWS_COLUMNS}
 
 
 @dataclass
@@ -181,6 +183,10 @@ def _wrong_columns(facet: str, schema: pa.Schema) -> str:
         wanted = LATENTS_COLUMNS
     elif facet.startswith(NEAR_PREFIX):
         wanted = NEAR_COLUMNS
+    elif facet.startswith(CAPTIONS_PREFIX):
+        wanted = CAPTIONS_COLUMNS
+    elif is_dedup(facet):
+        wanted = DEDUP_COLUMNS
     if wanted is None:
         return ""
     there = {field.name: field.type for field in schema}

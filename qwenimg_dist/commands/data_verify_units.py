@@ -17,7 +17,17 @@ import pyarrow as pa
 
 from qwenimg_dist.data.facets import Dataset, Part
 from qwenimg_dist.report.funnel import LATENTS_PREFIX, TEXT_PREFIX, latents_order
-from qwenimg_dist.schema import DEDUP, EDIT, LISTING, NEAR_PREFIX, ROWS, SCAN, caption_key, edit_caption_key
+from qwenimg_dist.schema import (
+    CAPTIONS_PREFIX,
+    EDIT,
+    LISTING,
+    NEAR_PREFIX,
+    ROWS,
+    SCAN,
+    caption_key,
+    edit_caption_key,
+    is_dedup,
+)
 
 REMAKE: Final = "restore it from a backup, or run `qwenimg-dist data repair` and then `produce` again"
 RESTORE: Final = "restore it from a backup, or make the data set anew"
@@ -107,7 +117,7 @@ def _check_encoded(
 
 def _rows_alone(facet: str) -> bool:
     """Whether the facet's rows stand without their keys."""
-    return facet in (SCAN, DEDUP) or facet.startswith(NEAR_PREFIX)
+    return facet == SCAN or is_dedup(facet) or facet.startswith((NEAR_PREFIX, CAPTIONS_PREFIX))
 
 
 def _check_rows_known(

@@ -22,7 +22,7 @@ from qwenimg_dist.data.columns import Columns
 from qwenimg_dist.data.facets import Dataset, Part
 from qwenimg_dist.data.part_tables import match_rows, newest, to_array
 from qwenimg_dist.data.pins import parallel
-from qwenimg_dist.schema import DEDUP, LABEL_PREFIX, ROWS, SCAN, SCORE_PREFIX, Bucket
+from qwenimg_dist.schema import LABEL_PREFIX, ROWS, SCAN, SCORE_PREFIX, Bucket, is_dedup
 
 NEAR_FACET: Final = re.compile(r"^near-(\d+)(?:-(\w+))?$")
 """Facet with near duplicates: distance, and a fingerprint of which rows took part."""
@@ -119,10 +119,11 @@ def load_pairs(dataset: Dataset) -> list[Pairs]:
     """Exact duplicates, and near ones where a facet has them."""
     found = []
     facets = dataset.facets()
+    num_exact = sum(map(is_dedup, facets))
     distances = [near[1] for facet in facets if (near := NEAR_FACET.match(facet))]
     for facet in facets:
         near = NEAR_FACET.match(facet)
-        if facet != DEDUP and near is None:
+        if near is None and not is_dedup(facet):
             continue
         column = "duplicate_of" if near is None else "near_duplicate_of"
         table = _facet(dataset, facet, ["row", column] if near is None else ["row", column, "distance"])
@@ -132,6 +133,8 @@ def load_pairs(dataset: Dataset) -> list[Pairs]:
         mask = originals >= 0
         distance = to_array(table["distance"], np.int64, missing=0) if near is not None else np.zeros_like(originals)
         name = "exact" if near is None else f"near, up to {near[1]}"
+        if near is None and num_exact > 1:
+            name += f" ({facet})"
         if near is not None and distances.count(near[1]) > 1:
             name += f" ({near[2]})"
         rows = to_array(table["row"], np.int64)

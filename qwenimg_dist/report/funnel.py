@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.report.table import Table, show_share
-from qwenimg_dist.schema import DEDUP, LISTING, NEAR_DUPLICATE, NEAR_PREFIX, ROWS, SCAN
+from qwenimg_dist.schema import DEDUP, LISTING, NEAR_DUPLICATE, NEAR_PREFIX, ROWS, SCAN, is_dedup
 
 LATENTS_PREFIX = "latents-"
 TEXT_PREFIX = "text-"
@@ -51,9 +51,9 @@ class Funnel:
     readable: int
     """The scan could read and identify the file."""
     captioned: int
-    """Readable, and with a caption; only such rows are compared with each other."""
+    """Readable, and with a caption."""
     unique: int
-    """Captioned, and no kept earlier row has the same bytes."""
+    """With a caption that the caption filters leave, and no kept earlier row has the same bytes."""
     distinct: int | None
     """Unique, and by now not decided to look like a kept earlier row; None where near duplicates were never settled."""
     decided: int
@@ -149,7 +149,8 @@ def funnel(dataset: Dataset) -> Funnel:
     facets = dataset.facets()
     latents = sorted((name for name in facets if name.startswith(LATENTS_PREFIX)), key=latents_order)
     texts = [name for name in facets if name.startswith(TEXT_PREFIX)]
-    parts = {name: dataset.parts_by_unit(name) for name in (LISTING, SCAN, DEDUP, ROWS, *latents)}
+    dedups = [name for name in facets if is_dedup(name)]
+    parts = {name: dataset.parts_by_unit(name) for name in (LISTING, SCAN, ROWS, *dedups, *latents)}
     counts: Counter[str] = Counter()
     encoded: Counter[str] = Counter(dict.fromkeys(latents, 0))
     too_small: Counter[str] = Counter()
@@ -160,13 +161,16 @@ def funnel(dataset: Dataset) -> Funnel:
         tables = {
             name: dataset.merge(parts[name][unit], columns) for name, columns in _COLUMNS.items() if unit in parts[name]
         }
+        record = dataset.meta(parts[ROWS][unit][-1]) if ROWS in tables else {}
+        settled_by = _settled_by(record, [name for name in dedups if unit in parts[name]])
+        if settled_by is not None:
+            tables[DEDUP] = dataset.merge(parts[settled_by][unit], ["row", "duplicate_of"])
         counts.update(_count_unit(tables))
         if ROWS not in tables:
             continue
         for reason, (count, rows) in _reasons(tables[ROWS]).items():
             reasons[reason] += count
             first[reason] = [*first.get(reason, []), *rows][:_NUM_EXAMPLES]
-        record = dataset.meta(parts[ROWS][unit][-1])
         too_small.update(record.get("left_out", {}))
         stages.update(record.get("stages", {}))
         kept = _rows_where(tables[ROWS], pc.equal(tables[ROWS]["status"], "kept"))
@@ -219,9 +223,14 @@ def latents_order(name: str) -> tuple[int, str]:
 _COLUMNS = {
     LISTING: ["row", "caption_fault"],
     SCAN: ["row", "fault"],
-    DEDUP: ["row", "duplicate_of"],
     ROWS: ["row", "status", "reason"],
 }
+
+
+def _settled_by(record: Mapping[str, Any], there: Sequence[str]) -> str | None:
+    """The facet of exact duplicates that the newest decisions follow; before there are any, one that is there."""
+    followed = [name for name in there if name in record.get("inputs", {})]
+    return next(iter([*followed, *there]), None)
 
 
 def _count_unit(tables: Mapping[str, pa.Table]) -> dict[str, int]:

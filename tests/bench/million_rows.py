@@ -35,7 +35,16 @@ from producers.workers import Outcome, Task
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.report.funnel import funnel
-from qwenimg_dist.schema import DEDUP, LISTING, ROWS, ROWS_COLUMNS, SCAN, SCAN_COLUMNS, latents_facet, text_facet
+from qwenimg_dist.schema import (
+    CAPTIONS_COLUMNS,
+    LISTING,
+    ROWS,
+    ROWS_COLUMNS,
+    SCAN,
+    SCAN_COLUMNS,
+    latents_facet,
+    text_facet,
+)
 
 KINDS: Final = ("parquet", "jsonl", "folder")
 ROWS_FULL: Final = (100_000, 300_000, 1_000_000)
@@ -155,12 +164,16 @@ class StubWorkers:
         facts: dict[str, Any] = {"bytes": 100_000, "format": "JPEG", "mode": "RGB", "width": 512, "height": 512}
         table = _table(SCAN_COLUMNS, len(rows), row=rows, sha256=sha, orientation=1, **facts)
         self.dataset.commit(self.dataset.next_part(SCAN, unit), table, config_hash=self.plan.config_hash)
+        facet = self.plan.dedup.captions_facet
+        assert facet is not None  # caption filters are on by default
+        fit = _table(CAPTIONS_COLUMNS, len(rows), row=rows, fit=True)
+        self.dataset.commit(self.dataset.next_part(facet, unit), fit, config_hash=self.plan.config_hash)
 
     def _encode(self, unit: int, rows: list[int], keys: list[str]) -> UnitReport:
         table = _table(
             ROWS_COLUMNS, len(rows), row=rows, key=keys, status="kept", reason="", detail="", width=512, height=512
         )
-        inputs = dict.fromkeys((LISTING, SCAN, DEDUP, *self.plan.facets), 1)
+        inputs = dict.fromkeys((*self.plan.settled, *self.plan.facets), 1)
         extra = {"inputs": inputs, "plan": self.plan.digest, "counts": {"kept": len(rows)}, "left_out": {}}
         self.dataset.commit(self.dataset.next_part(ROWS, unit), table, config_hash=self.plan.config_hash, extra=extra)
         return UnitReport(unit=unit, num_rows=len(rows), num_kept=len(rows), decoded=0, latents=0, captions=0)

@@ -36,7 +36,6 @@ from qwenimg_dist.commands.data_verify import Tally, problems
 from qwenimg_dist.data.buckets import place
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.schema import (
-    DEDUP,
     IMAGE,
     LISTING,
     PREFERENCE,
@@ -298,7 +297,7 @@ def test_parts_from_before_there_were_kinds_are_images(folder: Path, dataset: Da
     for number in range(3, 8):
         (folder / f"{number}.png").unlink()
     produce_here(folder, dataset, PLAN, FakeEncoders())
-    before = {facet: rows_of(dataset, facet) for facet in (LISTING, ROWS, DEDUP)}
+    before = {facet: rows_of(dataset, facet) for facet in (LISTING, ROWS, PLAN.dedup.facet)}
     for facet, gone in (
         (LISTING, ["kind", "others", "meta"]),
         (SCAN, ["others"]),

@@ -24,7 +24,7 @@ from producers.workers import InlineWorkers, Outcome, Task
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import Dataset, Part
 from qwenimg_dist.report.funnel import funnel
-from qwenimg_dist.schema import DEDUP, ROWS, SCAN, SCAN_COLUMNS
+from qwenimg_dist.schema import ROWS, SCAN, SCAN_COLUMNS
 
 UNIT_SIZE = 4
 
@@ -226,7 +226,7 @@ def test_the_whole_pipeline_follows_the_rule_for_every_order_of_work(source: Pat
     for seed in range(6):
         dataset = Dataset.create(tmp_path / f"shuffled {seed}", UNIT_SIZE)
         _produce_shuffled(source, dataset, plan, np.random.default_rng(seed))
-        for facet in (SCAN, DEDUP, plan.near.facet, ROWS):
+        for facet in (SCAN, plan.dedup.facet, plan.near.facet, ROWS):
             assert rows_of(dataset, facet) == rows_of(calm, facet), (seed, facet)
 
 
@@ -289,7 +289,7 @@ def test_killed_anywhere_with_a_file_that_turns_up_late(source: Path, tmp_path: 
             killed.fuse = Fuse()
     assert statuses(calm)[2] == "near_duplicate"
     assert rows_of(calm, ROWS)[2]["detail"].startswith("looks like row 8")
-    for facet in (SCAN, DEDUP, plan.near.facet, ROWS):
+    for facet in (SCAN, plan.dedup.facet, plan.near.facet, ROWS):
         assert rows_of(killed, facet) == rows_of(calm, facet)
 
 

@@ -21,7 +21,7 @@ from producers.unit import produce_unit
 from producers.workers import Task, run_task
 from qwenimg_dist.commands.data_verify import Tally, problems
 from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.schema import DEDUP, ROWS, SCAN
+from qwenimg_dist.schema import ROWS, SCAN
 
 PLAN = make_plan_for(resolutions=(64, 96))
 CONFLICT, TOO_MUCH = 3, 4
@@ -49,7 +49,7 @@ def dataset(source: Path, tmp_path: Path) -> Dataset:
     dataset = Dataset.create(tmp_path / "data", 8)
     with contextlib.suppress(Scanned):
         produce_here(source, dataset, PLAN, StopAtEncoding())
-    assert dataset.parts(DEDUP)
+    assert dataset.parts(PLAN.dedup.facet)
     assert not dataset.parts(ROWS)
     return dataset
 

@@ -25,7 +25,7 @@ from producer_world import (
 
 from producers.plan import Plan
 from qwenimg_dist.data.facets import Dataset, Part
-from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN, caption_key
+from qwenimg_dist.schema import LISTING, ROWS, SCAN, caption_key, is_dedup
 
 UNIT_SIZE = 4
 EVENTS = st.lists(
@@ -109,7 +109,7 @@ def check_consistent(dataset: Dataset) -> None:
                 wide = make_plan_for(resolutions=(resolution,))
                 fitting = {r for r in kept if wide.placements(decided[r]["height"], decided[r]["width"])}
                 assert fitting <= there
-        assert inputs[DEDUP] >= 1
+        assert sum(is_dedup(facet) for facet in inputs) == 1
         near = [entry for facet in inputs if facet.startswith("near-") for entry in used(facet)]
         copies = {entry["row"] for entry in near if entry["near_duplicate_of"] >= 0}
         assert copies == {row for row, entry in decided.items() if entry["reason"] == "near_duplicate"}

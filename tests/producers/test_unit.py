@@ -26,7 +26,7 @@ from producers.sources.base import SourceRow
 from producers.unit import produce_unit
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.report.funnel import funnel
-from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN, caption_key
+from qwenimg_dist.schema import LISTING, ROWS, caption_key
 
 PLAN = make_plan_for(resolutions=(64, 96))
 
@@ -232,7 +232,7 @@ def test_every_part_of_every_facet_is_there_even_if_nothing_was_kept(tmp_path: P
     draw(tmp_path / "tiny" / "a.png", 1, (20, 20), "too small for anything")
     produce_here(tmp_path / "tiny", dataset, PLAN, FakeEncoders())
     inputs = dataset.meta(dataset.parts(ROWS)[0])["inputs"]
-    assert inputs == dict.fromkeys([LISTING, SCAN, DEDUP, *PLAN.facets], 1)
+    assert inputs == dict.fromkeys([*PLAN.settled, *PLAN.facets], 1)
     assert (0, caption_key("")) in rows_of(dataset, PLAN.text_facet)
 
 

@@ -203,7 +203,7 @@ function drawClusters() {
     block.append(make("h2", "", `${one.kind}: ${grouped(one.size)} rows${more}`));
     const line = make("div", "cards");
     rows.forEach((row, i) => {
-      const distance = one.kind === "exact" ? "same bytes" : `distance ${one.distances[one.rows.indexOf(row.row)]}`;
+      const distance = one.kind.startsWith("exact") ? "same bytes" : `distance ${one.distances[one.rows.indexOf(row.row)]}`;
       line.append(card(row, () => openCloseUp(rows, i), i ? distance : "the first in source order"));
     });
     block.append(line);

@@ -22,9 +22,10 @@ from qwenimg_dist.data.catalog import Catalog, RunFacets
 from qwenimg_dist.data.catalog_build import build_catalog
 from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.data.pins import Pin, check_pins, ready_units
-from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN, SOURCE_COMPLETE, caption_key
+from qwenimg_dist.schema import LISTING, ROWS, SCAN, SOURCE_COMPLETE, caption_key
 
 PLAN = make_plan_for(resolutions=(64, 96))
+DEDUP, CAPTIONS = PLAN.dedup.facet, str(PLAN.dedup.captions_facet)
 SMALL, LARGE, TEXT = PLAN.latents_facets[64], PLAN.latents_facets[96], PLAN.text_facet
 FACETS = RunFacets(text=TEXT, latents=dict(PLAN.latents_facets))
 
@@ -128,6 +129,8 @@ DAMAGES: dict[str, list[Callable[[Dataset], None]]] = {
     "garbled scans of two units": [garble(SCAN, 0), garble(SCAN, 0, unit=3)],
     "a scan that is gone": [lose(SCAN, 0)],
     "a garbled dedup": [garble(DEDUP, 1)],
+    "garbled captions": [garble(CAPTIONS, 0)],
+    "all captions": [garble(CAPTIONS, 0), garble(CAPTIONS, 1)],
     "all of dedup": [garble(DEDUP, 0), garble(DEDUP, 1)],
     "garbled decisions": [garble(ROWS, 1)],
     "the first decisions": [garble(ROWS, 0)],
@@ -166,7 +169,7 @@ def test_exactly_the_damaged_units_are_made_again_as_they_were(
 
 
 def assert_as_before(world: World) -> None:
-    for facet in (LISTING, SCAN, DEDUP, ROWS):
+    for facet in (LISTING, SCAN, CAPTIONS, DEDUP, ROWS):
         assert rows_of(world.dataset, facet) == rows_of(world.calm, facet)
     for facet in (SMALL, LARGE, TEXT):
         here, there = rows_of(world.dataset, facet), rows_of(world.calm, facet)
