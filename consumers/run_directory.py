@@ -8,11 +8,13 @@ with other settings that change the numbers, data of another model, a disk witho
 from __future__ import annotations
 
 import contextlib
+import datetime
+import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +36,8 @@ from qwenimg_dist.models.pipeline import fingerprint_component, pipeline_dir
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 from qwenimg_dist.versions import git_commit, package_versions
 
+STARTS: Final = "starts.jsonl"
+"""One line per start of the gang, for `report.html`."""
 _LOCK_WAIT_S: Final = 60.0
 _EXTEND: Final = (
     ". The number of steps is fixed per run, since the schedule follows it: to train its result further, export it and "
@@ -49,6 +53,11 @@ _MOVED_BY_FRESH: Final = (
     "samples",
     "start_loss.json",
     "config.yaml",
+    STARTS,
+    "report.html",
+    "tables.jsonl",
+    "bad_samples.jsonl",
+    "faults",
 )
 
 
@@ -176,13 +185,19 @@ def move_aside(run_dir: Path) -> Path | None:
     return aside
 
 
-def write_descriptions(run_dir: Path, config: Config, world_size: int) -> None:
-    """`config.yaml`, and `environment.json` of this start."""
+def write_descriptions(
+    run_dir: Path, config: Config, world_size: int, *, step: int, skipped_checkpoints: Sequence[str]
+) -> None:
+    """`config.yaml` and `environment.json` of this start, and a line of `starts.jsonl`."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     temporary = run_dir / ".tmp-config.yaml"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, run_dir / "config.yaml")
     write_json(run_dir / "environment.json", _environment(world_size))
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    start = {"time": now, "step": step, "ranks": world_size, "skipped_checkpoints": list(skipped_checkpoints)}
+    with open(run_dir / STARTS, "a", encoding="utf-8") as sink:
+        sink.write(json.dumps(start, ensure_ascii=False) + "\n")
 
 
 def _environment(world_size: int) -> dict[str, Any]:

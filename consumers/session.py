@@ -25,6 +25,7 @@ from consumers.evaluate import HeldOut, Losses, read_start_losses, start_losses
 from consumers.objectives import build_objective
 from consumers.objectives.base import Objective
 from consumers.ranks import Ranks
+from consumers.reporting import ReportWriter
 from consumers.run_directory import Prepared, move_aside, preflight, run_lock, write_descriptions
 from consumers.stream import Stream
 from consumers.throughput import Throughput
@@ -97,6 +98,8 @@ class Session:
     certifier: Certifier
     log: RunLog | None
     """Rank 0's."""
+    report: ReportWriter | None
+    """Rank 0's."""
     progress: Progress
     resolutions: dict[int, list[int]] = field(default_factory=dict)
     """Phase -> its resolution classes."""
@@ -141,7 +144,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             certifier.measure(progress.step)
 
         _on_first(ranks, lambda: truncate_logs(prepared.run_dir, progress.step))
-        _on_first(ranks, lambda: write_descriptions(prepared.run_dir, config, ranks.world_size))
+        _on_first(ranks, lambda: _describe(prepared.run_dir, config, ranks, loaded))
         log = ranks.together(lambda: _open_log(config, prepared, loaded) if ranks.is_first else None)
         stack.callback(lambda: log.close() if log else None)
 
@@ -171,6 +174,9 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             ),
             certifier=certifier,
             log=log,
+            report=ReportWriter(prepared.run_dir, hooks.say)
+            if ranks.is_first and config.train.report != "off"
+            else None,
             progress=progress,
             resolutions=batches,
         )
@@ -270,6 +276,11 @@ def _start_losses(
     if step > 0:
         return read_start_losses(prepared.run_dir)
     return start_losses(held_out, engine, prepared.run_dir, sorted(prepared.facets.latents))
+
+
+def _describe(run_dir: Path, config: Config, ranks: Ranks, loaded: Loaded | None) -> None:
+    step, skipped = (loaded.step, loaded.skipped) if loaded else (0, [])
+    write_descriptions(run_dir, config, ranks.world_size, step=step, skipped_checkpoints=skipped)
 
 
 def _progress(loaded: Loaded | None, prepared: Prepared, ranks: Ranks, hooks: Hooks) -> Progress:

@@ -41,13 +41,16 @@ def train(config: Config, hooks: Hooks | None = None) -> Outcome:
     """
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_rank)))
     ranks = start_distributed(config.cluster.device)
-    try:
-        with _stop_signals(hooks or Hooks()) as hooks, open_session(config, ranks, hooks) as session:
-            return _loop(session)
-    except Stopped:
-        return "stopped"
-    finally:
-        stop_distributed()
+    with contextlib.ExitStack() as afterwards:
+        try:
+            with _stop_signals(hooks or Hooks()) as hooks, open_session(config, ranks, hooks) as session:
+                if session.report:
+                    afterwards.callback(session.report.finish)  # when no rank waits for this one any more
+                return _loop(session)
+        except Stopped:
+            return "stopped"
+        finally:
+            stop_distributed()
 
 
 def _loop(session: Session) -> Outcome:
@@ -235,6 +238,8 @@ def _save(session: Session) -> None:
     )
     if session.ranks.is_first:
         session.hooks.say(f"saved step {session.progress.step}")
+    if session.report and session.config.train.report == "checkpoints":
+        session.report.begin()
 
 
 @contextlib.contextmanager

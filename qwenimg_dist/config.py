@@ -420,6 +420,9 @@ class TrainConfig(Section):
     log_samples: bool = False
     """Write `samples.jsonl`: step, bucket and the keys of the global batch in order."""
     log_every: PositiveInt = 10
+    report: Literal["checkpoints", "end", "off"] = "checkpoints"
+    """When `report.html` is written into the run directory: after checkpoints and at the end, at the end, or only by
+    `qwenimg-dist report`. A process of its own on rank 0's node does it in seconds; no step waits."""
     norms_every: NonNegativeInt = 0
     """Steps between norms of gradients and parameters per block (`norms/...`); 0 turns them off. Costs one pass over a
     rank's gradients and masters and one small all-reduce."""

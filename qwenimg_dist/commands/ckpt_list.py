@@ -10,6 +10,7 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwenimg_dist.report.run_events import difference_text, lineage_text
 from qwenimg_dist.report.table import Table
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def _row(info: CheckpointInfo) -> tuple[str, ...]:
         f"{info.size_bytes / 1e9:.3f}",
         f"{told['images']:,}" if "images" in told else "-",
         str(told.get("data", {}).get("fingerprint", "-")),
-        _lineage(told.get("lineage")),
-        _difference(told.get("parity")),
+        lineage_text(told.get("lineage")),
+        difference_text(told.get("parity")),
         state,
     )
 
@@ -52,22 +53,3 @@ def _written(path: Path) -> str:
     except OSError:
         return "-"
     return datetime.datetime.fromtimestamp(moment, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def _lineage(lineage: dict[str, Any] | None) -> str:
-    """The model that the run started from; for an export of ours, the step and run that it was."""
-    if not lineage:
-        return "-"
-    named = f"{lineage.get('model')} {lineage.get('fingerprint')}"
-    if lineage.get("revision"):
-        named += f" ({str(lineage['revision'])[:12]})"
-    parent = lineage.get("parent")
-    return f"{named}, step {parent.get('step')} of {parent.get('run')}" if parent else named
-
-
-def _difference(parity: dict[str, Any] | None) -> str:
-    if not parity:
-        return "-"
-    if not parity.get("measured"):
-        return "not measured"
-    return f"{parity['max_difference']:.1e} (of {parity['max_velocity']:.2g})"

@@ -39,7 +39,7 @@ def write_demo_report(root: Path, scores: Mapping[str, Score], commands: Sequenc
     sections = [
         Section(title="Result", pieces=(KeyFigures(figures=tuple(tiles)), table)),
         Section(title="Grids", pieces=(Pictures(pictures=grids),)),
-        *run_sections(root / "run", root / "data"),
+        *run_sections(root / "run", [root / "data"]),
         Section(
             title="The same on your own pictures",
             pieces=(

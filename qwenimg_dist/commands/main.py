@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "train": "qwenimg_dist.commands.train",
     "data": "qwenimg_dist.commands.data",
     "ckpt": "qwenimg_dist.commands.ckpt",
+    "report": "qwenimg_dist.commands.report",
     "sample": "qwenimg_dist.commands.sample",
     "config": "qwenimg_dist.commands.config",
 }

@@ -1,6 +1,7 @@
 """Curves over steps as SVG text, drawn with matplotlib (imported only when a curve is drawn).
 
-Place in the flow: `run_report` turns `metrics.jsonl` into `Panel`s. Knows nothing of what the numbers mean.
+Place in the flow: `run_curves` turns `metrics.jsonl` into `Panel`s. Knows nothing of what the numbers mean. A curve of
+many points is thinned to what a page can show: the envelope of each stretch stays, so that a single spike does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MAX_POINTS: Final = 1200
+"""Of one curve; more would not show at this width."""
 INK: Final = "#1c2430"
 SOFT: Final = "#8a93a0"
 COLOURS: Final = ("#2458b8", "#d0701f", "#2f8f63", "#a0458f", "#7a6a1d", "#4a90a4")
@@ -34,6 +37,10 @@ _RC: Final[Any] = {
     "legend.frameon": False,
     "svg.hashsalt": "qwenimg_dist",  # the same numbers give the same file
 }
+
+
+Steps = npt.NDArray[np.int64]
+Values = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +109,54 @@ def smoothed(values: npt.NDArray[np.float64], half_life: float) -> npt.NDArray[n
     return result
 
 
+def thinned(steps: Steps, values: Values) -> tuple[Steps, Values]:
+    """At most `MAX_POINTS` points: least and greatest of each stretch, in the order they came; the last as it is."""
+    if len(values) <= MAX_POINTS:
+        return steps, values
+    least, greatest = _reduced(np.fmin, values), _reduced(np.fmax, values)
+    starts = _starts(len(values))
+    bins = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(values))))
+    first_least = np.full(len(starts), len(values))
+    first_greatest = first_least.copy()
+    for place, extreme in ((first_least, least), (first_greatest, greatest)):
+        hits = np.flatnonzero(values == extreme[bins])
+        np.minimum.at(place, bins[hits], hits)
+    gaps = np.isnan(least)
+    kept = np.concatenate([first_least[~gaps], first_greatest[~gaps], starts[gaps], [len(values) - 1]])
+    kept = np.unique(kept)
+    return steps[kept], values[kept]
+
+
+def averaged(steps: Steps, values: Values) -> tuple[Steps, Values]:
+    """At most `MAX_POINTS` points: means over stretches of equal length, each at its last step; NaN where all are."""
+    if len(values) <= MAX_POINTS:
+        return steps, values
+    starts, finite = _starts(len(values)), np.isfinite(values)
+    counts = np.add.reduceat(finite.astype(np.float64), starts)
+    sums = np.add.reduceat(np.where(finite, values, 0.0), starts)
+    means = np.divide(sums, counts, out=np.full(len(starts), np.nan), where=counts > 0)
+    return steps[np.append(starts[1:], len(values)) - 1], means
+
+
+def _starts(num: int) -> npt.NDArray[np.int64]:
+    """Where each of `MAX_POINTS // 2` stretches begins."""
+    return np.linspace(0, num, MAX_POINTS // 2, endpoint=False).astype(np.int64)
+
+
+def _reduced(function: np.ufunc, values: Values) -> Values:
+    reduced: Values = function.reduceat(values, _starts(len(values)))
+    return reduced
+
+
 def _draw_panel(axes: Axes, panel: Panel, marks: Sequence[Mark]) -> None:
     axes.set_title(panel.title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
     palette = iter(COLOURS * (1 + len(panel.lines) // len(COLOURS)))
     for line in panel.lines:
-        _draw_line(axes, line, line.colour or next(palette))
+        _draw_line(axes, line, line.colour or next(palette), marks)
     positive = all(np.all(line.values[np.isfinite(line.values)] > 0) for line in panel.lines)
     if panel.log and positive:
         _log_axis(axes)
-    axes.margins(x=0.01)
+    axes.margins(x=0.01, y=0.16 if marks else 0.05)  # room for the names of the phases
     axes.set_xlabel("step")
     _draw_marks(axes, marks)
     if len(panel.lines) > 1:
@@ -122,15 +168,19 @@ def _draw_panel(axes: Axes, panel: Panel, marks: Sequence[Mark]) -> None:
             axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.17), **style)
 
 
-def _draw_line(axes: Axes, line: Line, colour: str) -> None:
+def _draw_line(axes: Axes, line: Line, colour: str, marks: Sequence[Mark]) -> None:
     style: dict[str, Any] = {"color": colour, "linestyle": (0, (5, 3)) if line.dashed else "-"}
     width = 2.0 if line.strong else 1.3
     marker = "o" if len(line.steps) < 25 and not line.smooth and not line.dashed else None
-    values = line.values
+    steps, values = thinned(line.steps, line.values)
     if line.smooth:
-        axes.plot(line.steps, values, color=colour, linewidth=0.7, alpha=0.25)
-        values = smoothed(values, line.smooth)
-    axes.plot(line.steps, values, label=line.label, linewidth=width, marker=marker, markersize=3.2, **style)
+        axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
+        steps, values = averaged(line.steps, line.values)
+        half_life = line.smooth * len(values) / len(line.values)
+        # The mean begins anew with a phase: it would drag the old level into the new one.
+        cuts = np.searchsorted(steps, [mark.step for mark in marks])
+        values = np.concatenate([smoothed(part, half_life) for part in np.split(values, cuts)])
+    axes.plot(steps, values, label=line.label, linewidth=width, marker=marker, markersize=3.2, **style)
 
 
 def _log_axis(axes: Axes) -> None:

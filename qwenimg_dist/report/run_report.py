@@ -1,106 +1,153 @@
-"""The report of a training run: key figures, curves, sample grids along the way, the data's funnel, the config.
+"""The report of a training run, one file that opens without network: `RUN/report.html`.
 
-Place in the flow: reads a run directory (`metrics.jsonl`, `samples/`, `config.yaml`, `environment.json`) and a data
-set, whatever of them there is; `page.write_report` makes a file of the sections. Draws the metrics that are there and
-invents none; may be made while the run is at work.
+    write_run_report(run_dir)                 # what `qwenimg-dist report` and the trainer's rank 0 do
+    run_sections(run_dir, [data])             # the sections alone, for a report of one's own (the demo's)
+
+Place in the flow: reads a run directory (`metrics.jsonl`, `samples/`, `checkpoints/`, `config.yaml`, ...) and the data
+sets that its config names, whatever of them there is; `page.write_report` makes a file of the sections. Invents
+nothing; may be made while the run is at work, and knows neither torch nor the trainer, so that it costs seconds.
+The tables of a data set are kept in `.report-data.json`, since a million rows take longer to count than to draw.
 """
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import io
+import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from omegaconf import OmegaConf
 
-from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.report.curves import INK, Line, Mark, Panel, draw
+from qwenimg_dist.config import stable_hash
+from qwenimg_dist.data.facets import DataError, Dataset
+from qwenimg_dist.files import write_json
+from qwenimg_dist.report import run_curves, run_events
+from qwenimg_dist.report.curves import Mark
 from qwenimg_dist.report.funnel import funnel
 from qwenimg_dist.report.metrics_file import Column, read_metrics
-from qwenimg_dist.report.page import Code, Figure, KeyFigure, KeyFigures, Paragraph, Picture, Pictures, Piece, Section
+from qwenimg_dist.report.page import (
+    Code,
+    KeyFigure,
+    KeyFigures,
+    Paragraph,
+    Picture,
+    Pictures,
+    Piece,
+    Section,
+    write_report,
+)
 from qwenimg_dist.report.stats import stats
-from qwenimg_dist.report.table import show
+from qwenimg_dist.report.table import Table, show
 
+REPORT: Final = "report.html"
+_DATA_CACHE: Final = ".report-data.json"
 _GRID: Final = re.compile(r"^step-(\d+)-?(.*)\.png$")
-_QUANTILE: Final = re.compile(r"^eval/loss_q([0-9.]+)$")
 _GRIDS_SHOWN: Final = 12
 _PAGE_PX: Final = 1032  # width of the report's column
-# Few and cold to many and warm: the quantile is an ordered thing, so its colours are too.
-_SEQUENCE: Final = ("#3b2f6b", "#33568a", "#2a7a8c", "#2f9a78", "#7ab648", "#d8b52b")
-_ENGINE_PANELS: Final = (
-    ("Gradient norm (before clipping)", ("train/grad_norm",), True),
-    ("Learning rate", ("train/lr",), False),
-    ("Images per second", ("train/images_per_s",), False),
-    ("Tokens per second", ("train/tokens_per_s",), False),
-    ("Step time (s)", ("train/step_s", "train/data_wait_s"), False),
-    ("Padding (share of tokens)", ("train/padding",), False),
-    ("Model TFLOP per second, all ranks", ("train/model_tflops_per_s",), False),
-    ("Model FLOPs utilisation", ("train/mfu",), False),
-    ("Peak memory per rank (GB)", ("train/memory_gb", "train/host_memory_gb"), False),
-)
 
 
-def run_sections(run_dir: Path, data: Path | None = None) -> list[Section]:
+def write_run_report(run_dir: Path, data: Sequence[Path] | None = None) -> Path:
+    """Write `RUN/report.html`; the data sets are those of the run's config unless given. Raises ValueError if `run_dir`
+    is no run directory, or its metrics are damaged.
+    """
+    config = _config(run_dir)
+    if not config and not (run_dir / "metrics.jsonl").is_file():
+        raise ValueError(f"{run_dir} is not a run directory (neither config.yaml nor metrics.jsonl)")
+    sections = run_sections(run_dir, data_paths(config) if data is None else data)
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    model, stage = OmegaConf.select(config, "model.name"), OmegaConf.select(config, "stage")
+    subtitle = ", ".join(str(word) for word in (model, stage, f"written {now}") if word)
+    write_report(run_dir / REPORT, title=f"Run {run_dir.resolve().name}", subtitle=subtitle, sections=sections)
+    return run_dir / REPORT
+
+
+def run_sections(run_dir: Path, data: Sequence[Path] = ()) -> list[Section]:
     """Sections for `write_report`; what is not there is left out. Raises ValueError for damaged metrics."""
     metrics = read_metrics(run_dir / "metrics.jsonl")
-    marks = phase_marks(metrics, _phase_names(run_dir))
+    config = _config(run_dir)
+    marks = run_curves.phase_marks(metrics, _phase_names(config))
     sections = [
-        Section(title="Run", pieces=_overview(metrics)),
-        Section(title="Loss", pieces=_losses(metrics, marks)),
+        Section(title="Run", pieces=_overview(run_dir, metrics, config)),
+        Section(title="Loss", pieces=(*run_curves.losses(metrics, marks), *run_events.worst_samples(run_dir))),
         Section(title="Samples along the way", pieces=_grids(run_dir / "samples", marks)),
-        Section(title="Steps and speed", pieces=_engine(metrics, marks)),
-        *(data_sections(data) if data is not None else []),
-        Section(title="Settings", pieces=_settings(run_dir)),
+        Section(title="Steps and speed", pieces=run_curves.engine(metrics, marks)),
+        Section(title="Faults survived", pieces=run_events.events(run_dir, metrics)),
+        Section(title="Checkpoints", pieces=run_events.checkpoints(run_dir)),
+        *data_sections(data, run_dir / _DATA_CACHE),
+        Section(title="Settings and versions", pieces=_settings(run_dir)),
     ]
     return [section for section in sections if section.pieces]
 
 
-def data_sections(data: Path) -> list[Section]:
-    """The funnel and buckets of a data set."""
-    dataset = Dataset.open(data)
-    return [Section(title="Data", pieces=(*funnel(dataset).tables(), *stats(dataset).tables()))]
+def data_paths(config: Any) -> list[Path]:
+    """The data sets that a run's config names, each once."""
+    found = [OmegaConf.select(config, "data.path")]
+    named = OmegaConf.select(config, "data.sets")
+    for one in (named.values() if OmegaConf.is_dict(named) else named) or ():
+        found.append(OmegaConf.select(one, "path"))
+    return list(dict.fromkeys(Path(str(path)) for path in found if path))
 
 
-def phase_marks(metrics: Mapping[str, Column], names: Sequence[str] = ()) -> list[Mark]:
-    """Where `train/phase` changes, labelled `high, 128 px` (the class only where a phase has just one)."""
-    phase = metrics.get("train/phase")
-    if phase is None or len(phase.steps) == 0:
-        return []
-    changes = np.flatnonzero(np.diff(phase.values)) + 1
-    return [
-        Mark(step=int(phase.steps[i]), label=_phase_label(metrics, int(phase.values[i]), names))
-        for i in changes.tolist()
-    ]
+def data_sections(data: Sequence[Path], cache: Path | None = None) -> list[Section]:
+    """Funnel and buckets of each data set; where one cannot be read, that is said instead."""
+    sections = []
+    for path in data:
+        title = "Data" if len(data) == 1 else f"Data: {path.name}"
+        try:
+            pieces: tuple[Piece, ...] = (Paragraph(text=str(path)), *_data_tables(path, cache))
+        except (DataError, OSError) as problem:
+            pieces = (Paragraph(text=f"{path} could not be read: {problem}"),)
+        sections.append(Section(title=title, pieces=pieces))
+    return sections
 
 
-def _phase_label(metrics: Mapping[str, Column], index: int, names: Sequence[str]) -> str:
-    label = names[index] if index < len(names) else f"phase {index}"
-    phase, resolution = metrics["train/phase"], metrics.get("train/resolution")
-    if resolution is not None and len(resolution.values) == len(phase.values):
-        classes = np.unique(resolution.values[phase.values == index])
-        if len(classes) == 1:
-            return f"{label}, {int(classes[0])} px"
-    return label
+def _data_tables(path: Path, cache: Path | None) -> list[Table]:
+    """Counted anew only when parts were added or removed since."""
+    dataset = Dataset.open(path)
+    parts = {facet: [dataset.parquet(part).name for part in dataset.parts(facet)] for facet in dataset.facets()}
+    state = stable_hash([str(path.resolve()), {facet: sorted(names) for facet, names in parts.items()}])
+    kept: dict[str, Any] = {}
+    if cache is not None:
+        with contextlib.suppress(OSError, ValueError):
+            kept = json.loads(cache.read_text(encoding="utf-8"))
+    if state in kept:
+        return [
+            Table(title=one["title"], columns=tuple(one["columns"]), rows=tuple(tuple(row) for row in one["rows"]))
+            for one in kept[state]
+        ]
+    tables = [*funnel(dataset).tables(), *stats(dataset).tables()]
+    if cache is not None:
+        plain = [{"title": one.title, "columns": one.columns, "rows": one.rows} for one in tables]
+        with contextlib.suppress(OSError):  # a full disk must not cost the report
+            write_json(cache, {**dict(list(kept.items())[-7:]), state: plain})
+    return tables
 
 
-def _phase_names(run_dir: Path) -> list[str]:
-    """The curriculum's names of the phases; none where the run has no readable config."""
+def _config(run_dir: Path) -> Any:
+    """The run's resolved config; an empty one where there is none."""
     file = run_dir / "config.yaml"
-    if not file.is_file():
-        return []
-    phases = OmegaConf.select(OmegaConf.load(file), "curriculum.phases")
+    return OmegaConf.load(file) if file.is_file() else OmegaConf.create({})
+
+
+def _phase_names(config: Any) -> list[str]:
+    phases = OmegaConf.select(config, "curriculum.phases")
     return [str(phase.get("name") or f"phase {i}") for i, phase in enumerate(phases or ())]
 
 
-def _overview(metrics: Mapping[str, Column]) -> tuple[Piece, ...]:
+def _overview(run_dir: Path, metrics: Mapping[str, Column], config: Any) -> tuple[Piece, ...]:
     if "train/loss" not in metrics:
         return (Paragraph(text="No step was logged yet."),)
     loss = metrics["train/loss"]
+    planned, done = OmegaConf.select(config, "train.steps"), int(loss.steps[-1])
+    notes = [f"of {int(planned):,}" if planned and done < int(planned) else "", _phases_note(metrics)]
     figures = [
-        KeyFigure(label="steps", value=f"{int(loss.steps[-1]):,}", note=_phases_note(metrics)),
+        KeyFigure(label="steps", value=f"{done:,}", note=", ".join(note for note in notes if note)),
         KeyFigure(label="training loss", value=show(_tail(loss)), note="mean of the last tenth"),
     ]
     if "eval/loss" in metrics:
@@ -108,90 +155,27 @@ def _overview(metrics: Mapping[str, Column]) -> tuple[Piece, ...]:
     for name, label in (("train/images_per_s", "images per second"), ("train/tokens_per_s", "tokens per second")):
         if name in metrics:
             figures.append(KeyFigure(label=label, value=show(_median(metrics[name])), note="median"))
-    if "train/mfu" in metrics:
-        figures.append(
-            KeyFigure(label="FLOPs utilisation", value=f"{_median(metrics['train/mfu']):.1%}", note="median")
-        )
+    for name, label in (("train/mfu", "FLOPs utilisation"), ("train/data_wait_share", "waiting for data")):
+        if name in metrics:
+            figures.append(KeyFigure(label=label, value=f"{_median(metrics[name]):.1%}", note="median"))
     if "train/images" in metrics:
         seen = int(metrics["train/images"].values[-1])
         figures.insert(1, KeyFigure(label="images seen", value=f"{seen:,}", note=_epochs_note(metrics)))
     skipped = metrics.get("train/skipped_steps")
     if skipped is not None and skipped.values[-1] > 0:
         figures.append(KeyFigure(label="skipped steps", value=show(int(skipped.values[-1])), note="not finite"))
+    if restarts := run_events.num_restarts(run_dir):
+        figures.append(KeyFigure(label="restarts", value=show(restarts), note="went on from a checkpoint"))
     return (KeyFigures(figures=tuple(figures)),)
-
-
-def _losses(metrics: Mapping[str, Column], marks: Sequence[Mark]) -> tuple[Piece, ...]:
-    pieces: list[Piece] = []
-    if "train/loss" in metrics:
-        loss = metrics["train/loss"]
-        line = _line("loss", loss, smooth=_half_life(loss))
-        panel = Panel(title="Training loss", lines=(line,), log=True)
-        caption = "Each logged step, faint, and a running mean. A new phase has other sigmas, so its level differs."
-        pieces.append(Figure(svg=draw([panel], marks), caption=caption if marks else ""))
-    lines = _held_out_lines(metrics)
-    if lines:
-        panel = Panel(title="Held-out loss at fixed sigma quantiles, fixed noise", lines=tuple(lines), log=True)
-        dashed = any(line.dashed for line in lines)
-        caption = "Dashed: mean of the model that the run started from, on the same samples." if dashed else ""
-        pieces.append(Figure(svg=draw([panel], marks, height_in=3.8), caption=caption))
-    return tuple(pieces)
-
-
-def _held_out_lines(metrics: Mapping[str, Column]) -> list[Line]:
-    quantiles = sorted((float(m[1]), name) for name in metrics if (m := _QUANTILE.match(name)))
-    lines: list[Line] = []
-    for position, (quantile, name) in enumerate(quantiles):
-        colour = _SEQUENCE[round(position * (len(_SEQUENCE) - 1) / max(len(quantiles) - 1, 1))]
-        lines.append(_line(f"q {quantile:g}", _from_start(metrics, name), colour=colour))
-    if "eval/loss" in metrics:
-        lines.append(_line("mean", _from_start(metrics, "eval/loss"), colour=INK, strong=True))
-    if "eval/start_loss" in metrics:
-        lines.append(_line("starting model", _at_zero(metrics["eval/start_loss"]), colour=INK, dashed=True))
-    return lines
-
-
-def _from_start(metrics: Mapping[str, Column], name: str) -> Column:
-    """A held-out loss with its value at step 0, which is the starting model's by definition."""
-    start = metrics.get(name.replace("eval/loss", "eval/start_loss"))
-    return metrics[name] if start is None else _at_zero(metrics[name], float(start.values[0]))
-
-
-def _at_zero(column: Column, value: float | None = None) -> Column:
-    if column.steps[0] == 0:
-        return column
-    first = float(column.values[0]) if value is None else value
-    return Column(steps=np.insert(column.steps, 0, 0), values=np.insert(column.values, 0, first))
-
-
-def _engine(metrics: Mapping[str, Column], marks: Sequence[Mark]) -> tuple[Piece, ...]:
-    panels = [
-        Panel(
-            title=title,
-            log=log,
-            lines=tuple(
-                _line(
-                    name.removeprefix("train/").replace("_", " "),
-                    metrics[name],
-                    smooth=0.0 if name == "train/lr" else _half_life(metrics[name]),
-                )
-                for name in names
-                if name in metrics
-            ),
-        )
-        for title, names, log in _ENGINE_PANELS
-    ]
-    panels = [panel for panel in panels if panel.lines]
-    return (Figure(svg=draw(panels, marks, columns=2, height_in=2.5)),) if panels else ()
 
 
 def _grids(folder: Path, marks: Sequence[Mark]) -> tuple[Piece, ...]:
     """Each kind of grid (what follows the step in its name) as a row of pictures, first and last always among them."""
     kinds: dict[str, list[tuple[int, Path]]] = {}
-    for file in sorted(folder.glob("step-*.png")) if folder.is_dir() else []:
-        match = _GRID.match(file.name)
-        if match:
-            kinds.setdefault(match[2], []).append((int(match[1]), file))
+    with contextlib.suppress(FileNotFoundError):
+        for name in sorted(os.listdir(folder)):
+            if match := _GRID.match(name):
+                kinds.setdefault(match[2], []).append((int(match[1]), folder / name))
     pieces: list[Piece] = []
     for kind, found in sorted(kinds.items()):
         found.sort()
@@ -217,31 +201,11 @@ def _grid_caption(step: int, marks: Sequence[Mark]) -> str:
 
 
 def _settings(run_dir: Path) -> tuple[Piece, ...]:
-    files = (("config.yaml", "Resolved config"), ("environment.json", "Environment"))
+    files = (("config.yaml", "Resolved config"), ("environment.json", "Environment and versions"))
     return tuple(
         Code(text=(run_dir / name).read_text(encoding="utf-8"), summary=f"{title} ({name})")
         for name, title in files
         if (run_dir / name).is_file()
-    )
-
-
-def _line(
-    label: str,
-    column: Column,
-    *,
-    colour: str | None = None,
-    dashed: bool = False,
-    strong: bool = False,
-    smooth: float = 0.0,
-) -> Line:
-    return Line(
-        label=label,
-        steps=column.steps,
-        values=column.values,
-        colour=colour,
-        dashed=dashed,
-        strong=strong,
-        smooth=smooth,
     )
 
 
@@ -263,11 +227,6 @@ def _held_out_figure(metrics: Mapping[str, Column]) -> KeyFigure:
         start = float(metrics["eval/start_loss"].values[-1])
         note = f"starting model {show(start)}" + (": it was better" if start < now else "")
     return KeyFigure(label="held-out loss", value=show(now), note=note)
-
-
-def _half_life(column: Column) -> float:
-    """Smoothing that grows with the curve; a short one is shown as it is, since a mean would lag behind it."""
-    return len(column.steps) / 40 if len(column.steps) >= 40 else 0.0
 
 
 def _tail(column: Column) -> float:

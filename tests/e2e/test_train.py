@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -32,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(root: Path) -> Path:
     """The run directory of two ranks that nothing happened to."""
-    ended = run_gang(["-m", "consumers", *fp32(root, "reference")], 2, root / "logs-reference")
+    ended = run_gang(["-m", "consumers", *fp32(root, "reference", "train.report=checkpoints")], 2, root / "logs-reference")
     assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
     return root / "reference"
 
@@ -75,6 +76,19 @@ def test_every_checkpoint_has_a_certificate_that_the_list_shows(
         for word in (f"{parity['max_difference']:.1e}", told["data"]["fingerprint"], lineage["fingerprint"], "valid"):
             assert word in line
         assert line.split()[0] == str(step)
+
+
+def test_the_run_s_report_is_of_its_end(reference: Path) -> None:
+    page = (reference / "report.html").read_text()
+    for title in ("Loss", "Steps and speed", "Checkpoints", "Data", "Settings and versions"):
+        assert f"<h2>{title}</h2>" in page
+    assert "Funnel" in page
+    assert "Faults survived" not in page
+    row = re.search(r"<tr><td[^>]*>12</td>.*?</tr>", page)  # the last checkpoint, which precedes the last report
+    assert row is not None
+    told = read_certificate(list_checkpoints(reference)[-1].path)
+    assert told is not None
+    assert told["data"]["fingerprint"] in row[0]
 
 
 def test_a_certificate_is_covered_by_the_manifest(root: Path, reference: Path, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def overrides(root: Path, run: str = "run", *extra: str) -> list[str]:
         "train.steps=12",
         "train.log_every=1",
         "train.log_samples=true",
+        "train.report=off",
         "checkpoint.every=4",
         "evaluate.every=6",
         "evaluate.num_samples=4",

@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure as Figure_
 from PIL import Image
 
-from qwenimg_dist.report.curves import Line, Mark, Panel, draw, smoothed
+from qwenimg_dist.commands.main import main
+from qwenimg_dist.report.curves import MAX_POINTS, Line, Mark, Panel, _draw_panel, averaged, draw, smoothed, thinned
 from qwenimg_dist.report.metrics_file import read_metrics
-from qwenimg_dist.report.page import Figure, KeyFigures, Paragraph, Pictures, report_html
-from qwenimg_dist.report.run_report import phase_marks, run_sections
+from qwenimg_dist.report.page import Figure, KeyFigures, Paragraph, Pictures, Section, report_html
+from qwenimg_dist.report.run_curves import class_lines, held_out_lines, phase_marks
+from qwenimg_dist.report.run_events import checkpoints
+from qwenimg_dist.report.run_report import data_sections, run_sections, write_run_report
+from qwenimg_dist.report.table import Table
 from tests.helpers.picture_dataset import make_picture_dataset
 
 
@@ -48,14 +53,14 @@ def test_a_full_run(tmp_path: Path) -> None:
         Image.new("RGB", (32, 16), (step, 0, 0)).save(run / "samples" / f"step-{step:08d}-64x64.png")
     (run / "config.yaml").write_text("stage: pretrain\ncurriculum: {phases: [{name: low}, {name: high}]}\n")
     made = make_picture_dataset(tmp_path, rows=20, source=False)
-    sections = run_sections(run, made.dataset.root)
+    sections = run_sections(run, [made.dataset.root])
     assert [section.title for section in sections] == [
         "Run",
         "Loss",
         "Samples along the way",
         "Steps and speed",
         "Data",
-        "Settings",
+        "Settings and versions",
     ]
     tiles = sections[0].pieces[0]
     assert isinstance(tiles, KeyFigures)
@@ -78,9 +83,7 @@ def test_an_empty_run_says_so(tmp_path: Path) -> None:
 
 def test_the_starting_model_and_every_quantile_are_drawn(tmp_path: Path) -> None:
     write_metrics(tmp_path / "metrics.jsonl", example_lines())
-    from qwenimg_dist.report.run_report import _held_out_lines
-
-    lines = {line.label: line for line in _held_out_lines(read_metrics(tmp_path / "metrics.jsonl"))}
+    lines = {line.label: line for line in held_out_lines(read_metrics(tmp_path / "metrics.jsonl"))}
     assert list(lines) == ["q 0.1", "q 0.9", "mean", "starting model"]
     assert lines["starting model"].dashed
     assert lines["starting model"].values.tolist() == [1.25] * 4
@@ -137,6 +140,144 @@ def test_a_drawing_is_svg_and_the_same_each_time() -> None:
     assert ET.fromstring(once).tag.endswith("svg")
     assert once != draw([panel])
     assert "href" not in Figure(svg=once).html()
+
+
+def test_many_points_are_thinned_and_a_single_spike_and_gap_stay() -> None:
+    steps, values = np.arange(1, 100_001), np.sin(np.arange(100_000) / 9000) + 2.0
+    values[40_123], values[77_000], values[-1] = 50.0, -3.0, 2.5
+    values[20_000:21_000] = np.nan
+    few, shown = thinned(steps, values)
+    assert len(few) <= MAX_POINTS + 1
+    assert np.all(np.diff(few) > 0)
+    assert np.nanmax(shown) == 50.0
+    assert few[np.nanargmax(shown)] == 40_124
+    assert np.nanmin(shown) == -3.0
+    assert (few[-1], shown[-1]) == (100_000, 2.5)
+    assert np.isnan(shown[(few > 20_200) & (few < 20_900)]).all()
+    _, means = averaged(steps, values)
+    assert len(means) <= MAX_POINTS
+    assert np.nanmax(means) < 3.5
+    assert np.nanmean(means) == pytest.approx(np.nanmean(values), abs=0.01)
+    short = np.arange(10), np.ones(10)
+    assert thinned(*short) == short == averaged(*short)
+
+
+def test_the_mean_begins_anew_with_a_phase() -> None:
+    steps, values = np.arange(2000), np.where(np.arange(2000) < 1000, 10.0, 1.0)
+    panel = Panel(title="t", lines=(Line(label="a", steps=steps, values=values, smooth=100.0),))
+    drawn: dict[bool, list[float]] = {}
+    for marked in (False, True):
+        figure = Figure_()
+        axes = figure.subplots()
+        _draw_panel(axes, panel, [Mark(step=1000, label="p")] if marked else [])
+        drawn[marked] = [y for x, y in axes.lines[1].get_xydata() if 1001 < x < 1100]
+    assert max(drawn[True]) == 1.0
+    assert max(drawn[False]) > 5.0
+
+
+def test_a_hundred_thousand_steps_give_a_page_that_opens(tmp_path: Path) -> None:
+    names = [f"train/{name}" for name in ("loss", "grad_norm", "lr", "images_per_s", "step_s", "mfu")]
+    random = np.random.default_rng(0)
+    with open(tmp_path / "metrics.jsonl", "w") as sink:
+        for step in range(1, 100_001):
+            values = dict(zip(names, random.random(len(names)).round(4).tolist()))
+            sink.write(json.dumps({"step": step, **values}) + "\n")
+    page = write_run_report(tmp_path).read_text()
+    assert len(page) < 2_000_000
+    assert "100,000" in page
+    assert "http://" not in page and "https://" not in page  # noqa: PT018
+    assert "<script" not in page
+
+
+def test_what_happened_to_a_run_is_told(tmp_path: Path) -> None:
+    lines = [{"step": s, "train/loss": 1.0, "train/skipped_steps": float(s >= 7) + float(s >= 9)} for s in range(1, 12)]
+    write_metrics(tmp_path / "metrics.jsonl", lines)
+    starts = [{"time": "t0", "step": 0, "ranks": 2}, {"time": "t1", "step": 4, "ranks": 3}]
+    starts[1]["skipped_checkpoints"] = ["step 6: torn <b>"]
+    (tmp_path / "starts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in starts) + '{"torn')
+    dump = tmp_path / "faults" / "step-00000007-rank-00001"
+    dump.mkdir(parents=True)
+    told = {"step": 7, "rank": 1, "bucket": "64x64", "samples": [{"key": "bad-one", "latents_not_finite": True}]}
+    (dump / "batch.json").write_text(json.dumps({**told, "samples": [*told["samples"], {"key": "fine-one"}]}))
+    broken = tmp_path / "faults" / "step-00000009-rank-00000"
+    broken.mkdir()
+    (tmp_path / "bad_samples.jsonl").write_text(json.dumps({"step": 3, "samples": [{"key": "gone", "problem": "cut"}]}))
+    sections = {section.title: section.pieces for section in run_sections(tmp_path)}
+    page = report_html(title="run", sections=[Section(title="f", pieces=sections["Faults survived"])])
+    for words in (
+        "Started 2 times",
+        "step 6: torn &lt;b&gt;",
+        "2 step(s) were not finite",
+        "at 7, 9.",
+        "bad-one",
+        "cut",
+    ):
+        assert words in page
+    assert "fine-one" not in page
+    tiles = sections["Run"][0]
+    assert isinstance(tiles, KeyFigures)
+    assert {tile.label: tile.value for tile in tiles.figures}["restarts"] == "1"
+
+
+def test_nothing_happened_says_nothing(tmp_path: Path) -> None:
+    write_metrics(tmp_path / "metrics.jsonl", [{"step": 1, "train/loss": 1.0, "train/skipped_steps": 0}])
+    (tmp_path / "starts.jsonl").write_text('{"time": "t", "step": 0, "ranks": 2}\n')
+    assert "Faults survived" not in [section.title for section in run_sections(tmp_path)]
+
+
+def test_checkpoints_are_listed_with_their_certificates(tmp_path: Path) -> None:
+    for step, told in ((5, None), (10, {"images": 80, "data": {"fingerprint": "abcd"}})):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"files": {"x": {"size_bytes": 3_000_000_000}}}))
+        if told:
+            parity = {"measured": True, "max_difference": 1.5e-7, "max_velocity": 1.25}
+            (folder / "certificate.json").write_text(json.dumps({**told, "parity": parity}))
+    (tmp_path / "checkpoints" / ".tmp-step-00000015-x").mkdir()
+    table = checkpoints(tmp_path)[0]
+    assert isinstance(table, Table)
+    assert [row[0] for row in table.rows] == [5, 10]
+    assert table.rows[0][-1] == "-"
+    assert table.rows[1][2:5] == ("3.000 GB", 80, "abcd")
+    assert table.rows[1][-1] == "1.5e-07 (of 1.2)"
+
+
+def test_the_guard_s_curves_are_by_class_each_with_its_start(tmp_path: Path) -> None:
+    lines = [
+        {"step": s, "eval/loss_64": 0.5 - s / 100, "eval/start_loss_64": 0.5, "eval/loss_128": 0.7} for s in (10, 20)
+    ]
+    write_metrics(tmp_path / "metrics.jsonl", lines)
+    found = class_lines(read_metrics(tmp_path / "metrics.jsonl"))
+    assert [(line.label, line.dashed) for line in found] == [
+        ("64 px", False),
+        ("64 px at start", True),
+        ("128 px", False),
+    ]
+    assert found[0].colour == found[1].colour
+    assert found[0].values.tolist() == pytest.approx([0.5, 0.4, 0.3])
+
+
+def test_data_are_counted_anew_only_when_they_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, cache = make_picture_dataset(tmp_path, rows=20, source=False), tmp_path / "cache.json"
+    first = data_sections([made.dataset.root], cache)
+    monkeypatch.setattr("qwenimg_dist.report.run_report.funnel", lambda dataset: pytest.fail("counted again"))
+    again = data_sections([made.dataset.root], cache)
+    assert [piece.html() for piece in again[0].pieces] == [piece.html() for piece in first[0].pieces]
+    made.dataset.parquet(made.dataset.parts("rows")[-1]).unlink()
+    with pytest.raises(pytest.fail.Exception):
+        data_sections([made.dataset.root], cache)
+    gone = data_sections([tmp_path / "nowhere"], cache)[0].pieces[0]
+    assert isinstance(gone, Paragraph)
+    assert "could not be read" in gone.text
+
+
+def test_the_command_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", f"run.path={tmp_path}"]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+    write_metrics(tmp_path / "metrics.jsonl", example_lines())
+    assert main(["report", f"run.path={tmp_path}"]) == 0
+    assert "<svg" not in (tmp_path / "report.html").read_text()  # drawings are pictures: ids do not meet
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
 
 
 def test_zero_on_a_log_axis_is_drawn_linear() -> None:
