@@ -33,7 +33,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(root: Path) -> Path:
     """The run directory of two ranks that nothing happened to."""
-    ended = run_gang(["-m", "consumers", *fp32(root, "reference", "train.report=checkpoints")], 2, root / "logs-reference")
+    ended = run_gang(
+        ["-m", "consumers", *fp32(root, "reference", "train.report=checkpoints")], 2, root / "logs-reference"
+    )
     assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
     return root / "reference"
 
