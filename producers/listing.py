@@ -74,6 +74,7 @@ def sync_listing(
                     "kind": source_row.kind,
                     "others": list(source_row.others),
                     "meta": source_row.meta,
+                    "fault_detail": source_row.fault_detail,
                 }
             )
     changes.commit_all()

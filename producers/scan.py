@@ -17,7 +17,7 @@ from producers.commit import commit_part
 from producers.load import ImageFault, open_header
 from producers.perceptual_hash import perceptual_hash
 from producers.poison import POISON, Watch
-from producers.sources.base import OUTSIDE_ROOT, SourceGoneError, read_bytes
+from producers.sources.base import BAD_ROW, OUTSIDE_ROOT, SourceGoneError, read_bytes
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.debug import picture_point
 from qwenimg_dist.schema import IMAGE, LISTING, PROMPT, SCAN, SCAN_COLUMNS, role_of
@@ -47,6 +47,8 @@ def scan_row(root: str, listed: Mapping[str, Any]) -> dict[str, Any]:
     row, kind, others = listed["row"], listed.get("kind") or IMAGE, listed.get("others") or ()
     if listed["caption_fault"] == OUTSIDE_ROOT:
         return {"row": row, **_NOTHING, "fault": OUTSIDE_ROOT, "detail": "the path leads out of source.path"}
+    if listed["caption_fault"] == BAD_ROW:
+        return {"row": row, **_NOTHING, "fault": BAD_ROW, "detail": listed["fault_detail"]}
     if kind == PROMPT:
         return {"row": row, **_NOTHING}
     scanned = [_scan_file(root, one, hashed=kind == IMAGE) for one in (listed["uri"], *others)]
@@ -94,7 +96,7 @@ def scan_unit(
 
     With `watch`, rows that killed earlier tries get the fault `poison` unopened.
     """
-    listing = dataset.read_unit(LISTING, unit, ["row", "uri", "caption_fault", "kind", "others"])
+    listing = dataset.read_unit(LISTING, unit, ["row", "uri", "caption_fault", "kind", "others", "fault_detail"])
     assert listing is not None  # units come from the listing
     scanned = dataset.read_unit(SCAN, unit, ["row"])
     known = set(scanned["row"].to_pylist()) - set(again) if scanned is not None else set()

@@ -146,6 +146,7 @@ LISTING_COLUMNS: Final = pa.schema(
         ("kind", pa.string()),  # null: `image`
         ("others", pa.list_(pa.string())),  # uris of the further pictures, their roles fixed by the kind; null: none
         ("meta", pa.string()),  # null, or JSON that came with the row
+        ("fault_detail", pa.string()),  # null, or file, line and reason of a row that is none
     ]
 )
 
@@ -203,7 +204,9 @@ ROWS_COLUMNS: Final = pa.schema(
 )
 
 # Columns that parts written before there was one do without.
-OPTIONAL_COLUMNS: Final = frozenset({"phash", "caption_kinds", "caption_faults", "kind", "others", "meta", "further"})
+OPTIONAL_COLUMNS: Final = frozenset(
+    {"phash", "caption_kinds", "caption_faults", "kind", "others", "meta", "further", "fault_detail"}
+)
 
 RAW: Final = "raw"
 """Kind of a caption that came with the picture; other kinds are the source's own words (`recaption`, `fused`)."""

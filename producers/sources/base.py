@@ -25,9 +25,12 @@ from qwenimg_dist.schema import IMAGE, Kind, row_identity
 NO_CAPTION: Final = "no_caption"
 BAD_CAPTION: Final = "bad_caption"
 OUTSIDE_ROOT: Final = "outside_root"
+BAD_ROW: Final = "bad_row"
 
 _RAW: Final = "bytes:"
-_SCHEMES: Final = (_RAW, tars.SCHEME, parquet_cells.SCHEME, recipe.SCHEME)
+BROKEN_LINE: Final = "line:"
+"""Begins the uri of a `bad_row`, which no file has."""
+_SCHEMES: Final = (_RAW, BROKEN_LINE, tars.SCHEME, parquet_cells.SCHEME, recipe.SCHEME)
 
 
 class SourceGoneError(OSError):
@@ -44,7 +47,10 @@ class SourceRow:
     caption_kinds: tuple[str, ...] = ()
     """Beside `captions`; none: all are `raw`."""
     fault: str | None = None
-    """Why the row cannot be used, known before the file is looked at: `no_caption`, `bad_caption`, `outside_root`."""
+    """Why the row cannot be used, known before the file is looked at: `no_caption`, `bad_caption`, `outside_root`,
+    `bad_row`."""
+    fault_detail: str | None = None
+    """Of a `bad_row`: file, line and reason."""
     kind: Kind = IMAGE
     others: tuple[str, ...] = ()
     """Uris of the further pictures: rejected, or the conditions in order."""
@@ -83,8 +89,9 @@ class Source(Protocol):
     def find(self, *, min_age_s: float = 0.0) -> Found:
         """List everything there is, in a stable order; pictures modified within `min_age_s` are left for later.
 
-        Looks through the source before it returns: raises ValueError if the source cannot be read, holds no picture,
-        names a row that is no row, or has no caption at all. So all of this is found before anything is written.
+        Looks through the source before it returns: raises ValueError if the source cannot be read, holds no picture, no
+        row that can be used, or no caption at all. So all of this is found before anything is written. Single rows that
+        cannot be used are given as `bad_row`.
         """
         ...
 

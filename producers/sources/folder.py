@@ -2,7 +2,8 @@
 
 Rows are sorted by path. What counts as a picture is decided by extension, or by being named in a `metadata.jsonl`
 (which may name files that do not exist: they get a row and the fault `missing_file`). Each folder may have its own
-`metadata.jsonl`; the one nearest to a picture wins. Deliberately left out: `metadata.csv`, labels from folder names.
+`metadata.jsonl`; the one nearest to a picture wins. A line that names no picture becomes a `bad_row`, after the
+pictures. Deliberately left out: `metadata.csv`, labels from folder names.
 
 Memory while it is looked through: the characters of each path and some 40 bytes per picture; captions are read when
 their row is asked for.
@@ -21,6 +22,7 @@ from typing import Final
 
 import numpy as np
 
+from producers.sources.bad_rows import look_through
 from producers.sources.base import (
     BAD_CAPTION,
     NO_CAPTION,
@@ -77,7 +79,8 @@ class Folder:
             raise ValueError(f"{self._root}: source.captions=metadata, but there is no {METADATA}")
         # Nearer files override.
         files = sorted(walk.metadata, key=lambda path: (path.count("/"), os.fsencode(path)))
-        described = Described(self._root, files if self._captions != "txt" else [], self._kinds)
+        described = Described(self._root, files if self._captions != "txt" else [], self._kinds, growing=min_age_s > 0)
+        broken = look_through(described.broken())
         if len(described):
             for path in list(described.not_in(walk.pictures.hashes())):
                 walk.pictures.append(path)
@@ -86,18 +89,24 @@ class Folder:
             walk.ignored[".txt"] += int(np.count_nonzero(~are_in(np.unique(walk.texts.hashes()), stems)))
         num_pictures, extensions = len(walk.pictures), sorted(walk.text_extensions, reverse=True)
         if not num_pictures:
+            broken.problems()
             raise ValueError(f"{self._root} holds no pictures ({describe(walk.ignored)}); is source.path right?")
         if not any(row.captions for row in self._rows(walk.pictures, described, extensions)):
+            if broken.num_bad and not len(described):
+                broken.problems()
             raise ValueError(
                 f"{self._root}: none of its {num_pictures} pictures has a caption; write {METADATA} with one "
                 '{"file_name": ..., "text": ...} per line, or a .txt file beside each picture'
             )
-        return Found(rows=self._rows(walk.pictures, described, extensions), ignored=walk.ignored)
+        broken.num_rows += num_pictures
+        rows = self._rows(walk.pictures, described, extensions)
+        return Found(rows=rows, ignored=walk.ignored, problems=broken.problems())
 
     def _rows(self, paths: Paths, described: Described, text_extensions: Sequence[str]) -> Iterator[SourceRow]:
         for batch in paths.sorted_batches():
             for path, captions in zip(batch, described.captions(batch)):
                 yield self._row(path, captions, text_extensions)
+        yield from described.broken()
 
     def _row(self, path: str, given: Captions, text_extensions: Sequence[str]) -> SourceRow:
         captions, fault, kinds = given

@@ -1,34 +1,45 @@
-"""JSON Lines as sources read them: one object per line, errors that name file and line, lines found again by offset."""
+"""JSON Lines as sources read them: an object per line, each with its place, so that it can be named and found again."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
-def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line that is not blank. Raises ValueError naming file and line.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """A line that is not blank."""
 
-    Bytes that are not UTF-8 stay as surrogates: in file names they are what the operating system has too.
+    number: int
+    """From 1."""
+    offset: int
+    """Of its first byte."""
+    raw: bytes
+    entry: dict[str, Any]
+    """Empty where the line is broken."""
+    broken: str | None = None
+    """Why it is no JSON object."""
+
+
+def read_jsonl(file: Path, *, growing: bool = False) -> Iterator[Line]:
+    """Each line that is not blank, broken ones too. With `growing`, a broken last line without its end is half written,
+    and not there yet.
+
+    Bytes that are not UTF-8 stay as surrogates: in file names they are what the operating system has too. Raises
+    ValueError naming the file if it cannot be read.
     """
-    for number, _, entry in read_jsonl_at(file):
-        yield number, entry
-
-
-def read_jsonl_at(file: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(line number, byte offset of the line, object) of each line that is not blank. Raises ValueError likewise."""
     try:
         with open(file, "rb") as lines:
             offset = 0
             for number, raw in enumerate(lines, start=1):
-                try:
-                    entry = parse_line(raw)
-                except ValueError as error:
-                    raise ValueError(f"{file}, line {number}: {error}; correct the line") from error
+                entry, broken = _parsed(raw)
+                if growing and broken is not None and not raw.endswith(b"\n"):
+                    return
                 if entry is not None:
-                    yield number, offset, entry
+                    yield Line(number=number, offset=offset, raw=raw, entry=entry, broken=broken)
                 offset += len(raw)
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror})") from error
@@ -46,3 +57,10 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
     if not isinstance(entry, dict):
         raise ValueError("is not a JSON object")
     return entry
+
+
+def _parsed(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    try:
+        return parse_line(raw), None
+    except ValueError as error:
+        return {}, str(error)

@@ -1,18 +1,20 @@
 """A manifest: a `.jsonl` or `.parquet` file with one row per picture, in the file's own order.
 
 Uris may be relative (to `source.root`, else to the manifest's folder), absolute paths, or URLs that fsspec reads; one
-uri may appear several times. Refuses rows without a uri, naming their line.
+uri may appear several times. A row without a uri, or a broken line, becomes a `bad_row`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from producers.sources.bad_rows import bad_row, look_through
 from producers.sources.base import Found, SourceRow, captions_of_kinds, encode_uri
 from producers.sources.jsonl import read_jsonl
 from qwenimg_dist.config import ManifestSource
@@ -40,42 +42,54 @@ class Manifest:
         return self._root
 
     def find(self, *, min_age_s: float = 0.0) -> Found:
-        """See `Source.find`; `min_age_s` does not apply: a file is complete before a manifest names it."""
+        """See `Source.find`; with `min_age_s` a last line half written is left for later. The files that a manifest
+        names are complete."""
         if not self._file.is_file():
             raise ValueError(f"source.path={self._file} is not a file that can be read")
         # Twice through the file rather than a million rows in memory; the first time only to find what is wrong.
-        num_rows = num_captioned = 0
-        for row in self._rows():
-            num_rows += 1
-            num_captioned += bool(row.captions)
-        if not num_rows:
+        look = look_through(self._rows(min_age_s > 0))
+        if not look.num_rows:
             raise ValueError(f"{self._file} has no rows; is source.path right?")
-        if not num_captioned:
+        problems = look.problems()
+        if not look.num_captioned:
             raise ValueError(
-                f"{self._file}: none of its {num_rows} rows has a caption in "
+                f"{self._file}: none of its {look.num_rows} rows has a caption in "
                 f"{', '.join(map(repr, self._columns.values()))}; set source.caption_column or source.caption_columns"
             )
-        return Found(rows=self._rows())
+        return Found(rows=self._rows(min_age_s > 0), problems=problems)
 
-    def _rows(self) -> Iterator[SourceRow]:
-        word = "line" if self._file.suffix == ".jsonl" else "row"
-        entries = read_jsonl(self._file) if word == "line" else self._parquet()
-        for number, entry in entries:
-            uri = entry.get(self._uri_column)
-            if not isinstance(uri, str) or not uri:
-                columns = ", ".join(entry) or "nothing"
-                raise ValueError(
-                    f"{self._file}, {word} {number}: has no uri in {self._uri_column!r} (there is: {columns}); "
-                    "correct it, or set source.uri_column"
-                )
-            try:
-                encoded = encode_uri(uri)
-            except ValueError as error:
-                raise ValueError(f"{self._file}, {word} {number}: {error}; correct it") from error
-            captions, fault, kinds = captions_of_kinds(entry, self._columns)
-            yield SourceRow(
-                uri=encoded, captions=captions, caption_kinds=kinds if self._kinds is not None else (), fault=fault
+    def _rows(self, growing: bool) -> Iterator[SourceRow]:
+        if self._file.suffix == ".jsonl":
+            for line in read_jsonl(self._file, growing=growing):
+                yield self._row(f"line {line.number}", line.entry, line.raw, line.broken)
+        else:
+            for number, entry in self._parquet():
+                yield self._row(f"row {number}", entry, None, None)
+
+    def _row(self, place: str, entry: Mapping[str, Any], raw: bytes | None, broken: str | None) -> SourceRow:
+        try:
+            if broken is not None:
+                raise ValueError(f"{broken}; correct the line")
+            uri = self._uri(entry)
+        except ValueError as error:
+            content = raw if raw is not None else json.dumps(entry, default=str).encode("utf-8", "surrogatepass")
+            return bad_row(self._file.name, content, f"{self._file}, {place}: {error}")
+        captions, fault, kinds = captions_of_kinds(entry, self._columns)
+        return SourceRow(
+            uri=uri, captions=captions, caption_kinds=kinds if self._kinds is not None else (), fault=fault
+        )
+
+    def _uri(self, entry: Mapping[str, Any]) -> str:
+        uri = entry.get(self._uri_column)
+        if not isinstance(uri, str) or not uri:
+            columns = ", ".join(entry) or "nothing"
+            raise ValueError(
+                f"has no uri in {self._uri_column!r} (there is: {columns}); correct it, or set source.uri_column"
             )
+        try:
+            return encode_uri(uri)
+        except ValueError as error:
+            raise ValueError(f"{error}; correct it") from error
 
     def _parquet(self) -> Iterator[tuple[int, dict[str, Any]]]:
         try:

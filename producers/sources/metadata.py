@@ -1,8 +1,8 @@
 """`metadata.jsonl` files of a folder (Hugging Face imagefolder): which lines describe which picture.
 
-Place in the flow: `folder.py` has all of them read once, which finds every line that is wrong, and asks for the
-captions of each picture later. Until then only the place of each line is kept (20 bytes): a million captions as Python
-strings would take ten times as much. Refuses to go on if a file was changed in between.
+Place in the flow: `folder.py` has all of them read once, which finds every line that is wrong (each becomes a
+`bad_row`), and asks for the captions of each picture later. Until then only the place of each line is kept (20 bytes):
+a million captions as Python strings would take ten times as much. Refuses to go on if a file was changed in between.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
-from producers.sources.base import NO_CAPTION, captions_of_kinds, encode_uri
-from producers.sources.jsonl import parse_line, read_jsonl_at
+from producers.sources.bad_rows import bad_row
+from producers.sources.base import NO_CAPTION, SourceRow, captions_of_kinds, encode_uri
+from producers.sources.jsonl import parse_line, read_jsonl
 from producers.sources.paths import Hashes, are_in
 from qwenimg_dist.schema import RAW
 
@@ -30,16 +31,24 @@ CAPTION_KEYS: Final = ("text", "caption", "captions")
 class Described:
     """Path -> captions, by the place of its lines. Files that come later override; lines of one file add up."""
 
-    def __init__(self, root: Path, files: Sequence[str], keys: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, root: Path, files: Sequence[str], keys: Mapping[str, str] | None = None, *, growing: bool = False
+    ) -> None:
         """`files` are relative to `root`, `/` between parts; `keys` are those of each kind of caption, None takes the
-        first of the usual ones. Raises ValueError naming file and line."""
+        first of the usual ones; see `read_jsonl` for `growing`. Raises ValueError naming a file that cannot be read."""
         self._root, self._files, self._keys = root, list(files), keys
         hashes, numbers, offsets = array("q"), array("i"), array("q")
+        self._broken = array("q")
+        """File number, line number and offset of each line that describes no picture, one after the other."""
         for number, file in enumerate(self._files):
-            for line, offset, entry in read_jsonl_at(root / file):
-                hashes.append(hash(_path_of(entry, root / file, line, posixpath.dirname(file))))
+            for line in read_jsonl(root / file, growing=growing):
+                try:
+                    hashes.append(hash(_path_of(line.entry, line.broken, posixpath.dirname(file))))
+                except ValueError:
+                    self._broken.extend((number, line.number, line.offset))
+                    continue
                 numbers.append(number)
-                offsets.append(offset)
+                offsets.append(line.offset)
         self._hashes = np.array(hashes, dtype=np.int64)
         del hashes
         order = np.argsort(self._hashes, kind="stable")  # lines of one path stay in their order
@@ -51,6 +60,26 @@ class Described:
 
     def __len__(self) -> int:
         return len(self._hashes)
+
+    @property
+    def num_broken(self) -> int:
+        """Lines that describe no picture."""
+        return len(self._broken) // 3
+
+    def broken(self) -> Iterator[SourceRow]:
+        """The rows of these, in order."""
+        for at in range(0, len(self._broken), 3):
+            number, line, offset = self._broken[at : at + 3]
+            file = self._files[number]
+            lines = self._open(file)
+            lines.seek(offset)
+            raw = lines.readline()
+            try:
+                self._path_at(file, raw)
+            except ValueError as error:
+                yield bad_row(file, raw, f"{self._root / file}, line {line}: {error}; correct the line")
+            else:
+                raise self._changed(file)
 
     def not_in(self, pictures: Hashes) -> Iterator[str]:
         """The paths that the lines name and the (sorted) hashes of pictures lack, each once."""
@@ -75,7 +104,7 @@ class Described:
                 continue  # a nearer file describes the picture too
             named, given = self._read(index)
             if named != path:
-                raise self._changed(index)
+                raise self._changed(self._files[int(self._numbers[index])])
             captions, faulty, kinds = captions_of_kinds(given, self._keys or {RAW: RAW})
             for caption, kind in zip(captions, kinds, strict=True):
                 texts.setdefault(caption, kind)
@@ -88,10 +117,9 @@ class Described:
         lines = self._open(file)
         lines.seek(int(self._offsets[index]))
         try:
-            entry = parse_line(lines.readline()) or {}
-            path = _path_of(entry, self._root / file, 0, posixpath.dirname(file))
+            entry, path = self._path_at(file, lines.readline())
         except ValueError as error:
-            raise self._changed(index) from error
+            raise self._changed(file) from error
         if self._keys:
             return path, entry
         return path, {RAW: next((entry[key] for key in CAPTION_KEYS if entry.get(key) is not None), None)}
@@ -107,18 +135,21 @@ class Described:
                 raise ValueError(f"{self._root / file} cannot be read ({error.strerror})") from error
         return self._handles[file]
 
-    def _changed(self, index: int) -> ValueError:
-        file = self._root / self._files[int(self._numbers[index])]
-        return ValueError(f"{file} was changed while it was read: run the same command again")
+    def _path_at(self, file: str, raw: bytes) -> tuple[dict[str, Any], str]:
+        """A line's object and the picture that it names. Raises ValueError saying what is wrong with it."""
+        entry = parse_line(raw) or {}
+        return entry, _path_of(entry, None, posixpath.dirname(file))
+
+    def _changed(self, file: str) -> ValueError:
+        return ValueError(f"{self._root / file} was changed while it was read: run the same command again")
 
 
-def _path_of(entry: dict[str, Any], file: Path, line: int, folder: str) -> str:
-    """The picture that a line names, relative to the root; may lead out of it."""
+def _path_of(entry: dict[str, Any], broken: str | None, folder: str) -> str:
+    """The picture that a line names, relative to the root; may lead out of it. Raises ValueError if it names none."""
+    if broken is not None:
+        raise ValueError(broken)
     name = entry.get("file_name")
     if not isinstance(name, str) or not name:
-        raise ValueError(f'{file}, line {line}: has no "file_name"; correct the line')
-    try:
-        encode_uri(name)  # refuse here what sorting would trip over
-    except ValueError as error:
-        raise ValueError(f"{file}, line {line}: {error}; correct the line") from error
+        raise ValueError('has no "file_name"')
+    encode_uri(name)  # refuse here what sorting would trip over
     return posixpath.normpath(posixpath.join(folder, name))

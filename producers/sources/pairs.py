@@ -2,8 +2,8 @@
 
 Two layouts: `chosen` has a column for each; `labels` has two pictures and a label for each (Pick-a-Pic: `jpg_0`,
 `jpg_1`, `label_0`, `label_1`), of which the higher one wins. Ties and rows without labels teach nothing about a
-preference: they are dropped and counted. Refuses rows without a picture, and labels that are no numbers, naming file
-and row.
+preference: they are dropped and counted. Rows without a picture, and with labels that are no numbers, become a
+`bad_row`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
 
+from producers.sources.bad_rows import look_through
 from producers.sources.base import BAD_CAPTION, Found, SourceRow, clean_captions
 from producers.sources.records import Record, Records
 from qwenimg_dist.config import PairsSource
@@ -38,7 +39,8 @@ class Pairs:
         return self._records.root
 
     def find(self, *, min_age_s: float = 0.0) -> Found:
-        """See `Source.find`; `min_age_s` does not apply: a file is complete before a table names it."""
+        """See `Source.find`; with `min_age_s` a last line half written is left for later. The files that a table
+        names are complete."""
         there = self._records.columns()
         labelled = self._labelled(there)
         prompt = self._config.prompt_column or next((name for name in _PROMPTS if name in there), _PROMPTS[0])
@@ -46,19 +48,19 @@ class Pairs:
         labels = self._config.label_columns if labelled else ()
         dropped: Counter[str] = Counter()
         # Twice through the files rather than a million rows in memory; the first time to find what is wrong.
-        num_rows = num_prompted = 0
-        for row in self._rows(prompt, pictures, labels, dropped):
-            num_rows += 1
-            num_prompted += bool(row.captions)
-        if not num_rows:
+        growing = min_age_s > 0
+        look = look_through(self._rows(prompt, pictures, labels, dropped, growing))
+        if not look.num_rows:
             counts = ", ".join(f"{number} {what}" for what, number in dropped.items()) or "no rows at all"
             raise ValueError(f"{self._config.path} gives no pair ({counts}); is source.path right?")
-        if not num_prompted:
+        problems = look.problems()
+        if not look.num_captioned:
             raise ValueError(
-                f"{self._config.path}: none of its {num_rows} pairs has a prompt in {prompt!r}; "
+                f"{self._config.path}: none of its {look.num_rows} pairs has a prompt in {prompt!r}; "
                 "set source.prompt_column"
             )
-        return Found(rows=self._rows(prompt, pictures, labels, Counter()), dropped=dropped)
+        rows = self._rows(prompt, pictures, labels, Counter(), growing)
+        return Found(rows=rows, dropped=dropped, problems=problems)
 
     def _labelled(self, there: list[str]) -> bool:
         if self._config.layout != "auto":
@@ -66,20 +68,25 @@ class Pairs:
         return all(name in there for name in self._config.label_columns)
 
     def _rows(
-        self, prompt: str, pictures: tuple[str, str], labels: tuple[str, ...], dropped: Counter[str]
+        self,
+        prompt: str,
+        pictures: tuple[str, str],
+        labels: tuple[str, ...],
+        dropped: Counter[str],
+        growing: bool,
     ) -> Iterator[SourceRow]:
         meta = self._config.meta_columns
-        for record in self._records.read([prompt, *pictures, *labels], optional=meta):
+
+        def make(record: Record) -> SourceRow:
             first, second = pictures
             if labels:
                 better = _compare(record, labels)
                 if better is None or better == 0:
-                    dropped[UNLABELLED if better is None else TIES] += 1
-                    continue
+                    raise _NoPreference(UNLABELLED if better is None else TIES)
                 if better < 0:
                     first, second = second, first
             captions, fault = one_text(record.text(prompt))
-            yield SourceRow(
+            return SourceRow(
                 kind=PREFERENCE,
                 uri=record.picture(first),
                 others=(record.picture(second),),
@@ -87,6 +94,20 @@ class Pairs:
                 fault=fault,
                 meta=record.meta(meta),
             )
+
+        for record in self._records.read([prompt, *pictures, *labels], optional=meta, growing=growing):
+            try:
+                yield record.row(make, PREFERENCE)
+            except _NoPreference as none:
+                dropped[none.what] += 1
+
+
+class _NoPreference(Exception):
+    """A row that teaches nothing about a preference, and why."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
 
 
 def one_text(value: Any) -> tuple[tuple[str, ...], str | None]:

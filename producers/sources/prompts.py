@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from producers.sources.bad_rows import look_through
 from producers.sources.base import BAD_CAPTION, Found, SourceRow, clean_captions
 from producers.sources.pairs import one_text
-from producers.sources.records import Records
+from producers.sources.records import Record, Records
 from qwenimg_dist.config import PromptsSource
 from qwenimg_dist.schema import PROMPT
 
@@ -29,29 +30,31 @@ class Prompts:
         return str(self._text.parent) if self._text is not None else self._records.root
 
     def find(self, *, min_age_s: float = 0.0) -> Found:
-        """See `Source.find`; `min_age_s` does not apply: a file is complete before it is named."""
+        """See `Source.find`; with `min_age_s` a last line half written is left for later."""
         # Twice through the file rather than a million rows in memory; the first time to find what is wrong.
-        num_rows = num_prompts = 0
-        for row in self._rows():
-            num_rows += 1
-            num_prompts += bool(row.captions)
-        if not num_rows:
+        look = look_through(self._rows(min_age_s > 0))
+        if not look.num_rows:
             raise ValueError(f"{self._config.path} has no rows; is source.path right?")
-        if not num_prompts:
+        problems = look.problems()
+        if not look.num_captioned:
             raise ValueError(
-                f"{self._config.path}: none of its {num_rows} rows has a prompt in {self._config.prompt_column!r}; "
-                "set source.prompt_column"
+                f"{self._config.path}: none of its {look.num_rows} rows has a prompt in "
+                f"{self._config.prompt_column!r}; set source.prompt_column"
             )
-        return Found(rows=self._rows())
+        return Found(rows=self._rows(min_age_s > 0), problems=problems)
 
-    def _rows(self) -> Iterator[SourceRow]:
+    def _rows(self, growing: bool) -> Iterator[SourceRow]:
         if self._text is not None:
             yield from self._lines(self._text)
             return
         column, meta = self._config.prompt_column, self._config.meta_columns
-        for record in self._records.read([column], optional=meta):
-            captions, fault = one_text(record.text(column))
-            yield SourceRow(kind=PROMPT, uri="", captions=captions, fault=fault, meta=record.meta(meta))
+        for record in self._records.read([column], optional=meta, growing=growing):
+            yield record.row(self._row, PROMPT)
+
+    def _row(self, record: Record) -> SourceRow:
+        captions, fault = one_text(record.text(self._config.prompt_column))
+        meta = record.meta(self._config.meta_columns)
+        return SourceRow(kind=PROMPT, uri="", captions=captions, fault=fault, meta=meta)
 
     def _lines(self, file: Path) -> Iterator[SourceRow]:
         """Lines that are not blank."""

@@ -3,13 +3,13 @@
 Place in the flow: `pairs`, `edits` and `prompts` make their rows of these. A picture is named by a uri in the table, or
 lies in the table itself (a parquet column of bytes, or of `{bytes, path}` as Hugging Face datasets write them): then it
 gets the uri of its cell and is not read here, so that listing a terabyte costs no more than its captions. Refuses
-columns that are not there, naming file and what there is.
+columns that are not there, naming file and what there is; a single row that is none becomes a `bad_row`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,8 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from producers.sources import parquet_cells
-from producers.sources.base import encode_uri
+from producers.sources.bad_rows import bad_row
+from producers.sources.base import SourceRow, encode_uri
 from producers.sources.jsonl import read_jsonl
+from qwenimg_dist.schema import Kind
 
 SUFFIXES: Final = (".jsonl", ".parquet")
 
@@ -34,6 +36,21 @@ class Record:
     values: Mapping[str, Any]
     cells: Mapping[str, tuple[str, ...]]
     """Column of pictures -> uris of the cells of this row."""
+    file: str
+    """Name of the table, relative to the folder."""
+    content: bytes
+    """The line, or what stands for the row."""
+    broken: str | None = None
+    """Why the line is no JSON object."""
+
+    def row(self, make: Callable[[Record], SourceRow], kind: Kind) -> SourceRow:
+        """The row that `make` gives, or a `bad_row` where it raises ValueError."""
+        try:
+            if self.broken is not None:
+                raise ValueError(f"{self.where}: {self.broken}; correct the line")
+            return make(self)
+        except ValueError as error:
+            return bad_row(self.file, self.content, str(error), kind)
 
     def text(self, column: str) -> Any:
         return self.values.get(column)
@@ -50,7 +67,10 @@ class Record:
             raise ValueError(
                 f"{self.where}: has no picture in {column!r} (there is: {there}); correct it, or name another column"
             )
-        return tuple(uris if column in self.cells else [encode_uri(uri) for uri in uris])
+        try:
+            return tuple(uris if column in self.cells else [encode_uri(uri) for uri in uris])
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}; correct it") from error
 
     def picture(self, column: str) -> str:
         """Uri of the column's one picture."""
@@ -96,16 +116,24 @@ class Records:
         if first.suffix == ".parquet":
             with _open(first) as file:
                 return list(file.schema_arrow.names)
-        return next((list(entry) for _, entry in read_jsonl(first)), [])
+        return next((list(line.entry) for line in read_jsonl(first) if line.broken is None), [])
 
-    def read(self, columns: Sequence[str], *, optional: Sequence[str] = ()) -> Iterator[Record]:
-        """Every row, with these columns. Raises ValueError naming the file that cannot be read or lacks one."""
+    def read(self, columns: Sequence[str], *, optional: Sequence[str] = (), growing: bool = False) -> Iterator[Record]:
+        """Every row, with these columns; see `read_jsonl` for `growing`. Raises ValueError naming the file that cannot
+        be read or lacks one."""
         for file in self.files():
             if file.suffix == ".parquet":
                 yield from self._parquet(file, columns, optional)
             else:
-                for number, entry in read_jsonl(file):
-                    yield Record(where=f"{file}, line {number}", values=entry, cells={})
+                for line in read_jsonl(file, growing=growing):
+                    yield Record(
+                        where=f"{file}, line {line.number}",
+                        values=line.entry,
+                        cells={},
+                        file=str(file.relative_to(self._folder)),
+                        content=line.raw,
+                        broken=line.broken,
+                    )
 
     def _parquet(self, path: Path, columns: Sequence[str], optional: Sequence[str]) -> Iterator[Record]:
         with _open(path) as file:
@@ -124,7 +152,13 @@ class Records:
                 for row, values in enumerate(_rows(file, path, group, plain)):
                     number += 1
                     cells = {name: self._cells(path, group, row, name, counts[name]) for name in embedded}
-                    yield Record(where=f"{path}, row {number}", values=values, cells=cells)
+                    yield Record(
+                        where=f"{path}, row {number}",
+                        values=values,
+                        cells=cells,
+                        file=str(path.relative_to(self._folder)),
+                        content=f"row {number}".encode(),
+                    )
 
     def _cells(self, path: Path, group: int, row: int, column: str, counts: Sequence[int] | None) -> tuple[str, ...]:
         # Relative where it can be, so that a folder that moves keeps its keys.

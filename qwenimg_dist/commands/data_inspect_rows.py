@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from producers.load import ImageFault, load_image
-from producers.sources.base import OUTSIDE_ROOT, read_bytes
+from producers.sources.base import BAD_ROW, OUTSIDE_ROOT, read_bytes
 from qwenimg_dist.data.catalog import Ints
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.data.pins import parallel
@@ -99,8 +99,8 @@ def jpeg_url(picture: Image.Image, side: int) -> str:
 
 
 def _with_thumbnail(row: SheetRow, root: str, side: int) -> SheetRow:
-    if row.reason == OUTSIDE_ROOT:
-        return replace(row, no_thumb="outside of source.path")
+    if row.reason in (OUTSIDE_ROOT, BAD_ROW):
+        return replace(row, no_thumb="outside of source.path" if row.reason == OUTSIDE_ROOT else "no row of the source")
     others = []
     for other in row.others:
         found = _picture(root, other.uri)

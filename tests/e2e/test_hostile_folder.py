@@ -12,8 +12,8 @@ import pytest
 import torch
 from hostile_folder import HostileFolder, encoded, scene, write_hostile_folder
 from PIL import Image, ImageOps
-from produce_command import produce, tree_hash
-from producer_world import rows_of
+from produce_command import produce
+from producer_world import FakeEncoders, make_plan_for, produce_here, rows_of
 
 from producers.listing import sync_listing
 from producers.load import load_image
@@ -126,21 +126,23 @@ BROKEN_METADATA: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN_METADATA)
-def test_broken_metadata_is_named_before_anything_is_written(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Whose captions such a line holds cannot be known: so it is refused, by file and line, and nothing is lost."""
+def test_a_broken_line_of_metadata_is_a_fault_of_its_own(case: str, tmp_path: Path) -> None:
+    """Whose captions such a line holds cannot be known: it gets a row that names file, line and reason."""
     content, message = BROKEN_METADATA[case]
     (tmp_path / "source" / "deep").mkdir(parents=True)
     (tmp_path / "source" / "a.png").write_bytes(encoded(scene(1, 96, 96)))
     (tmp_path / "source" / "a.txt").write_text("a picture")
     (tmp_path / "source" / "deep" / "metadata.jsonl").write_bytes(content)
-    before = tree_hash(tmp_path)
-    assert main(["produce", f"source.path={tmp_path / 'source'}", f"data.path={tmp_path / 'data'}"]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert "metadata.jsonl" in error
-    assert tree_hash(tmp_path) == before
+    dataset = Dataset.create(tmp_path / "data", 4)
+    produce_here(tmp_path / "source", dataset, make_plan_for(), FakeEncoders())
+    decided = list(rows_of(dataset, ROWS).values())
+    assert decided[0]["status"] == "kept"
+    assert {entry["status"] for entry in decided[1:]} == {"fault"}
+    broken = next(entry for entry in decided if entry["reason"] == "bad_row")
+    assert message in broken["detail"]
+    assert broken["detail"].startswith(f"{tmp_path / 'source' / 'deep' / 'metadata.jsonl'}, line ")
+    assert rows_of(dataset, LISTING)[broken["row"]]["uri"].startswith("line:deep/metadata.jsonl#")
+    assert produce_here(tmp_path / "source", dataset, make_plan_for(), FakeEncoders()) == []
 
 
 def stored(dataset: Dataset, facet: str, entry: Mapping[str, Any]) -> torch.Tensor:

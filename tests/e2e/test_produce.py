@@ -194,9 +194,9 @@ def bad_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         photo(1, 70, 70).save(root / "bare" / name)
     photo(1, 70, 70).save(root / "good" / "a.png")
     (root / "good" / "a.txt").write_text("fine")
-    (root / "bad" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": \n')
+    (root / "bad" / "metadata.jsonl").write_text('\n{"file_name": \n')
     (root / "nameless" / "metadata.jsonl").write_text('{"text": "x"}\n')
-    (root / "manifest.jsonl").write_text('{"uri": "a.png", "caption": "x"}\n{"url": "b.png"}\n')
+    (root / "manifest.jsonl").write_text('\n{"url": "b.png"}\n')
     Dataset.create(root / "made", 4)
     return root
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,13 @@ def test_both_layouts_give_chosen_and_rejected(tmp_path: Path) -> None:
         ([1], "line 2: is not a JSON object"),
     ],
 )
-def test_a_pair_that_is_none_is_named_before_anything_is_written(tmp_path: Path, entry: Any, message: str) -> None:
+def test_a_pair_that_is_none_costs_itself_alone(tmp_path: Path, entry: Any, message: str) -> None:
     table = lines(tmp_path / "t.jsonl", {"prompt": "a", "chosen": "x", "rejected": "y"}, entry)
-    with pytest.raises(ValueError, match=message):
-        pairs(table)
+    found = pairs(table)
+    assert re.search(message, found.problems[0])
+    good, bad = found.rows
+    assert (good.fault, bad.fault, bad.kind) == (None, "bad_row", PREFERENCE)
+    assert bad.uri.startswith("line:t.jsonl#")
 
 
 def test_tables_that_give_no_pair_say_why(tmp_path: Path) -> None:
@@ -112,8 +116,9 @@ def test_edits_with_one_or_several_sources_and_wordings(tmp_path: Path) -> None:
         ("t.png", ("a.png", "b.png"), ("one", "two"), None),
         ("t.png", ("s.png",), (), "no_caption"),
     ]
-    with pytest.raises(ValueError, match=r"line 2: has 2 source pictures, source\.max_sources is 1"):
-        edits(table, max_sources=1)
+    limited = edits(table, max_sources=1)
+    assert "line 2: has 2 source pictures, source.max_sources is 1" in limited.problems[0]
+    assert [row.fault for row in limited.rows] == [None, "bad_row", "no_caption"]
     columns = lines(tmp_path / "c.jsonl", {"first": "1", "second": "2", "words": "w", "after": "t"})
     found = edits(columns, source_columns=("second", "first"), instruction_column="words", target_column="after")
     assert named(found) == [("t", ("2", "1"), ("w",), None)]

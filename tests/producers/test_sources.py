@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -107,13 +108,53 @@ def test_what_is_wrong_with_a_source_is_found_before_any_row(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="none of its 2 pictures has a caption"):
         find(tmp_path / "bare")
     describe_pictures(tmp_path / "bare", {"file_name": "a.png", "text": "fine"}, {"name": "b.png"})
-    with pytest.raises(ValueError, match=r'metadata.jsonl, line 2: has no "file_name"'):
-        find(tmp_path / "bare")
+    found = find(tmp_path / "bare")
+    assert faults(found) == {"b.png": "no_caption", found.rows[-1].uri: "bad_row"}  # type: ignore[index]
+    assert found.problems == [
+        "1 of 3 rows cannot be used, and become the fault bad_row: "
+        f'{tmp_path}/bare/metadata.jsonl, line 2: has no "file_name"; correct the line'
+    ]
     lines = ['{"uri": "a.png"}'] * 9000
-    for last, message in (("", "none of its 9000 rows has a caption"), ("[]\n", "line 9001: is not a JSON object")):
-        (tmp_path / "list.jsonl").write_text("\n".join([*lines, last]))
-        with pytest.raises(ValueError, match=message):
-            open_source(ManifestSource(kind="manifest", path=str(tmp_path / "list.jsonl"))).find()
+    (tmp_path / "list.jsonl").write_text("\n".join([*lines, ""]))
+    with pytest.raises(ValueError, match="none of its 9000 rows has a caption"):
+        manifest(tmp_path / "list.jsonl")
+    (tmp_path / "list.jsonl").write_text('[]\n{"url": "a.png"}')
+    with pytest.raises(
+        ValueError, match=r"line 1: is not a JSON object; correct the line \(none of 2 rows can be used"
+    ):
+        manifest(tmp_path / "list.jsonl")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "metadata.jsonl").write_text('{"file_name": ')
+    with pytest.raises(ValueError, match=r"torn/metadata.jsonl, line 1: is not JSON"):
+        find(tmp_path / "torn")
+
+
+def test_a_broken_line_costs_itself_alone_and_keeps_its_key_when_lines_move(tmp_path: Path) -> None:
+    good = [f'{{"uri": "{name}.png", "caption": "words"}}' for name in "abc"]
+    (tmp_path / "list.jsonl").write_text("\n".join([good[0], '{"uri": "b.p', *good[1:]]))
+    found = manifest(tmp_path / "list.jsonl")
+    assert [(row.uri[:15], row.fault) for row in found.rows] == [
+        ("a.png", None),
+        ("line:list.jsonl", "bad_row"),
+        ("b.png", None),
+        ("c.png", None),
+    ]
+    assert found.rows[1].fault_detail.startswith(f"{tmp_path}/list.jsonl, line 2: is not JSON")  # type: ignore[index]
+    (tmp_path / "list.jsonl").write_text("\n".join([*good, '{"uri": "b.p', "{}"]) + "\n")
+    moved = manifest(tmp_path / "list.jsonl")
+    assert moved.rows[3].uri == found.rows[1].uri  # type: ignore[index]
+    assert moved.problems[0].startswith("2 of 5 rows cannot be used")
+
+
+def test_a_last_line_half_written_is_not_there_yet_while_a_source_is_followed(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    text = '{"file_name": "a.png", "uri": "a.png", "text": "x", "caption": "x"}\n{"file_name": "b.p'
+    for name in ("list.jsonl", "metadata.jsonl"):
+        (tmp_path / name).write_text(text)
+    source = open_source(ManifestSource(kind="manifest", path=str(tmp_path / "list.jsonl")))
+    for one in (source, Folder(FolderSource(kind="folder", path=str(tmp_path)))):
+        assert [row.fault for row in one.find().rows] == [None, "bad_row"]
+        assert [row.fault for row in one.find(min_age_s=1e-9).rows] == [None]
 
 
 def test_captions_that_are_none(tmp_path: Path) -> None:
@@ -202,14 +243,13 @@ def test_a_manifest_keeps_its_order_and_repeats(tmp_path: Path) -> None:
     assert locate("/root", "https://host/b.png") == "https://host/b.png"
 
 
-def test_a_name_that_no_file_can_have_is_refused_by_its_line(tmp_path: Path) -> None:
+def test_a_name_that_no_file_can_have_is_a_bad_row(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text('{"uri": "a.png", "caption": "x"}\n{"uri": "\\ud83d.png", "caption": "y"}\n')
-    with pytest.raises(ValueError, match=r"list\.jsonl, line 2: .*half a character"):
-        list(manifest(tmp_path / "list.jsonl").rows)
+    assert [row.fault for row in manifest(tmp_path / "list.jsonl").rows] == [None, "bad_row"]
     touch(tmp_path / "folder", "a.png", text="words")
     (tmp_path / "folder" / "metadata.jsonl").write_text('{"file_name": "\\ud83d.png", "text": "y"}\n')
-    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1: .*half a character"):
-        find(tmp_path / "folder")
+    (last,) = [row for row in find(tmp_path / "folder").rows if row.fault]
+    assert re.search(r"metadata\.jsonl, line 1: .*half a character", str(last.fault_detail))
 
 
 def test_a_parquet_manifest_with_other_columns_and_a_root(tmp_path: Path) -> None:
