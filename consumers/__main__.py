@@ -31,10 +31,20 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(config: Config) -> str:
+    if config.train.dry_run:
+        return _dry_run(config)
     from consumers.session import Hooks
     from consumers.trainer import train
 
     return train(config, Hooks(say=_say, command_id=_command_id()))
+
+
+def _dry_run(config: Config) -> str:
+    if os.environ.get("RANK", "0") == "0":
+        from consumers.run_plan import dry_run
+
+        sys.stdout.write(dry_run(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))).text() + "\n")
+    return "planned; nothing was written"
 
 
 def _command_id() -> str:

@@ -17,16 +17,17 @@ def plan(config: Config) -> tuple[PlannedPhase, ...]:
     """Phases with [first_step, last_step), which add up to `train.steps`.
 
     Shares are cut at the rounded cumulative share, so rounding never adds up; a phase may be left without steps in a
-    very short run. Raises ValueError if phases given in `steps` do not add up to `train.steps`.
+    very short run. Raises ValueError if phases given in `steps` or `images` do not add up to `train.steps`.
     """
-    phases = config.curriculum.phases
-    if phases[0].steps is not None:
-        parts = [Fraction(phase.steps or 0) for phase in phases]
-        if sum(parts) != config.train.steps:
+    phases, own_steps = config.curriculum.phases, config.curriculum.own_steps
+    if own_steps is not None:
+        if own_steps != config.train.steps:
+            unit = "steps" if phases[0].images is None else "images"
             raise ValueError(
-                f"the curriculum's phases have {sum(parts)} steps, train.steps={config.train.steps}: "
-                f"set train.steps={sum(parts)}, or give phases a `share` instead of `steps`"
+                f"the curriculum's phases have {own_steps} steps, train.steps={config.train.steps}: set "
+                f"train.steps={own_steps}, or null to follow them, or give phases a `share` instead of `{unit}`"
             )
+        parts = [Fraction(phase.own_steps or 0) for phase in phases]
     else:
         parts = [Fraction(str(phase.share)) for phase in phases]
     total = sum(parts, Fraction(0))
@@ -41,6 +42,15 @@ def plan(config: Config) -> tuple[PlannedPhase, ...]:
             micro_batch_tokens=phase.micro_batch_tokens,
             lr_scale=phase.lr_scale,
             where=phase.where,
+            name=phase.name,
+            lr=phase.lr,
+            warmup_steps=phase.warmup_steps,
+            activation_checkpointing=(
+                config.engine.activation_checkpointing
+                if phase.activation_checkpointing is None
+                else phase.activation_checkpointing
+            ),
+            row_weights=phase.weights,
         )
         for index, phase in enumerate(phases)
     )
@@ -48,7 +58,8 @@ def plan(config: Config) -> tuple[PlannedPhase, ...]:
 
 def lr_at(phases: tuple[PlannedPhase, ...], optim: OptimConfig, step: int) -> float:
     """Learning rate of a step: linear warm-up to `lr` over `warmup_steps`; then constant, with a linear way down to
-    `min_lr_ratio * lr` in the last `cooldown_steps`, or half a cosine down to it; times the phase's `lr_scale`."""
+    `min_lr_ratio * lr` in the last `cooldown_steps`, or half a cosine down to it. The phase may have an `lr` of its
+    own or an `lr_scale`, and a linear warm-up over its first steps."""
     phase = phase_at(phases, step)
     total = phases[-1].last_step
     if step < optim.warmup_steps:
@@ -59,7 +70,9 @@ def lr_at(phases: tuple[PlannedPhase, ...], optim: OptimConfig, step: int) -> fl
     else:
         done = (step - optim.warmup_steps) / max(1, total - 1 - optim.warmup_steps)
         factor = optim.min_lr_ratio + (1 - optim.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
-    return optim.lr * factor * phase.lr_scale
+    if phase.warmup_steps:
+        factor *= min(1.0, (step + 1 - phase.first_step) / phase.warmup_steps)
+    return (optim.lr if phase.lr is None else phase.lr) * factor * phase.lr_scale
 
 
 def round_half_up(value: Fraction) -> int:

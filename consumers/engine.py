@@ -145,6 +145,18 @@ class Engine:
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
 
+    def checkpoint_activations(self, enabled: bool) -> None:
+        """Whether blocks are recomputed in the backward pass; between steps, the same on all ranks.
+
+        ZeRO-3's fetch order changes with it: DeepSpeed notices, and does not prefetch for two steps.
+        """
+        if self.checkpoints_activations != enabled:
+            qwen.activation_checkpointing(self._engine.module, enabled)
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        return bool(self._engine.module.gradient_checkpointing)
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradients of one micro-batch, averaged over the ranks, not divided by the number of micro-batches.
 

@@ -58,6 +58,7 @@ _MOVED_BY_FRESH: Final = (
     "tables.jsonl",
     "bad_samples.jsonl",
     "faults",
+    "plan.json",
 )
 
 

@@ -27,6 +27,7 @@ from consumers.objectives.base import Objective
 from consumers.ranks import Ranks
 from consumers.reporting import ReportWriter
 from consumers.run_directory import Prepared, move_aside, preflight, run_lock, write_descriptions
+from consumers.run_plan import make_plan, write_plan
 from consumers.stream import Stream
 from consumers.throughput import Throughput
 from qwenimg_dist.config import Config, training_identity
@@ -150,6 +151,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
 
         known = int(loaded.state["generations"]) if loaded else 0
         generations, stream = _open_data(config, prepared, ranks, hooks, progress.step, known, stack)
+        _on_first(ranks, lambda: _tell_plan(config, generations, ranks, hooks, progress.step))
         batches = {phase.index: sorted(phase.weights) for phase in prepared.ledger.phases}
         held_out = ranks.together(lambda: _held_out(config, prepared, generations, stream))
         objective = build_objective(config)
@@ -243,6 +245,14 @@ def _open_data(
     )
     stack.callback(stream.close)
     return generations, stream
+
+
+def _tell_plan(config: Config, generations: Generations, ranks: Ranks, hooks: Hooks, step: int) -> None:
+    """Print the plan at the start of a run, warnings at every start, and keep it as `plan.json`."""
+    plan = make_plan(generations.ledger, config.optim, world_size=ranks.world_size, complete=generations.settled)
+    write_plan(plan, generations.run)
+    for line in plan.text().splitlines() if step == 0 else [f"warning: {warning}" for warning in plan.warnings()]:
+        hooks.say(line)
 
 
 def _check_generations(generations: Generations, known: int, run_dir: Path) -> None:

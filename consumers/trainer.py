@@ -27,6 +27,7 @@ from consumers.evaluate import eval_metrics
 from consumers.norms import block_norms
 from consumers.session import Hooks, Session, Stopped, await_batch, open_session
 from qwenimg_dist.config import Config
+from qwenimg_dist.data.phases import phase_at
 from qwenimg_dist.debug import fault_point
 
 Outcome = Literal["complete", "stopped"]
@@ -73,6 +74,7 @@ def _loop(session: Session) -> Outcome:
             break
         begin = time.perf_counter()
         session.throughput.begin()
+        engine.checkpoint_activations(phase_at(phases, progress.step).activation_checkpointing)
         batch = ranks.together(lambda: session.stream.get(progress.step))
 
         # ---- Objective: losses and gradients, or None if a loss was not finite on some rank.
@@ -181,6 +183,7 @@ def _log(
         "train/grad_norm": result.grad_norm,
         "train/lr": lr,
         "train/phase": batch.batch.phase,
+        "train/activation_checkpointing": int(session.engine.checkpoints_activations),
         "train/resolution": batch.batch.resolution,
         "train/bucket_height": batch.batch.bucket.height,
         "train/bucket_width": batch.batch.bucket.width,

@@ -97,9 +97,9 @@ def _describe(item: Any) -> str:
     elif item["type"] == "literal_error":
         choices = [c.strip(" '") for c in str(item["ctx"]["expected"]).replace(" or ", ",").split(",")]
         message = f"{item['input']!r} is not one of {', '.join(choices)}" + did_you_mean(str(item["input"]), choices)
-    else:
+    elif not isinstance(item["input"], dict):  # of a whole section the message itself says what is wrong
         message += f" (got {item['input']!r})"
-    return f"{where}: {message}"
+    return f"{where}: {message}" if where else message
 
 
 def _missing_group(error: MissingConfigException) -> str:

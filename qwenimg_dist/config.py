@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -231,6 +232,20 @@ def _sampling_weight(weight: float) -> float:
 SamplingWeight = Annotated[float, AfterValidator(_sampling_weight)]
 
 
+def _listed_weights(weights: Any) -> Any:
+    """A command line cannot quote keys, so weights may also come as a list."""
+    if not isinstance(weights, list | tuple):
+        return {} if weights is None else weights
+    if not all(isinstance(one, dict) and set(one) == {"where", "weight"} for one in weights):
+        raise ValueError("a list of weights has entries such as {where: row < 5, weight: 2}")
+    if len({one["where"] for one in weights}) < len(weights):
+        raise ValueError("an expression stands twice in the list")
+    return {one["where"]: one["weight"] for one in weights}
+
+
+RowWeights = Annotated[dict[str, SamplingWeight], BeforeValidator(_listed_weights)]
+
+
 class DataConfig(Section):
     """The data set directory, the only thing that producers and consumers share."""
 
@@ -248,24 +263,13 @@ class DataConfig(Section):
     takedown: str | None = None
     """A text file with one uri, sample key or sha256 per line: rows that are left out of every generation recorded from
     then on. May grow while a run lasts; each generation records which list it followed."""
-    weights: dict[str, SamplingWeight] = {}
+    weights: RowWeights = {}
     """Expression over the index columns -> how often its rows come per epoch: 3 three times, 0.5 every other epoch, 0
     never. Weights of all expressions that hold for a row are multiplied; a row with none comes once. On a command line,
     where keys cannot be quoted: `data.weights=[{where: "category == 'text'", weight: 3}]`."""
     caption_weights: dict[str, NonNegativeFloat] | None = None
     """Kind of caption -> its weight in the draw, for example `{raw: 0.2, recaption: 0.8}`; a row's kinds share by
     these. `None` draws evenly among a row's captions."""
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _listed_weights(cls, weights: Any) -> Any:
-        if not isinstance(weights, list | tuple):
-            return {} if weights is None else weights
-        if not all(isinstance(one, dict) and set(one) == {"where", "weight"} for one in weights):
-            raise ValueError("a list of weights has entries such as {where: row < 5, weight: 2}")
-        if len({one["where"] for one in weights}) < len(weights):
-            raise ValueError("an expression stands twice in the list")
-        return {one["where"]: one["weight"] for one in weights}
 
     @field_validator("caption_weights")
     @classmethod
@@ -276,21 +280,55 @@ class DataConfig(Section):
 
 
 class Phase(Section):
-    """One stretch of the curriculum."""
+    """One stretch of the curriculum.
+
+    Beside what stands here nothing can change between phases: precision, gathering and the optimiser's state are built
+    once. Its length is a `share`, `steps` or `images`, in the same unit for all phases.
+    """
 
     name: str = ""
-    resolutions: dict[int, PositiveFloat]
-    """Resolution class -> weight of its draws."""
+    resolutions: dict[PositiveInt, PositiveFloat] = Field(min_length=1)
+    """Resolution class -> weight of its draws; exact in proportion, one class per step."""
     share: PositiveFloat | None = None
-    """Share of `train.steps`; either every phase has a share or every phase has `steps`."""
+    """Share of `train.steps`, in proportion to the other phases' shares."""
     steps: PositiveInt | None = None
+    """Optimiser steps; all phases' together are `train.steps`, which may be null then."""
+    images: PositiveInt | None = None
+    """Pictures to draw, repeats counted: `images / global_batch` steps, rounded up. Slots that only fill a bucket's
+    last batch count as drawn, so that the length depends on the config alone; the printed plan says how many there are.
+    All phases' steps together are `train.steps`, which may be null then."""
     global_batch: PositiveInt
-    """Samples per optimiser step, over all ranks."""
+    """Samples per optimiser step, over all ranks. Larger is steadier and needs fewer updates per epoch; small buckets
+    then have more fill slots."""
     micro_batch_tokens: PositiveInt
-    """Token budget (image and text) of one forward pass on one rank; at least one sample is always taken."""
+    """Token budget (image and text) of one forward pass on one rank; at least one sample is always taken. More is
+    faster until memory is full; it changes rounding only."""
     lr_scale: PositiveFloat = 1.0
+    """Multiplies the learning rate in this phase."""
+    lr: PositiveFloat | None = None
+    """Learning rate of this phase in the place of `optim.lr`; `optim.schedule` works on it as on that. Not with an
+    `lr_scale`."""
+    warmup_steps: NonNegativeInt = 0
+    """First steps of the phase in which its rate rises linearly from near 0. Worth it where the resolution changes:
+    AdamW's moments are of the old one then. The start of the run has `optim.warmup_steps`."""
+    activation_checkpointing: bool | None = None
+    """`engine.activation_checkpointing` of this phase: a step costs 4/3 with it, activations a small part. Low
+    resolutions rarely need it. `None` takes the engine's. May be changed on resume."""
     where: str | None = None
-    """Narrows `data.where` in this phase."""
+    """Narrows `data.where` in this phase, for example `text_level <= 1`."""
+    weights: RowWeights = {}
+    """Joins `data.weights` in this phase; an expression that stands in both counts as here. 0 keeps its rows out."""
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Phase:
+        if self.lr is not None and self.lr_scale != 1.0:
+            raise ValueError("give a phase `lr` or `lr_scale`, not both")
+        return self
+
+    @property
+    def own_steps(self) -> int | None:
+        """Steps that the phase itself says; None where it has a share."""
+        return self.steps if self.images is None else -(-self.images // self.global_batch)
 
 
 class CurriculumConfig(Section):
@@ -307,11 +345,26 @@ class CurriculumConfig(Section):
 
     @model_validator(mode="after")
     def _one_unit_of_length(self) -> CurriculumConfig:
-        shares = [phase.share is not None for phase in self.phases]
-        steps = [phase.steps is not None for phase in self.phases]
-        if not (all(shares) and not any(steps)) and not (all(steps) and not any(shares)):
-            raise ValueError("give every phase a `share`, or give every phase `steps`")
+        units = [[unit for unit in LENGTHS if getattr(phase, unit) is not None] for phase in self.phases]
+        if any(len(given) != 1 for given in units) or len({given[0] for given in units}) > 1:
+            there = "; ".join(
+                f"{phase.name or number} has {' and '.join(given) or 'none'}"
+                for number, (phase, given) in enumerate(zip(self.phases, units, strict=True))
+            )
+            raise ValueError(f"give every phase a `share`, or every phase `steps`, or every phase `images` ({there})")
+        if self.phases[0].warmup_steps:
+            raise ValueError("the first phase is warmed up by `optim.warmup_steps`: set its own `warmup_steps` to 0")
         return self
+
+    @property
+    def own_steps(self) -> int | None:
+        """Steps that the phases come to by themselves; None where they have shares."""
+        steps = [phase.own_steps for phase in self.phases]
+        return None if None in steps else sum(number for number in steps if number is not None)
+
+
+LENGTHS: Final = ("share", "steps", "images")
+"""The units that a phase's length may be given in."""
 
 
 class FlowMatchingConfig(Section):
@@ -414,6 +467,8 @@ class CheckpointConfig(Section):
 
 class TrainConfig(Section):
     steps: PositiveInt
+    """Optimiser steps of the run, fixed for its whole life. `null` takes what the curriculum's phases come to, if they
+    have `steps` or `images`; a number must agree with them, and is needed where they have shares."""
     seed: NonNegativeInt = 0
     stop_after: PositiveInt | None = None
     """End (saved, exit 0) after this step without changing the schedule."""
@@ -428,6 +483,9 @@ class TrainConfig(Section):
     rank's gradients and masters and one small all-reduce."""
     fresh: bool = False
     """Start from step 0 even if the run directory holds checkpoints; they are moved aside."""
+    dry_run: bool = False
+    """Check the input, print the plan (steps, images, epochs, buckets, fill slots of every phase) and end: no ranks are
+    started, nothing is written. Costs one pass over the index."""
 
 
 class EvaluateConfig(Section):
@@ -597,6 +655,22 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_of_the_phases(cls, tree: Any) -> Any:
+        """`train.steps: null` becomes a number here, so that all else, and the run's `config.yaml`, has one."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("train"), dict):
+            return tree
+        if tree["train"].get("steps", 0) is not None:
+            return tree
+        try:
+            steps = CurriculumConfig.model_validate(tree.get("curriculum")).own_steps
+        except ValueError:
+            return tree  # told when the tree itself is validated
+        if steps is None:
+            raise ValueError("train.steps is null, but the phases have shares of it: set train.steps=...")
+        return {**tree, "train": {**tree["train"], "steps": steps}}
+
     @property
     def resolutions(self) -> tuple[int, ...]:
         """Resolution classes that are encoded, ascending."""
@@ -625,8 +699,9 @@ def training_identity(config: Config) -> dict[str, Any]:
         {**phase, "resolutions": dict(sorted(phase["resolutions"].items()))} for phase in tree["curriculum"]["phases"]
     ]
     for phase in phases:
-        # How a batch is cut moves rounding only, and must be free to change when a phase does not fit into memory.
-        del phase["micro_batch_tokens"], phase["name"]
+        # How a batch is cut or recomputed moves rounding only, and must be free to change when a phase does not fit
+        # into memory.
+        del phase["micro_batch_tokens"], phase["activation_checkpointing"], phase["name"]
     picked["curriculum"] = {str(index): phase for index, phase in enumerate(phases)}
     return flatten(picked)
 

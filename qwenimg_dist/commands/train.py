@@ -5,6 +5,8 @@
 Ray Train hosts one gang of ZeRO-3 ranks and starts it anew when one dies (cluster.max_restarts). Without a checkpoint
 in RUN it starts fresh and says so; with checkpoints of which none is valid it stops (exit code 2). SIGTERM or Ctrl-C
 saves and ends with exit code 0; the same command goes on. `torchrun -m consumers` is the way without Ray.
+
+    qwenimg-dist train ... train.dry_run=true      # prints steps, images, epochs, buckets, fill slots; writes nothing
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ def run(args: list[str]) -> int:
     config = load_config(args)
     run_dir = Path(required(config.run.path, "run.path"))
     required(config.data.path, "data.path")
+    if config.train.dry_run:
+        return _dry_run(config)
     from consumers.run_directory import preflight  # imports torch
 
     preflight(config)  # bad input is named in seconds, before Ray and with nothing written
@@ -62,6 +66,18 @@ def run(args: list[str]) -> int:
     with ray_session(cluster), _signals(stop):
         check_room(config.cluster, machines())
         return _train(config, run_dir, stop)
+
+
+def _dry_run(config: Config) -> int:
+    from consumers.run_plan import dry_run
+
+    plan = dry_run(config, world_size=config.cluster.ranks)
+    console = Console(soft_wrap=True)
+    for table in plan.tables():
+        console.print(table.rich() if console.is_terminal else table.text(), highlight=False, markup=False)
+    for warning in plan.warnings():
+        console.print(f"warning: {warning}", highlight=False, markup=False)
+    return 0
 
 
 def _is_complete(config: Config, run_dir: Path) -> bool:

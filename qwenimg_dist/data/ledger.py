@@ -39,6 +39,7 @@ from qwenimg_dist.data.mix import Mix
 from qwenimg_dist.data.order import BLOCK_UNITS, WINDOW, Segment, Stream
 from qwenimg_dist.data.phases import PlannedPhase, phase_at, quota
 from qwenimg_dist.data.samples import Selection
+from qwenimg_dist.data.tally import Tally, tally
 from qwenimg_dist.schema import Bucket
 
 
@@ -167,6 +168,11 @@ class Ledger:
         """Batches of all segments that a stream has (one epoch where its segment repeats)."""
         with self._lock:
             return self._streams[phase, resolution].num_batches
+
+    def tally(self, phase: int, resolution: int) -> Tally:
+        """What all steps that a phase has at a resolution hold, counted without making the batches."""
+        with self._lock:
+            return tally(self._streams[phase, resolution], self.phases[phase].steps_by_resolution[resolution])
 
     def _find(self, step: int) -> tuple[Stream, int]:
         phase = self.phase_at(step)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from qwenimg_dist.data.catalog import Catalogs, Ints
 from qwenimg_dist.data.draws import draw_key, uniform
@@ -54,6 +55,18 @@ class Order:
     num_fill: Ints  # (batches,) fill slots, at the front of the batch
     buckets: list[Bucket]
     bucket: Ints  # (batches,) index into `buckets`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """The batches of a stream in one segment and epoch, without their samples."""
+
+    samples: Mapping[Bucket, int]
+    """Ascending; what fills no batch of an epoch that goes on is not among them."""
+    bucket: Ints
+    """(batches,) index into `samples`, in the order of the batches."""
+    num_fill: Ints
+    """(batches,)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +238,7 @@ class Stream:
 
     def why_exhausted(self) -> str:
         """What to tell the user when a batch is asked for that there is none of."""
-        name = f"phase {self.phase.index} at {self.resolution} px"
+        name = f"{self.phase} at {self.resolution} px"
         if self._ends and self._ends[-1]:
             return f"{name}: the {self._ends[-1]} batches that are ready are used up"
         if self._lacking:
@@ -239,7 +252,7 @@ class Stream:
         there = "; ".join(map(self._what_is_there, self._samplers))
         return (
             f"{name} has nothing to train on: {there}; produce more, or change the curriculum's resolutions, `where`, "
-            "data.weights or data.held_out"
+            "`weights`, data.weights or data.held_out"
         )
 
     def _what_is_there(self, dataset: str) -> str:
@@ -316,15 +329,7 @@ class Stream:
         if not buckets:
             empty = np.zeros((0, size), dtype=np.int64)
             return Order(rows=empty, texts=empty, num_fill=empty[:, 0], buckets=[], bucket=empty[:, 0])
-        # Each batch gets a time in [0, 1): its window's stretch of the bucket, and a draw within it.
-        ids = np.arange(len(bucket)) + (segment << 32)
-        draw = uniform(self._key("batches", epoch), ids)
-        index_in_bucket = np.concatenate([np.arange(n) for n in num])
-        per_window = self._window // size
-        begin = index_in_bucket // per_window * per_window
-        length = np.minimum(begin + per_window, num[bucket]) - begin
-        times = (begin + draw * length) / num[bucket]
-        order = np.lexsort((ids, times))
+        order = self._shuffled(num, segment, epoch)
         return Order(
             rows=np.concatenate([rows for rows, _, _ in cut])[order],
             texts=np.concatenate([texts for _, texts, _ in cut])[order],
@@ -333,17 +338,73 @@ class Stream:
             bucket=bucket[order],
         )
 
+    def _shuffled(self, num: Ints, segment: int, epoch: int) -> npt.NDArray[np.intp]:
+        """The order in which batches come, given how many each bucket has; they are numbered through by bucket."""
+        bucket = np.repeat(np.arange(len(num)), num)
+        # Each batch gets a time in [0, 1): its window's stretch of the bucket, and a draw within it.
+        ids = np.arange(len(bucket)) + (segment << 32)
+        draw = uniform(self._key("batches", epoch), ids)
+        index_in_bucket = np.concatenate([np.arange(n) for n in num])
+        per_window = self._window // self.phase.global_batch
+        begin = index_in_bucket // per_window * per_window
+        length = np.minimum(begin + per_window, num[bucket]) - begin
+        times = (begin + draw * length) / num[bucket]
+        return np.lexsort((ids, times))
+
+    def _fill(self, num_samples: int) -> Ints:
+        """(batches,) fill slots of a bucket's batches, before they are shuffled: in the first of the last window."""
+        size = self.phase.global_batch
+        fill = np.zeros(-(-num_samples // size), dtype=np.int64)
+        if short := -num_samples % size:
+            fill[(num_samples - 1) // self._window * self._window // size] = short
+        return fill
+
+    def batches(self, segment: int, epoch: int) -> Batches:
+        """What `order` makes, without the samples: O(batches), once the rows were counted. For plans."""
+        counts = self._mixed_counts(epoch) if self.repeats else self._segment_counts(segment)
+        counts = {bucket: counts[bucket] for bucket in sorted(counts) if counts[bucket]}
+        fills = [self._fill(num) for num in counts.values()]
+        num_batches = np.array([len(fill) for fill in fills], dtype=np.int64)
+        order = self._shuffled(num_batches, segment, epoch) if fills else np.zeros(0, dtype=np.intp)
+        return Batches(
+            samples=counts,
+            bucket=np.repeat(np.arange(len(fills)), num_batches)[order],
+            num_fill=np.concatenate(fills or [np.zeros(0, dtype=np.int64)])[order],
+        )
+
+    def _segment_counts(self, segment: int) -> dict[Bucket, int]:
+        """Samples per bucket that a segment of a growing epoch cuts into batches."""
+        at, size = self._segments[segment], self.phase.global_batch
+        counts = dict(self._carry_counts(segment, at.epoch))
+        for bucket, num in self._counts(at).items():
+            counts[bucket] = counts.get(bucket, 0) + num
+        return counts if at.last else {bucket: num // size * size for bucket, num in counts.items()}
+
+    def samples(self) -> dict[Bucket, int]:
+        """Samples per bucket of the newest epoch as far as it is there; of what serves all epochs, of the first."""
+        if self.repeats:
+            return self._mixed_counts(0)
+        counts: dict[Bucket, int] = {}
+        for segment in self._segments:
+            if segment.epoch == self._segments[-1].epoch:
+                for bucket, num in self._counts(segment).items():
+                    counts[bucket] = counts.get(bucket, 0) + num
+        return counts
+
+    @property
+    def times_by_dataset(self) -> dict[str, float]:
+        """How often an epoch of the mix has a row of each data set; empty without a mix."""
+        return {name: float(sampler.times or 0) for name, sampler, _ in self._joined} if self._mix else {}
+
     def _cut(self, samples: Samples) -> tuple[Ints, Ints, Ints]:
         """Sort windows by text length and cut batches: rows and texts (batches, B), fill slots (batches,)."""
         size = self.phase.global_batch
         window = np.arange(len(samples)) // self._window
         by_length = samples.take(np.lexsort((samples.ties, samples.tokens, window)))
-        fill = np.zeros(-(-len(samples) // size), dtype=np.int64)
-        short = -len(samples) % size
-        if short:
+        fill = self._fill(len(samples))
+        if short := int(fill.sum()):
             # Fill slots repeat the last window's shortest sample: they cost the least, and the order stays sorted.
             first = int(window[-1]) * self._window
-            fill[first // size] = short
             repeat = np.full(short, first)
             index = np.concatenate([np.arange(first), repeat, np.arange(first, len(samples))])
             by_length = by_length.take(index)

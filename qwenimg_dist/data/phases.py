@@ -7,7 +7,7 @@ drawn at random: proportions are exact, and any step is found without looking at
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 
@@ -26,6 +26,26 @@ class PlannedPhase:
     where: str | None
     mix: Mapping[str, float] | None = None
     """Data set -> its weight or repeats in this phase, where it differs from `data.mix`."""
+    name: str = ""
+    lr: float | None = None
+    """In the place of the run's; None takes that."""
+    warmup_steps: int = 0
+    activation_checkpointing: bool = False
+    row_weights: Mapping[str, float] = field(default_factory=dict)
+    """`where` expression -> how often its rows come per epoch; joins the run's own."""
+
+    @property
+    def num_steps(self) -> int:
+        return self.last_step - self.first_step
+
+    def __str__(self) -> str:
+        """What messages call it."""
+        return f"phase {self.index}" + f" ({self.name})" * bool(self.name)
+
+    @property
+    def steps_by_resolution(self) -> dict[int, int]:
+        """Resolution class -> how many of the phase's steps have it."""
+        return steps_by_resolution(self.weights, self.num_steps)
 
 
 def phase_at(phases: Sequence[PlannedPhase], step: int) -> PlannedPhase:
@@ -53,3 +73,15 @@ def quota(weights: Mapping[int, float], step: int) -> tuple[int, int]:
             return resolution, position - before
         position, left = before, rest
     return items[-1][0], position
+
+
+def steps_by_resolution(weights: Mapping[int, float], num_steps: int) -> dict[int, int]:
+    """Resolution -> how many of a phase's first `num_steps` steps have it; what `quota` counts, all at once."""
+    left, steps = sum((Fraction(str(weight)) for weight in weights.values()), Fraction(0)), num_steps
+    found = {}
+    for resolution in sorted(weights):
+        rest = left - Fraction(str(weights[resolution]))
+        to_the_rest = int(steps * rest / left)
+        found[resolution] = steps - to_the_rest
+        steps, left = to_the_rest, rest
+    return found

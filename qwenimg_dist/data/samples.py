@@ -22,6 +22,7 @@ from qwenimg_dist.data.weights import (
     COPY_BITS,
     EpochCounts,
     choose_captions,
+    joined,
     offsets,
     repeat,
     row_weights,
@@ -92,7 +93,7 @@ class Sampler:
         self.wheres = [w for w in (selection.where, compile_where(phase.where) if phase.where else None) if w]
         self.times: Fraction | None = None
         """How often a row of weight 1 comes per epoch; None where there is no mix, which counts as 1."""
-        self._rules = selection.weights
+        self._rules = joined(selection.weights, phase.row_weights)
         self._selection = selection
         self._resolution = resolution
         self._dropout = caption_dropout

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from qwenimg_dist.data.catalog import Catalog, Ints
 from qwenimg_dist.data.draws import hashes
 from qwenimg_dist.data.facets import DataError
-from qwenimg_dist.data.where import Where
+from qwenimg_dist.data.where import Where, compile_where
 
 _BITS: Final = 24
 _ONE: Final = 1 << _BITS
@@ -32,6 +32,14 @@ COPY_BITS: Final = 44
 """The n-th time of a row in an epoch has draws of its own, keyed by row + (n << 44)."""
 
 Rules = Sequence[tuple[Where, float]]
+
+
+def joined(run: Rules, phase: Mapping[str, float]) -> tuple[tuple[Where, float], ...]:
+    """The run's rules and those of a phase; an expression that stands in both counts as in the phase. In one order,
+    since products round."""
+    rules = {where.expression: (where, weight) for where, weight in run}
+    rules |= {expression: (compile_where(expression), weight) for expression, weight in phase.items()}
+    return tuple(rules[expression] for expression in sorted(rules))
 
 
 def row_weights(catalog: Catalog, local: Ints, rules: Rules) -> Ints:

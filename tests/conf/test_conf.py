@@ -68,7 +68,15 @@ def test_the_config_is_frozen_and_round_trips() -> None:
         (["data.caption_weights={raw: 0}"], "at least one kind"),
         (["objective.posterior=sample"], "set encode.posterior=mean_logvar and produce"),
         (["objective.sigma_mode_scale=1.8"], "less than or equal to 1.75"),
-        (["curriculum.phases.low.steps=5"], "every phase a `share`, or .* every phase `steps`"),
+        (["curriculum.phases.low.steps=5"], "every phase a `share`, or every phase `steps`.*low has share and steps"),
+        (["curriculum.phases.low.share=null", "curriculum.phases.low.images=5"], "low has images; high has share"),
+        (["curriculum.phases.low.images=-5"], "greater than 0"),
+        (["curriculum.phases.low.share=null"], "low has none; high has share"),
+        (["curriculum.phases.high.lr=1e-4"], "`lr` or `lr_scale`, not both"),
+        (["curriculum.phases.low.warmup_steps=5"], "warmed up by `optim.warmup_steps`"),
+        (["curriculum.phases.low.weights=[{where: row, weight: 2000}]"], "from 0.001 to 1000 times per epoch"),
+        (["+curriculum.phases.low.precision=fp32"], "precision: unknown key"),
+        (["train.steps=null"], "the phases have shares of it: set train.steps"),
     ],
 )
 def test_mistakes_are_named(overrides: list[str], expected: str) -> None:
@@ -87,6 +95,8 @@ def test_identity_holds_what_moves_the_numbers_and_nothing_else() -> None:
         "data.where=x",
         "data.weights=[{where: 'row < 5', weight: 2}]",
         "data.caption_weights={raw:1}",
+        "curriculum.phases.low.weights=[{where: 'row < 5', weight: 2}]",
+        "curriculum.phases.high.warmup_steps=3",
     ]:
         assert training_identity(load_config([change])) != base, change
     assert stable_hash(base) == stable_hash(dict(reversed(base.items())))

@@ -11,7 +11,7 @@ import pytest
 from gang_checks import SCRIPT
 from small_run import run_gang, write_input
 
-CHECKS = ("parity", "norms", "skip", "ema_swap", "bf16", "certificate", "save", "damage")
+CHECKS = ("parity", "norms", "skip", "ema_swap", "bf16", "recompute", "certificate", "save", "damage")
 Results = Callable[[str], dict[str, Any]]
 
 

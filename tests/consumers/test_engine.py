@@ -50,6 +50,14 @@ def test_bf16_keeps_fp32_masters_and_stock_rope(results: Results) -> None:
     assert found["loss"] < 8e-3
 
 
+def test_activations_are_checkpointed_by_the_step(results: Results) -> None:
+    found = results("recompute")
+    # Micro-batches of the steps are 1, 2, 3, 1, 2, 3, 1: each runs the block once, or twice where it is recomputed.
+    assert found["forwards"] == [1, 2, 6, 2, 4, 3, 1]
+    assert found["same"]
+    assert found["resumed"]
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "group"),
     [

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from small_run import lines, numbers, overrides, run_gang, write_input
 
+from consumers.__main__ import main as consume
 from consumers.checkpoint_files import list_checkpoints, read_certificate
 from consumers.checkpoint_reader import verify_checkpoint
 from qwenimg_dist.commands.main import main
@@ -41,7 +43,8 @@ def reference(root: Path) -> Path:
 
 
 def fp32(root: Path, run: str, *extra: str) -> list[str]:
-    return overrides(root, run, "engine.precision=fp32", *extra)
+    """Activations are checkpointed in the first phase only, so every resume passes that change."""
+    return overrides(root, run, "engine.precision=fp32", "curriculum.phases.low.activation_checkpointing=true", *extra)
 
 
 def one_rank(root: Path, *extra: str, run: str) -> subprocess.CompletedProcess[str]:
@@ -101,6 +104,57 @@ def test_a_certificate_is_covered_by_the_manifest(root: Path, reference: Path, t
     assert "certificate.json has changed" in verify_checkpoint(info.path)[0]
     file.unlink()
     assert "certificate.json is missing" in str(list_checkpoints(tmp_path)[-1].fault)
+
+
+def test_the_plan_was_what_happened(reference: Path) -> None:
+    plan = json.loads((reference / "plan.json").read_text())
+    log, samples = lines(reference / "metrics.jsonl"), lines(reference / "samples.jsonl")
+    assert [line["train/activation_checkpointing"] for line in log] == [1] * 8 + [0] * 4
+    before = 0
+    for index, phase in enumerate(plan["phases"]):
+        first, last = phase["first_step"], phase["last_step"]
+        steps = log[first:last]
+        assert [line["train/phase"] for line in steps] == [index] * len(steps)
+        assert (steps[0]["train/lr"], steps[-1]["train/lr"]) == (phase["lr"]["first"], phase["lr"]["last"])
+        images = int(steps[-1]["train/images"]) - before  # type: ignore[call-overload]
+        before += images
+        assert phase["images"] == images
+        assert phase["fill_slots"] == sum(len(line["keys"]) for line in samples[first:last]) - images  # type: ignore[arg-type]
+        (stream,) = phase["resolutions"].values()
+        assert steps[-1]["train/epoch"] <= stream["epochs"] <= steps[-1]["train/epoch"] + 1  # type: ignore[operator]
+        buckets = Counter(line["bucket"] for line in samples[first:last])
+        assert {name: counts["batches"] for name, counts in stream["buckets"].items() if counts["batches"]} == buckets
+    assert before == log[-1]["train/images"]
+    assert sum(phase["fill_slots"] for phase in plan["phases"]) > 0
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(
+    root: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = digest(reference)
+    dry = "train.dry_run=true"
+    told = []
+    for arguments in (
+        fp32(root, "reference", dry),
+        fp32(root, "unmade", dry),
+        fp32(root, "unmade", dry, "follow=true"),
+    ):
+        assert main(["train", *arguments]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]  # the run's own generation, and one of what is there: the same data
+    assert "so far" in told[2]
+    assert "so far" not in told[0]
+    assert digest(reference) == before
+    assert not (root / "unmade").exists()
+    log = (root / "logs-reference" / "rank-0.log").read_text()
+    assert told[0] in log  # what the run itself said
+    assert consume(fp32(root, "unmade", dry)) == 0
+    assert "Buckets; micro-batches of one of 1 ranks" in capsys.readouterr().out
+    nothing = "curriculum.phases.high.where='width > 9999'"
+    assert main(["train", *fp32(root, "unmade", dry, nothing)]) == 2
+    message = capsys.readouterr().err
+    for words in ("phase 1 (high) at 128 px has nothing to train on", "where='width > 9999'"):
+        assert words in message
 
 
 def test_killed_inside_a_checkpoint_and_resumed_is_the_same_run(root: Path, reference: Path) -> None:

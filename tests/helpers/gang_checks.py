@@ -330,6 +330,42 @@ def refusal(certifier: Certifier, *, wrong_on: int | None) -> str | None:
     return None
 
 
+def check_recompute(world: World) -> dict[str, Any]:
+    """Recomputation comes and goes between steps: blocks run once more then, and nothing else changes. A checkpoint
+    from before a change goes on as if it had never been loaded."""
+    engine, _ = world.engine()
+    never, _ = world.engine()
+    calls = [0]
+    # Before the forward: a recomputation stops, by an exception, at the last tensor that is needed.
+    block = engine.transformer.module.transformer_blocks[0]
+    block.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    run_dir, wanted = world.out / "recompute", [False, False, True, True, True, False, False]
+    losses, expected, forwards = [], [], []
+    for step, enabled in enumerate(wanted):
+        engine.checkpoint_activations(enabled)
+        calls[0] = 0
+        losses.append(engine_step(engine, None, step, 1e-3))
+        forwards.append(calls[0])
+        expected.append(engine_step(never, None, step, 1e-3))
+        if step == 3:
+            checkpoint.save_checkpoint(engine, None, run_dir, step=4, state={}, keep=1)
+    same = equal(snapshot(engine, None), snapshot(never, None))
+    loaded = checkpoint.load_newest(never, None, run_dir)
+    assert loaded is not None
+    again = []
+    for step in range(4, len(wanted)):
+        never.checkpoint_activations(wanted[step])
+        again.append(engine_step(never, None, step, 1e-3))
+    found = {
+        "forwards": forwards,
+        "same": same and losses == expected,
+        "resumed": again == losses[4:] and equal(snapshot(engine, None), snapshot(never, None)),
+    }
+    engine.close()
+    never.close()
+    return found
+
+
 def check_save(world: World) -> dict[str, Any]:
     """Saved after 4 steps, loaded into another engine: bitwise the same, and so are the next steps."""
     run_dir = world.out / "run"
