@@ -3,3 +3,7 @@
 
 class TrainingError(RuntimeError):
     """The run cannot go on by itself; the message says what happened and where. Raised on every rank alike."""
+
+
+class DegradedError(TrainingError):
+    """The guard stopped the run, which is saved: the model had become worse than the one it started from."""

@@ -1,109 +1,163 @@
-"""Held-out loss at fixed sigma quantiles with fixed noise, beside the starting model's loss on the same samples.
+"""Held-out losses at fixed sigma quantiles with fixed noise, beside the starting model's on the same samples.
 
-Place in the flow: the trainer calls it when due. What is evaluated is what an export ships: the EMA where there is one.
-The set, the noise and the sigmas are the same at every call and on any number of ranks. The starting model's losses
-are computed once before the first step and kept in the run directory: a run whose held-out loss rises above them has
-degraded its base model, whatever the training loss says.
+Place in the flow: the trainer calls it when due. The set (`held_out.py`), the noise and the sigmas are the same at
+every call and on any number of ranks; every sample's error is all-reduced, so that all groupings (resolution, bucket,
+text length, the worst samples) are sums over the same small matrix, equal on all ranks to the last bit. The starting
+model's errors are computed once before the first step and kept in the run directory: a run whose held-out loss rises
+above them has degraded its base model, whatever the training loss says (`guard.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Final
+from typing import Final, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from consumers.batch import MicroBatch
 from consumers.ema import Ema
 from consumers.engine import Engine
+from consumers.held_out import Errors, HeldOutClass, Start
 from consumers.objectives.flow_matching import shift_mu, squared_errors
 from qwenimg_dist.config import Config
-from qwenimg_dist.files import write_json
 from qwenimg_dist.flow.sigmas import draw_noise, sigma_at_quantiles
 
-START_LOSS: Final = "start_loss.json"
-Losses = dict[str, float]
-"""`loss` (mean over quantiles and samples), `loss_q0.1`, ... by quantile, and `num_samples`."""
+TEXT_BINS: Final = ((1, 64), (65, 128), (129, 256), (257, 512), (513, None))
+_WORST: Final = 8
+Weights = Literal["ema", "raw"]
+Rows = npt.NDArray[np.float64]
 
 
 class HeldOut:
-    """This rank's share of the held-out samples by resolution class, kept in memory for the run."""
+    """The held-out classes of a run and how they are measured."""
 
-    def __init__(self, config: Config, batches: Mapping[int, Sequence[MicroBatch]]) -> None:
-        self._config = config
-        self._batches = batches
+    def __init__(self, config: Config, classes: Mapping[int, HeldOutClass], start: Start | None) -> None:
+        """What `start` fixed is stronger than the config."""
+        self._objective = config.objective
+        self._seed = start.seed if start else config.evaluate.seed
+        self.quantiles = start.quantiles if start else config.evaluate.sigma_quantiles
+        self.num_samples = start.num_samples if start else config.evaluate.num_samples
+        self.classes = classes
 
-    def losses(self, engine: Engine, ema: Ema | None, resolutions: Sequence[int]) -> Losses | None:
-        """Losses over the samples of these classes; None if there are none. Collective."""
-        quantiles = self._config.evaluate.sigma_quantiles
-        sums = torch.zeros(len(quantiles) + 1, dtype=torch.float64)
+    def errors(self, engine: Engine, ema: Ema | None) -> Errors:
+        """The error of every sample at every quantile, with the EMA's weights if given. Collective."""
+        num = len(self.quantiles)
+        found = {r: np.zeros((len(one.keys), num)) for r, one in self.classes.items()}
         engine.train(False)
         with torch.no_grad(), ema.applied() if ema is not None else contextlib.nullcontext():
-            for resolution in resolutions:
-                for micro in self._batches.get(resolution, ()):
-                    sums += self._sums(engine, micro.to(engine.ranks.device))
+            for resolution, one in self.classes.items():
+                for micro in one.batches:
+                    errors = self._errors(engine, micro.to(engine.ranks.device))
+                    real = np.flatnonzero(micro.weights.numpy() > 0)
+                    found[resolution][micro.slots.numpy()[real]] = errors[real]
         engine.train()
-        *totals, count = engine.ranks.sum(sums.tolist())
-        if count == 0:
-            return None
-        by_quantile = {f"loss_q{q:g}": total / count for q, total in zip(quantiles, totals, strict=True)}
-        return {"loss": sum(by_quantile.values()) / len(by_quantile), **by_quantile, "num_samples": count}
+        # One rank has each sample, the others add nought: the sum is exact.
+        flat = np.concatenate([np.zeros(0), *(errors.ravel() for errors in found.values())])
+        summed = np.array(engine.ranks.sum(flat.tolist())) if len(flat) else flat
+        ends = np.cumsum([errors.size for errors in found.values()])
+        parts = np.split(summed, ends[:-1]) if len(ends) else []
+        return {r: part.reshape(-1, num) for r, part in zip(found, parts, strict=True)}
 
-    def _sums(self, engine: Engine, micro: MicroBatch) -> torch.Tensor:
-        """(quantiles + 1,) fp64: weighted error sums, then the sum of the weights."""
-        objective, evaluate = self._config.objective, self._config.evaluate
+    def _errors(self, engine: Engine, micro: MicroBatch) -> Rows:
+        """(b, quantiles) fp64."""
+        objective = self._objective
         sigmas = sigma_at_quantiles(
-            evaluate.sigma_quantiles,
+            self.quantiles,
             density=objective.sigma_density,
             mean=objective.sigma_mean,
             std=objective.sigma_std,
             mode_scale=objective.sigma_mode_scale,
             mu=shift_mu(objective, micro.bucket.image_tokens),
         )
-        noise = draw_noise(evaluate.seed, 0, micro.slots.tolist(), micro.latents.shape[1:], stream="eval")
+        noise = draw_noise(self._seed, 0, micro.slots.tolist(), micro.latents.shape[1:], stream="eval")
         noise = noise.to(micro.latents.device)
-        found = []
+        columns = []
         for value in sigmas.tolist():
             sigma = torch.full((len(micro.weights),), value, device=micro.latents.device)
-            errors = squared_errors(engine.predict, micro, sigma, noise)
-            found.append((micro.weights * errors).double().sum().cpu())
-        return torch.stack([*found, micro.weights.double().sum().cpu()])
+            columns.append(squared_errors(engine.predict, micro, sigma, noise).double().cpu())
+        return torch.stack(columns, dim=1).numpy()
+
+    def start_of(self, errors: Errors) -> Start:
+        """What is kept of the starting model."""
+        keys = {r: one.keys for r, one in self.classes.items()}
+        quantiles, seed = tuple(self.quantiles), self._seed
+        return Start(num_samples=self.num_samples, quantiles=quantiles, seed=seed, keys=keys, errors=errors)
+
+    def metrics(
+        self, now: Errors, resolutions: Sequence[int], start: Errors | None, *, prefix: str = "eval/"
+    ) -> dict[str, float]:
+        """`loss`, `loss_q0.5`, ... and `text/65-128` over the classes of the present phase; `loss_512` and
+        `bucket/1024x576` of every class; and where the starting model's are known, `start_loss...` beside the losses.
+        """
+        found: dict[str, float] = {}
+        trained = [r for r in resolutions if r in now]
+        if trained:
+            pooled = np.concatenate([now[r] for r in trained])
+            found |= self._losses(pooled)
+            tokens = np.concatenate([np.array(self.classes[r].tokens) for r in trained])
+            found |= _by_text(pooled.mean(axis=1), tokens)
+            found["num_samples"] = float(len(pooled))
+            if start is not None and all(r in start for r in trained):
+                at_start = self._losses(np.concatenate([start[r] for r in trained]))
+                found |= {f"start_{name}": value for name, value in at_start.items()}
+        for resolution, errors in now.items():
+            found[f"loss_{resolution}"] = float(errors.mean())
+            if start is not None and resolution in start:
+                found[f"start_loss_{resolution}"] = float(start[resolution].mean())
+        found |= self._by_bucket(now)
+        return {prefix + name: value for name, value in found.items()}
+
+    def _losses(self, errors: Rows) -> dict[str, float]:
+        by_quantile = {f"loss_q{q:g}": float(v) for q, v in zip(self.quantiles, errors.mean(axis=0), strict=True)}
+        return {"loss": float(errors.mean()), **by_quantile}
+
+    def _by_bucket(self, now: Errors) -> dict[str, float]:
+        values: dict[str, list[float]] = {}
+        for resolution, errors in now.items():
+            for bucket, value in zip(self.classes[resolution].buckets, errors.mean(axis=1).tolist(), strict=True):
+                values.setdefault(f"bucket/{bucket}", []).append(value)
+        return {name: float(np.mean(found)) for name, found in sorted(values.items())}
+
+    def worst(self, now: Errors, start: Errors | None) -> list[list[str | float | None]]:
+        """The samples with the largest errors, and those that got worse most; rows of `WORST_COLUMNS`."""
+        rows: list[list[str | float | None]] = []
+        for resolution, errors in now.items():
+            one = self.classes[resolution]
+            before = start.get(resolution) if start is not None else None
+            for slot, loss in enumerate(errors.mean(axis=1).tolist()):
+                at_start = float(before[slot].mean()) if before is not None else None
+                change = loss / at_start - 1 if at_start else None
+                rows.append([one.keys[slot], resolution, one.buckets[slot], one.tokens[slot], loss, at_start, change])
+        by_loss = sorted(rows, key=lambda row: _descending(row[4]))[:_WORST]
+        by_change = sorted(rows, key=lambda row: _descending(row[6]))[:_WORST] if start is not None else []
+        return by_loss + [row for row in by_change if row not in by_loss]
 
 
-def start_losses(held_out: HeldOut, engine: Engine, run_dir: Path, resolutions: Sequence[int]) -> dict[int, Losses]:
-    """The starting model's losses per class: computed at step 0, read back on every later start. Collective."""
-    file = run_dir / START_LOSS
-    ranks = engine.ranks
-    kept = ranks.broadcast_json(_read(file) if ranks.is_first else None)
-    if kept is None:
-        kept = {str(r): found for r in resolutions if (found := held_out.losses(engine, None, [r])) is not None}
-        if ranks.is_first:
-            write_json(file, kept)
-    return {int(resolution): dict(losses) for resolution, losses in kept.items()}
+WORST_COLUMNS: Final = ("key", "resolution", "bucket", "text_tokens", "loss", "start_loss", "change")
 
 
-def read_start_losses(run_dir: Path) -> dict[int, Losses]:
-    """Those of a run that is past its first step; empty where they were never computed."""
-    return {int(resolution): dict(losses) for resolution, losses in (_read(run_dir / START_LOSS) or {}).items()}
+def weights_of(config: Config, ema: Ema | None) -> list[tuple[Weights, Ema | None]]:
+    """Which weights are looked at; the first are those that guard, curves and export go by."""
+    wanted = config.evaluate.weights
+    if ema is None or wanted == "raw":
+        return [("raw", None)]
+    return [("ema", ema), ("raw", None)] if wanted == "both" else [("ema", ema)]
 
 
-def eval_metrics(now: Losses, start: Mapping[int, Losses], resolutions: Sequence[int]) -> dict[str, float]:
-    """`eval/loss…` and beside each the starting model's `eval/start_loss…` over the same samples."""
-    metrics = {f"eval/{name}": value for name, value in now.items()}
-    known = [start[r] for r in resolutions if r in start]
-    count = sum(losses["num_samples"] for losses in known)
-    if count == now["num_samples"]:
-        for name in now.keys() - {"num_samples"}:
-            weighted = sum(losses[name] * losses["num_samples"] for losses in known if name in losses)
-            metrics[f"eval/start_{name}"] = weighted / count
-    return metrics
+def _by_text(losses: Rows, tokens: npt.NDArray[np.int64]) -> dict[str, float]:
+    found = {}
+    for low, high in TEXT_BINS:
+        inside = (tokens >= low) & (tokens <= (high or tokens.max()))
+        if inside.any():
+            found[f"text/{low}-{high}" if high else f"text/{low}+"] = float(losses[inside].mean())
+    return found
 
 
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
+def _descending(value: str | float | None) -> float:
+    """Sort key: large first, what is not finite before all, what is not known last."""
+    if not isinstance(value, int | float):
+        return float("inf")
+    return -value if np.isfinite(value) else -float("inf")

@@ -1,9 +1,10 @@
-"""Pictures along the way: fixed prompts, fixed seeds, from the EMA weights on the running engine.
+"""Pictures along the way: fixed prompts, fixed seeds, by EMA or raw weights on the running engine.
 
-Place in the flow: the trainer calls `draw` when due; `samples/step-NNNNNNNN.png` appears. Under ZeRO-3 a forward is
-collective, so every rank makes an equal number of pictures in lock-step and rank 0 decodes and lays them out. The
-prompts are encoded once, by rank 0, before the engine is built: text encoder and VAE never enter `zero.Init`, and the
-encoder is gone when training begins. Refuses nothing; a rank without a picture of its own repeats one.
+Place in the flow: the trainer calls `draw` when due; `samples/step-NNNNNNNN.png` appears, and `...-raw.png` beside it
+where both weights are looked at. Under ZeRO-3 a forward is collective, so every rank makes an equal number of pictures
+in lock-step and rank 0 decodes and lays them out. The prompts are encoded once, by rank 0, before the engine is built:
+text encoder and VAE never enter `zero.Init`, and the encoder is gone when training begins. Refuses nothing; a rank
+without a picture of its own repeats one.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ class Grids:
         self._codec = LatentCodec.load(pipeline, device=ranks.device) if ranks.is_first else None
 
     @torch.no_grad()
-    def draw(self, engine: Engine, ema: Ema | None, *, step: int, resolution: int, batch_size: int) -> Path | None:
-        """One picture per prompt; returns the file on rank 0. Collective."""
+    def draw(
+        self, engine: Engine, ema: Ema | None, *, step: int, resolution: int, batch_size: int, suffix: str = ""
+    ) -> Path | None:
+        """One picture per prompt, by the EMA's weights if given; returns the file on rank 0. Collective."""
         evaluate, ranks = self._config.evaluate, self._ranks
         height, width = evaluate.height or resolution, evaluate.width or resolution
         per_rank = -(-len(self._text) // ranks.world_size)
@@ -64,7 +67,7 @@ class Grids:
         if self._codec is None:
             return None
         pictures = [picture for one in latents for picture in to_pictures(self._codec.decode(one[None]))]
-        file = Path(self._config.run.path or ".") / "samples" / f"step-{step:08d}.png"
+        file = Path(self._config.run.path or ".") / "samples" / f"step-{step:08d}{suffix}.png"
         return save_grid(pictures, list(evaluate.prompts), file, columns=4)
 
 

@@ -75,6 +75,24 @@ class Ranks:
             raise ValueError(told)
         return made[0]
 
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """Run on rank 0; every rank gets its JSON result, or ValueError with what rank 0 refused."""
+        answer: list[Any] = ["", None]
+        error: Exception | None = None
+        if self.is_first:
+            try:
+                result = action()
+                answer[1] = result if isinstance(result, str | int | float | bool | list | dict) else None
+            except Exception as problem:  # told to the others first, else they wait for ever
+                error = problem
+                answer[0] = f"{type(problem).__name__}: {problem}"
+        message, result = self.broadcast_json(answer)
+        if error is not None:
+            raise error
+        if message:
+            raise ValueError(f"rank 0 refused: {message}")
+        return result
+
     def all_finite(self, value: torch.Tensor) -> bool:
         """Whether a scalar is finite on every rank; the check that precedes each backward."""
         return not self.any(not bool(torch.isfinite(value.detach()).all()))

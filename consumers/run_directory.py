@@ -46,6 +46,7 @@ _EXTEND: Final = (
 _MOVED_BY_FRESH: Final = (
     "checkpoints",
     "metrics.jsonl",
+    "tables.jsonl",
     "samples.jsonl",
     "generations.jsonl",
     "index",

@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 
+from consumers.baseline import baseline
 from consumers.certificate import Certifier
 from consumers.checkpoint import Loaded, load_newest
 from consumers.ema import Ema
 from consumers.engine import Engine, build_engine
-from consumers.evaluate import HeldOut, Losses, read_start_losses, start_losses
+from consumers.evaluate import HeldOut
+from consumers.guard import Guard
+from consumers.held_out import Start
 from consumers.objectives import build_objective
 from consumers.objectives.base import Objective
 from consumers.ranks import Ranks
@@ -93,7 +96,8 @@ class Session:
     generations: Generations
     stream: Stream
     held_out: HeldOut
-    start: dict[int, Losses]
+    start: Start | None
+    guard: Guard
     grids: Grids | None
     throughput: Throughput
     certifier: Certifier
@@ -116,6 +120,7 @@ class Session:
             "skipped_steps": self.progress.skipped_steps,
             "consecutive_skips": self.progress.consecutive_skips,
             "generations": self.generations.count,
+            "guard": self.guard.state(),
             "wandb_id": self.log.wandb_id if self.log else None,
             "num_ranks": self.ranks.world_size,
             "model": self.prepared.model_fingerprint,
@@ -153,7 +158,9 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         generations, stream = _open_data(config, prepared, ranks, hooks, progress.step, known, stack)
         _on_first(ranks, lambda: _tell_plan(config, generations, ranks, hooks, progress.step))
         batches = {phase.index: sorted(phase.weights) for phase in prepared.ledger.phases}
-        held_out = ranks.together(lambda: _held_out(config, prepared, generations, stream))
+        held_out, start = baseline(
+            config, prepared, generations, stream, engine, progress.step, say=lambda line: _say(ranks, hooks, line)
+        )
         objective = build_objective(config)
         yield Session(
             config=config,
@@ -166,7 +173,8 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             generations=generations,
             stream=stream,
             held_out=held_out,
-            start=_start_losses(config, held_out, engine, prepared, progress.step),
+            start=start,
+            guard=_guard(config, start, loaded),
             grids=grids,
             throughput=Throughput(
                 model,
@@ -265,27 +273,9 @@ def _check_generations(generations: Generations, known: int, run_dir: Path) -> N
         )
 
 
-def _held_out(config: Config, prepared: Prepared, generations: Generations, stream: Stream) -> HeldOut:
-    if not config.evaluate.every:
-        return HeldOut(config, {})
-    budgets = {r: phase.micro_batch_tokens for phase in prepared.ledger.phases for r in phase.weights}
-    batches = {
-        resolution: stream.held_out_batches(
-            generations.held_out(resolution, config.evaluate.num_samples), micro_batch_tokens=budget
-        )
-        for resolution, budget in budgets.items()
-    }
-    return HeldOut(config, batches)
-
-
-def _start_losses(
-    config: Config, held_out: HeldOut, engine: Engine, prepared: Prepared, step: int
-) -> dict[int, Losses]:
-    if not config.evaluate.every:
-        return {}
-    if step > 0:
-        return read_start_losses(prepared.run_dir)
-    return start_losses(held_out, engine, prepared.run_dir, sorted(prepared.facets.latents))
+def _guard(config: Config, start: Start | None, loaded: Loaded | None) -> Guard:
+    losses = {resolution: float(errors.mean()) for resolution, errors in start.errors.items()} if start else {}
+    return Guard(config.evaluate, losses, loaded.state.get("guard") if loaded else None)
 
 
 def _describe(run_dir: Path, config: Config, ranks: Ranks, loaded: Loaded | None) -> None:
@@ -338,22 +328,7 @@ def _say(ranks: Ranks, hooks: Hooks, line: str) -> None:
 
 
 def _on_first(ranks: Ranks, action: Callable[[], Any]) -> Any:
-    """Run on rank 0; every rank gets its JSON result, or ValueError with what rank 0 refused."""
-    answer: list[Any] = ["", None]
-    error: Exception | None = None
-    if ranks.is_first:
-        try:
-            result = action()
-            answer[1] = result if isinstance(result, str | int | float | bool | list | dict) else None
-        except Exception as problem:  # told to the others first, else they wait for ever
-            error = problem
-            answer[0] = f"{type(problem).__name__}: {problem}"
-    message, result = ranks.broadcast_json(answer)
-    if error is not None:
-        raise error
-    if message:
-        raise ValueError(f"rank 0 refused: {message}")
-    return result
+    return ranks.on_first(action)
 
 
 def _on_all(ranks: Ranks, action: Callable[[], _Result]) -> _Result:

@@ -105,12 +105,17 @@ class Stream:
             self._submit(ahead)
         return replace(batch, wait_s=time.perf_counter() - begin)
 
-    def held_out_batches(self, held_out: Sequence[HeldOutBucket], *, micro_batch_tokens: int) -> list[MicroBatch]:
+    def held_out_batches(
+        self, held_out: Sequence[HeldOutBucket], *, micro_batch_tokens: int, catalogs: Catalogs | None = None
+    ) -> list[MicroBatch]:
         """This rank's share of a held-out set (`Generations.held_out`), as many micro-batches on every rank.
 
         The same samples with the same slots on any number of ranks; slots that even out the ranks have weight zero.
+        `catalogs` is what the set's positions count in; None: the ledger's.
         """
-        return self._thread.submit(self._make_held_out, held_out, micro_batch_tokens).result()
+        return self._thread.submit(
+            self._make_held_out, held_out, micro_batch_tokens, self._ledger.catalogs if catalogs is None else catalogs
+        ).result()
 
     def close(self) -> None:
         """Stop working ahead and close files."""
@@ -123,10 +128,14 @@ class Stream:
         if required or step not in self._pending:
             self._pending[step] = self._thread.submit(self._make, step, required)
 
-    def _make_held_out(self, held_out: Sequence[HeldOutBucket], micro_batch_tokens: int) -> list[MicroBatch]:
+    def _make_held_out(
+        self, held_out: Sequence[HeldOutBucket], micro_batch_tokens: int, catalogs: Catalogs
+    ) -> list[MicroBatch]:
         made: list[MicroBatch] = []
+        # One of its own: its files and buffers are not needed again.
+        assembler = Assembler(catalogs, compute_dtype=self._assembler.dtype, pin_memory=self._assembler.pin_memory)
         for group in held_out:
-            tokens = self._ledger.catalogs.text_tokens(group.texts)
+            tokens = catalogs.text_tokens(group.texts)
             cut = cut_for(
                 len(group.rows),
                 group.bucket.image_tokens,
@@ -135,7 +144,7 @@ class Stream:
                 rank=self._rank,
                 world=self._world,
             )
-            made += self._assembler.micro_batches(
+            made += assembler.micro_batches(
                 rows=group.rows[cut.source],
                 texts=group.texts[cut.source],
                 slots=group.slots[cut.source],
@@ -145,6 +154,7 @@ class Stream:
                 bucket=group.bucket,
                 sizes=cut.sizes,
             )
+        assembler.close()
         return made
 
     def _make(self, step: int, required: bool) -> RankBatch | None:
@@ -192,8 +202,8 @@ class Assembler:
 
     def __init__(self, catalogs: Catalogs, *, compute_dtype: torch.dtype, pin_memory: bool) -> None:
         self._catalogs = catalogs
-        self._dtype = compute_dtype
-        self._pin = pin_memory
+        self.dtype = compute_dtype
+        self.pin_memory = pin_memory
         self._reader = TarReader()
         self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
         self.read_bytes = 0
@@ -263,11 +273,11 @@ class Assembler:
             self.read_bytes += self._reader.read(places, parts)
             for position, part in zip(unique[where], parts, strict=True):
                 view = _typed(part, catalog.text_dtype).view(-1, catalog.text_width)
-                features[int(position)] = view.to(self._dtype, copy=True)
+                features[int(position)] = view.to(self.dtype, copy=True)
         return features
 
     def _finish(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory() if self._pin else tensor
+        return tensor.pin_memory() if self.pin_memory else tensor
 
     def _raw(self, name: str, nbytes: int) -> npt.NDArray[np.uint8]:
         """A buffer of this size that the next call of the same name overwrites."""

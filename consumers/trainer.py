@@ -22,10 +22,9 @@ from consumers.batch import RankBatch
 from consumers.checkpoint import save_checkpoint
 from consumers.curriculum import lr_at
 from consumers.engine import StepResult, start_distributed, stop_distributed
-from consumers.errors import TrainingError
-from consumers.evaluate import eval_metrics
-from consumers.norms import block_norms
+from consumers.errors import DegradedError, TrainingError
 from consumers.session import Hooks, Session, Stopped, await_batch, open_session
+from consumers.watch import draw_grids, due_norms, evaluate
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.phases import phase_at
 from qwenimg_dist.debug import fault_point
@@ -38,7 +37,7 @@ def train(config: Config, hooks: Hooks | None = None) -> Outcome:
     """Train, or go on training, until `train.steps`, `train.stop_after` or a stop request; saved in each case.
 
     Every rank calls it, in the environment of torchrun. Raises ValueError for unusable input and `TrainingError` when
-    `engine.max_skipped_steps` steps in a row were not finite.
+    `engine.max_skipped_steps` steps in a row were not finite, or (`DegradedError`, saved) when the guard stops the run.
     """
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_rank)))
     ranks = start_distributed(config.cluster.device)
@@ -59,8 +58,10 @@ def _loop(session: Session) -> Outcome:
     phases = session.prepared.ledger.phases
     last_step = min(config.train.steps, config.train.stop_after or config.train.steps)
     saved_step = progress.step
+    if session.guard.verdict:
+        raise DegradedError(session.guard.verdict)
     if progress.step == 0:
-        _draw_grid(session)
+        draw_grids(session)
 
     while progress.step < last_step:
         # ---- Stop if any rank was asked to; saved below the loop.
@@ -82,7 +83,7 @@ def _loop(session: Session) -> Outcome:
 
         # ---- Clip, step, EMA.
         lr = lr_at(phases, config.optim, progress.step)
-        norms = _norms(session, losses)
+        norms = due_norms(session) if losses is not None else {}
         if losses is None:
             engine.discard_gradients()
             result = StepResult(grad_norm=float("nan"), skipped=True)
@@ -104,6 +105,12 @@ def _loop(session: Session) -> Outcome:
             _save(session)
             saved_step = progress.step
         session.hooks.heartbeat(progress.step)
+
+        # ---- Degradation guard: saved, then the end.
+        if session.guard.verdict:
+            if saved_step < progress.step:
+                _save(session)
+            raise DegradedError(session.guard.verdict)
 
     if saved_step < progress.step:
         _save(session)
@@ -147,14 +154,6 @@ def _count_skip(session: Session, batch: RankBatch, result: StepResult) -> None:
         )
 
 
-def _norms(session: Session, losses: dict[str, float] | None) -> dict[str, float]:
-    """Per block, of the step that is about to be made, if it is due."""
-    every = session.config.train.norms_every
-    if losses is None or not every or (session.progress.step + 1) % every:
-        return {}
-    return block_norms(session.engine)
-
-
 def _log(
     session: Session,
     batch: RankBatch,
@@ -168,7 +167,7 @@ def _log(
     config, step = session.config, session.progress.step
     if session.log:
         session.log.samples(step, str(batch.batch.bucket), batch.keys)
-    evaluated = _evaluate(session, batch, last=last)
+    evaluated = evaluate(session, batch.batch.phase, last=last)
     extra = {**norms, **evaluated}
     due = step % config.train.log_every == 0 or step == 1 or last or result.skipped or bool(extra)
     if not due:
@@ -199,29 +198,6 @@ def _log(
         f"{rates['train/step_s']:.2f} s/step"
         + (f"  held-out {evaluated['eval/loss']:.4f}" if "eval/loss" in evaluated else "")
     )
-
-
-def _evaluate(session: Session, batch: RankBatch, *, last: bool) -> dict[str, float]:
-    evaluate, step = session.config.evaluate, session.progress.step
-    if evaluate.grid_every and (step % evaluate.grid_every == 0 or last):
-        _draw_grid(session)
-    if not evaluate.every or not (step % evaluate.every == 0 or last):
-        return {}
-    resolutions = session.resolutions[batch.batch.phase]
-    now = session.held_out.losses(session.engine, session.ema, resolutions)
-    return eval_metrics(now, session.start, resolutions) if now else {}
-
-
-def _draw_grid(session: Session) -> None:
-    if session.grids is None:
-        return
-    phases, step = session.prepared.ledger.phases, session.progress.step
-    phase = next(phase for phase in reversed(phases) if phase.first_step <= max(0, step - 1) < phase.last_step)
-    resolution = max(phase.weights)
-    batch_size = max(1, phase.micro_batch_tokens // (2 * (resolution // 16) ** 2))
-    file = session.grids.draw(session.engine, session.ema, step=step, resolution=resolution, batch_size=batch_size)
-    if session.log and file:
-        session.log.picture(step, "samples", file)
 
 
 def _save(session: Session) -> None:

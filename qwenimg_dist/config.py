@@ -493,6 +493,21 @@ class EvaluateConfig(Section):
     """Steps between held-out losses; 0 turns them off."""
     sigma_quantiles: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     num_samples: PositiveInt = 64
+    """Held-out samples per resolution class, at most `data.max_held_out`. Each costs a forward per quantile and class
+    at every evaluation, and stays in the memory of one rank."""
+    resolutions: tuple[PositiveInt, ...] | None = None
+    """Classes that are evaluated, trained or not. `None` takes all that the data set has latents of, so that forgetting
+    at a class that is not trained shows; fewer cost less. Fixed when a run starts, but for leaving some out."""
+    weights: Literal["ema", "raw", "both"] = "ema"
+    """Which weights losses and grids are of; without an EMA, the raw ones. `both` shows whether the EMA lags or helps
+    (raw ones as `eval/raw/...` and `step-...-raw.png`) and costs twice the time."""
+    guard: Literal["warn", "stop", "off"] = "warn"
+    """What happens when the model has become worse than the one it started from, at any class: a line in the log, or
+    the end of the run (saved, exit code 1). Costs nothing beyond the evaluation."""
+    guard_tolerance: NonNegativeFloat = 0.02
+    """Relative: 0.02 lets a loss be 2 % above the starting model's. A smaller one speaks sooner, and sooner in vain."""
+    guard_patience: PositiveInt = 2
+    """Evaluations in a row that must be worse before the guard acts."""
     grid_every: NonNegativeInt = 0
     """Steps between sample grids; 0 turns them off."""
     prompts: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -119,9 +119,9 @@ class Wandb:
             settings=wandb.Settings(x_disable_meta=True, console="off", silent=True),
         )
         self._run.define_metric(STEP_KEY)
-        self._run.define_metric("train/*", step_metric=STEP_KEY)
-        self._run.define_metric("eval/*", step_metric=STEP_KEY)
-        self._image = wandb.Image
+        for kind in ("train/*", "eval/*", "norms/*"):
+            self._run.define_metric(kind, step_metric=STEP_KEY)
+        self._image, self._table = wandb.Image, wandb.Table
         self.run_id: str | None = self._run.id if online else None
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -130,12 +130,16 @@ class Wandb:
     def log_picture(self, step: int, name: str, file: Path) -> None:
         self._run.log({f"eval/{name}": self._image(str(file)), STEP_KEY: step})
 
+    def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        table = self._table(columns=list(columns), data=[[_plain(value) for value in row] for row in rows])
+        self._run.log({f"eval/{name}": table, STEP_KEY: step})
+
     def close(self) -> None:
         self._run.finish()
 
 
 class RunLog:
-    """`metrics.jsonl`, `samples.jsonl` and W&B of one run; only rank 0 has one."""
+    """`metrics.jsonl`, `tables.jsonl`, `samples.jsonl` and W&B of one run; only rank 0 has one."""
 
     def __init__(
         self,
@@ -147,6 +151,7 @@ class RunLog:
         values: Mapping[str, Any],
     ) -> None:
         self._metrics = JsonLines(run_dir / "metrics.jsonl")
+        self._tables = JsonLines(run_dir / "tables.jsonl")
         self._samples = JsonLines(run_dir / "samples.jsonl") if samples else None
         self._wandb: Wandb | None = None
         self._wandb_id = wandb_id
@@ -169,13 +174,21 @@ class RunLog:
     def picture(self, step: int, name: str, file: Path) -> None:
         self._guard(lambda wandb: wandb.log_picture(step, name, file))
 
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """One line of `tables.jsonl` with all rows, and a table of W&B."""
+        plain = [dict(zip(columns, map(_plain, row), strict=True)) for row in rows]
+        self._tables.write(step, {"table": name, "rows": plain})
+        self._guard(lambda wandb: wandb.log_table(step, name, columns, rows))
+
     def sync(self) -> None:
         self._metrics.sync()
+        self._tables.sync()
         if self._samples:
             self._samples.sync()
 
     def close(self) -> None:
         self._metrics.close()
+        self._tables.close()
         if self._samples:
             self._samples.close()
         self._guard(lambda wandb: wandb.close())
@@ -203,6 +216,6 @@ def _start_wandb(config: LoggerConfig, run_dir: Path, wandb_id: str | None, valu
 
 
 def truncate_logs(run_dir: Path, step: int) -> None:
-    """Cut `metrics.jsonl` and `samples.jsonl` back to what a run at `step` had written."""
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    """Cut `metrics.jsonl`, `tables.jsonl` and `samples.jsonl` back to what a run at `step` had written."""
+    for name in ("metrics.jsonl", "tables.jsonl", "samples.jsonl"):
         truncate_after(run_dir / name, step)

@@ -203,6 +203,17 @@ class Catalogs:
         # The prefetching thread looks places up while the training thread lets further catalogs join.
         self._lock = threading.Lock()
 
+    @classmethod
+    def of(cls, catalogs: Mapping[str, Catalog]) -> Catalogs:
+        """Catalogs that lie in memory, by the name of their data set (empty in a run with one)."""
+        made = cls({name: catalog.folder for name, catalog in catalogs.items()})
+        for name, catalog in catalogs.items():
+            entry = CatalogFolder(
+                folder=catalog.folder, num_rows=catalog.num_rows, num_texts=catalog.num_texts, dataset=name
+            )
+            made._open[made.add(entry)] = catalog
+        return made
+
     def add(self, entry: CatalogFolder) -> int:
         """Append a catalog, or find it if it is here already; returns its index."""
         for index, known in enumerate(self._entries):

@@ -18,19 +18,20 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from qwenimg_dist.data.catalog import Catalog, CatalogFolder, Catalogs, RunFacets
+from qwenimg_dist.data.catalog import Catalog, CatalogFolder, Catalogs, Ints, RunFacets
 from qwenimg_dist.data.catalog_build import PARTS, build_catalog
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.generation_log import FILE, Generation, append_line, read_lines
-from qwenimg_dist.data.held_out import HeldOutBucket, held_out_set, held_out_threshold
+from qwenimg_dist.data.held_out import HeldOutBucket, held_out_rows, held_out_set, held_out_threshold
 from qwenimg_dist.data.ledger import Ledger
 from qwenimg_dist.data.mix import Mix
 from qwenimg_dist.data.order import Segment
+from qwenimg_dist.data.other_classes import OtherClass, catalog_of_held_out, find_other_class, other_facets
 from qwenimg_dist.data.phases import PlannedPhase, phase_at
 from qwenimg_dist.data.pins import UnitPins, check_pins, pin_from_json, pin_unit, ready_units, why_not_ready
 from qwenimg_dist.data.samples import Selection
@@ -212,18 +213,82 @@ class Generations:
     def held_out(self, resolution: int, limit: int) -> list[HeldOutBucket]:
         """The validation samples of a resolution, fixed for the run; several data sets give as many each."""
         found: list[HeldOutBucket] = []
-        for line, catalog in zip(self.lines[: len(self.datasets)], self._catalog_of, strict=False):
-            if catalog is not None:
+        for line, catalog in self._firsts():
+            found += held_out_set(
+                self._catalogs,
+                catalog,
+                below=line.held_out_below,
+                where=self.config.selection(line.dataset, 0).where,
+                resolution=resolution,
+                limit=-(-limit // len(self.datasets)),
+                first_slot=sum(len(group.rows) for group in found),
+            )
+        return found
+
+    @property
+    def catalogs(self) -> Catalogs:
+        """What `held_out`'s positions count in."""
+        return self._catalogs
+
+    def other_facets(self) -> dict[int, str]:
+        """Resolution class -> facet, of the latents that some data set has beside those of the run."""
+        found: dict[int, str] = {}
+        for dataset in self.datasets.values():
+            found |= other_facets(dataset, self.facets)
+        return found
+
+    def find_other_class(self, facet: str, only: Container[str] | None = None) -> dict[str, OtherClass]:
+        """Rank 0: where the held-out rows (of them those with the keys `only`) have their latents in such a facet, by
+        data set."""
+        return {
+            line.dataset: find_other_class(
+                self.datasets[line.dataset],
+                facet,
+                self._catalogs[catalog],
+                self._held_out_rows(line, catalog),
+                keys=self._catalogs.keys(self._held_out_rows(line, catalog) + self._catalogs.row_base(catalog)),
+                only=only,
+            )
+            for line, catalog in self._firsts()
+        }
+
+    def held_out_elsewhere(
+        self, others: Mapping[int, Mapping[str, OtherClass]], limit: int
+    ) -> tuple[Catalogs, dict[int, list[HeldOutBucket]]]:
+        """As `held_out`, at classes that the run does not train; positions count in the catalogs given beside."""
+        small: dict[str, Catalog] = {}
+        for line, catalog in self._firsts():
+            small[line.dataset] = catalog_of_held_out(
+                self._catalogs[catalog],
+                self.datasets[line.dataset],
+                self._held_out_rows(line, catalog),
+                {resolution: by_dataset[line.dataset] for resolution, by_dataset in others.items()},
+            )
+        catalogs = Catalogs.of(small)
+        groups: dict[int, list[HeldOutBucket]] = {resolution: [] for resolution in others}
+        for resolution, found in groups.items():
+            for index in range(len(catalogs)):
+                # Every row of them is held out and selected.
                 found += held_out_set(
-                    self._catalogs,
-                    catalog,
-                    below=line.held_out_below,
-                    where=self.config.selection(line.dataset, 0).where,
+                    catalogs,
+                    index,
+                    below=None,
+                    where=None,
                     resolution=resolution,
                     limit=-(-limit // len(self.datasets)),
                     first_slot=sum(len(group.rows) for group in found),
                 )
-        return found
+        return catalogs, groups
+
+    def _firsts(self) -> Iterator[tuple[Generation, int]]:
+        """The first generation of each data set, and its catalog; those without a row are left out."""
+        for line, catalog in zip(self.lines[: len(self.datasets)], self._catalog_of, strict=False):
+            if catalog is not None:
+                yield line, catalog
+
+    def _held_out_rows(self, line: Generation, catalog: int) -> Ints:
+        where = self.config.selection(line.dataset, 0).where
+        return held_out_rows(self._catalogs[catalog], below=line.held_out_below, where=where)
 
     def _join(self, line: Generation) -> None:
         self._catalog_of.append(self._catalogs.add(self._folder(line)) if line.index is not None else None)

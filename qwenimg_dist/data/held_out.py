@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qwenimg_dist.data.catalog import Catalogs, Ints
+from qwenimg_dist.data.catalog import Catalog, Catalogs, Ints
 from qwenimg_dist.data.where import Where
 from qwenimg_dist.schema import Bucket
 
@@ -45,8 +45,23 @@ def held_out_threshold(key_hash: npt.NDArray[np.uint64], share: float, maximum: 
     return int(out[maximum]) if len(out) > maximum else below
 
 
+def held_out_rows(catalog: Catalog, *, below: int | None, where: Where | None) -> Ints:
+    """Positions of the rows that are held out (None: all are), ascending, whatever latents they have."""
+    mask = catalog.key_hash < np.uint64(below) if below is not None else np.ones(catalog.num_rows, dtype=np.bool_)
+    if where is not None:
+        mask = mask & where.mask(catalog.columns, catalog.num_rows)
+    return np.flatnonzero(mask)
+
+
 def held_out_set(
-    catalogs: Catalogs, index: int, *, below: int, where: Where | None, resolution: int, limit: int, first_slot: int = 0
+    catalogs: Catalogs,
+    index: int,
+    *,
+    below: int | None,
+    where: Where | None,
+    resolution: int,
+    limit: int,
+    first_slot: int = 0,
 ) -> list[HeldOutBucket]:
     """The first `limit` held-out rows (by hash) of a catalog with latents at this resolution, by bucket.
 
@@ -54,10 +69,8 @@ def held_out_set(
     """
     catalog = catalogs[index]
     latents = catalog.latents[resolution]
-    mask = (catalog.key_hash < np.uint64(below)) & (latents.bucket >= 0)
-    if where is not None:
-        mask = mask & where.mask(catalog.columns, catalog.num_rows)
-    rows = np.flatnonzero(mask)
+    rows = held_out_rows(catalog, below=below, where=where)
+    rows = rows[latents.bucket[rows] >= 0]
     rows = rows[np.argsort(catalog.key_hash[rows], kind="stable")][:limit]
     slots = first_slot + np.arange(len(rows))
     texts = catalog.caption_text[catalog.caption_start[rows]].astype(np.int64)

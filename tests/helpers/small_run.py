@@ -17,6 +17,8 @@ from fake_dataset import WIDTH, FakeProducer, make_rows
 
 from consumers.run_directory import facets_of
 from qwenimg_dist.compose import load_config
+from qwenimg_dist.data.catalog import RunFacets
+from qwenimg_dist.models.identity import latents_facet_names
 from qwenimg_dist.models.transformer import build_transformer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -67,11 +69,14 @@ def overrides(root: Path, run: str = "run", *extra: str) -> list[str]:
     ]
 
 
-def write_input(root: Path) -> None:
-    """`root/pipeline` and `root/data`."""
+def write_input(root: Path, others: Sequence[int] = ()) -> None:
+    """`root/pipeline` and `root/data`, which has latents of the classes `others` besides those that are trained."""
     write_pipeline(root / "pipeline")
     producer = FakeProducer(root / "data", unit_size=16, resolutions=(64, 128))
-    producer.facets = facets_of(load_config(overrides(root)), root / "pipeline")
+    encoded = f"encode.resolutions={[*others, 64, 128]}".replace(" ", "")
+    config = load_config([*overrides(root), encoded])
+    trained = facets_of(config, root / "pipeline")
+    producer.facets = RunFacets(text=trained.text, latents=latents_facet_names(root / "pipeline", config))
     producer.add(make_rows(60, captions=2, sizes=((256, 256), (256, 128), (128, 256))))
     producer.produce(complete=True)
 
