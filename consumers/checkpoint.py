@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from consumers.checkpoint_files import (
     CheckpointError,
     CheckpointInfo,
@@ -91,7 +93,9 @@ def save_checkpoint(
     write; nothing is visible then.
     """
     ranks = engine.ranks
-    fault = space_fault(run_dir, engine.num_parameters, ema=ema is not None) if ranks.is_first else None
+    fault = None
+    if ranks.is_first:
+        fault = space_fault(run_dir, engine.num_parameters, ema=ema is not None, num_frozen=engine.num_frozen)
     if fault := ranks.broadcast_json(fault):
         raise TrainingError(fault)
     folder = checkpoints_dir(run_dir)
@@ -112,7 +116,9 @@ def save_checkpoint(
         "step": step,
         "optimizer_steps": engine.optimizer_steps,
         "ema_decay": ema.decay if ema else None,
-        "parameters": {share.name: {"shape": list(share.shape), "group": share.group} for share in engine.shares},
+        "parameters": {
+            share.name: {"shape": list(share.shape), "group": share.group} for share in (*engine.shares, *engine.frozen)
+        },
     }
     if ranks.is_first:
         try:
@@ -174,11 +180,15 @@ def _share_of_faults(path: Path, ranks: Ranks) -> str | None:
 
 
 def _restore(engine: Engine, ema: Ema | None, reader: CheckpointReader) -> None:
-    for share in engine.shares:
+    for share in (*engine.shares, *engine.frozen):
         if reader.shape(share.name) != share.shape:
             raise CheckpointError(
                 f"{reader.path}: {share.name} has shape {reader.shape(share.name)}, the model has {share.shape}"
             )
+    for share in engine.frozen:
+        if share.stop > share.start:
+            _load_into(engine.frozen_values(share), reader, share, "master")
+    for share in engine.shares:
         if share.stop == share.start:
             continue
         for kind in KINDS:
@@ -192,10 +202,10 @@ def _restore(engine: Engine, ema: Ema | None, reader: CheckpointReader) -> None:
 
 
 def _load_into(target: Any, reader: CheckpointReader, share: Share, which: Any) -> None:
-    if target.device.type == "cpu":
+    if target.device.type == "cpu" and target.dtype == torch.float32:
         reader.read_range_into(share.name, which, share.start, target)
         return
-    staged = target.new_empty(target.shape, device="cpu")
+    staged = torch.empty(target.shape, dtype=torch.float32)
     reader.read_range_into(share.name, which, share.start, staged)
     target.copy_(staged)
 
@@ -210,6 +220,10 @@ def _pieces(engine: Engine, ema: Ema | None) -> Iterator[Piece]:
             )
         if ema is not None:
             yield Piece(which="ema", name=share.name, start=share.start, stop=share.stop, values=ema.state(share))
+    for share in engine.frozen:
+        if share.stop > share.start:
+            values = engine.frozen_values(share)
+            yield Piece(which="master", name=share.name, start=share.start, stop=share.stop, values=values)
 
 
 def _gather(record: FileRecord, ranks: Ranks) -> list[FileRecord]:

@@ -2,9 +2,9 @@
 `manifest.json`.
 
 Place in the flow: `checkpoint.py` writes through this on the ranks, `checkpoint_reader.py` reads it, with or without
-ranks. A rank's file holds, for each parameter NAME, the fp32 tensors `master/NAME`, `exp_avg/NAME`,
-`exp_avg_sq/NAME` and `ema/NAME` of that rank's elements, and in its metadata the range [start, stop) of them in the
-flattened parameter. So any number of ranks can read what it needs by byte ranges.
+ranks. A rank's file holds, for each parameter NAME, the fp32 tensors `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`
+and `ema/NAME` of that rank's elements (of a frozen parameter `master/NAME` alone), and in its metadata the range
+[start, stop) of them in the flattened parameter. So any number of ranks can read what it needs by byte ranges.
 
 **A checkpoint is valid if and only if its manifest is there and every file has the size (and, when read, the sha256)
 that stands in it.** Refuses pickles, and to return anything of a checkpoint that is not whole.
@@ -57,6 +57,7 @@ class Piece:
     start: int
     stop: int
     values: torch.Tensor
+    """fp32, or bf16 (of a frozen parameter), which is written as fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +93,9 @@ def rank_file(rank: int, num_ranks: int) -> str:
     return f"rank-{rank:05d}-of-{num_ranks:05d}.safetensors"
 
 
-def space_fault(run_dir: Path, num_parameters: int, *, ema: bool) -> str | None:
-    """None, or that the disk has no room for one checkpoint: fp32 masters, two moments, EMA."""
-    needed = num_parameters * 4 * (3 + ema) * 1.02
+def space_fault(run_dir: Path, num_parameters: int, *, ema: bool, num_frozen: int = 0) -> str | None:
+    """None, or that the disk has no room for one checkpoint: fp32 weights, and two moments and EMA of trained ones."""
+    needed = 4 * (num_parameters + (num_parameters - num_frozen) * (2 + ema)) * 1.02
     existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free >= needed:
@@ -130,9 +131,9 @@ def write_rank_file(file: Path, pieces: Sequence[Piece]) -> FileRecord:
             if index == len(pieces) // 2:
                 sink.flush()
                 fault_point("checkpoint_write")
-            if piece.values.dtype != torch.float32:
+            if piece.values.dtype not in (torch.float32, torch.bfloat16):
                 raise TypeError(f"{piece.which}/{piece.name} is {piece.values.dtype}, checkpoints hold fp32")
-            view = piece.values.detach().cpu().contiguous().view(torch.uint8).numpy().data
+            view = piece.values.detach().cpu().float().contiguous().view(torch.uint8).numpy().data
             digest.update(view)
             sink.write(view)
         sink.flush()

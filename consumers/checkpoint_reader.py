@@ -23,6 +23,7 @@ from consumers.checkpoint_files import (
     rank_file,
     read_manifest,
 )
+from consumers.parameter_groups import FROZEN
 from qwenimg_dist.models.safetensors_directory import TensorEntry, WeightsError, read_header
 
 
@@ -86,6 +87,7 @@ class CheckpointReader:
         try:
             self.state: dict[str, Any] = json.loads((path / STATE).read_text())
             self.step = int(self.state["step"])
+            self._frozen = {str(n) for n, p in self.state["parameters"].items() if p.get("group") == FROZEN}
             self._shapes = {str(n): tuple(map(int, p["shape"])) for n, p in self.state["parameters"].items()}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path / STATE} cannot be read ({type(error).__name__}: {error})") from error
@@ -119,6 +121,8 @@ class CheckpointReader:
         stop = start + target.numel()
         if which == "ema" and not self.has_ema:
             raise CheckpointError(f"{self.path} has no EMA (optim.ema_decay was 0): take the raw weights")
+        if which == "ema" and name in self._frozen:
+            which = "master"  # the average of what never moved
         position = start
         for stored in self._pieces.get(f"{which}/{name}", ()):
             low, high = max(position, stored.start), min(stop, stored.stop)

@@ -17,7 +17,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,8 +26,9 @@ from typing import Any, Final, Literal, Protocol
 import torch
 import torch.distributed as dist
 
+from consumers.parameter_groups import FROZEN, ParameterGroup, parameter_groups
 from consumers.ranks import Ranks
-from consumers.zero_settings import Group, adamw, deepspeed_config, parameter_group
+from consumers.zero_settings import adamw, deepspeed_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.models import transformer as qwen
 
@@ -57,8 +58,10 @@ class Share:
     shape: tuple[int, ...]
     start: int
     stop: int
-    group: Group
+    group: str
+    """Name of its `ParameterGroup`."""
     sub_group: int
+    """-1 where it is frozen."""
     offset: int
     """First element within the sub-group's flat tensors."""
 
@@ -117,15 +120,19 @@ def stop_distributed() -> None:
 class Engine:
     """A ZeRO-3 engine whose state is addressed by parameter name and global element range. Made by `build_engine`."""
 
-    def __init__(self, deepspeed_engine: Any, groups: Mapping[str, Group], ranks: Ranks) -> None:
+    def __init__(self, deepspeed_engine: Any, groups: Sequence[ParameterGroup], ranks: Ranks) -> None:
         self.ranks = ranks
+        self.groups = tuple(groups)
         self._engine = deepspeed_engine
         self._zero = deepspeed_engine.optimizer
         self._adam: torch.optim.Optimizer = self._zero.optimizer
         self._flats: list[torch.Tensor] = self._zero.fp32_partitioned_groups_flat
         self._create_moments()
-        self.shares = tuple(self._list_shares(groups))
-        """Every parameter, in the model's order of sub-groups; the same names in the same order on every rank."""
+        self._parameters: dict[str, Any] = dict(self._engine.module.named_parameters())
+        self.shares = tuple(self._list_shares())
+        """Every trained parameter, in order of sub-groups; the same names in the same order on every rank."""
+        self.frozen = tuple(self._list_frozen())
+        """Every other parameter."""
 
     @property
     def transformer(self) -> Any:
@@ -134,7 +141,12 @@ class Engine:
 
     @property
     def num_parameters(self) -> int:
-        return sum(torch.Size(share.shape).numel() for share in self.shares)
+        """Frozen ones included."""
+        return sum(group.num_elements for group in self.groups)
+
+    @property
+    def num_frozen(self) -> int:
+        return sum(group.num_elements for group in self.groups if group.frozen)
 
     def predict(
         self, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None
@@ -179,9 +191,12 @@ class Engine:
         self._zero.zero_grad()
 
     def step(self, lr: float) -> StepResult:
-        """Clip, update the masters, renew the bf16 partitions. A non-finite gradient skips the update on all ranks."""
+        """Clip, update the masters, renew the bf16 partitions. A non-finite gradient skips the update on all ranks.
+
+        `lr` is multiplied by each group's `lr_scale`.
+        """
         for group in self._adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
         skipped = bool(self._zero.overflow)
@@ -210,6 +225,11 @@ class Engine:
     def state(self, kind: Kind, share: Share) -> torch.Tensor:
         """The fp32 elements of one share, (stop - start,), as a writable view. After writing masters, `publish`."""
         return self.flat(kind, share.sub_group)[share.offset : share.offset + share.stop - share.start]
+
+    def frozen_values(self, share: Share) -> torch.Tensor:
+        """The elements of a frozen share, (stop - start,) in the compute dtype; writable, before `publish`."""
+        values: torch.Tensor = self._parameters[share.name].ds_tensor.detach()
+        return values[: share.stop - share.start]
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -262,8 +282,9 @@ class Engine:
                 "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
             }
 
-    def _list_shares(self, groups: Mapping[str, Group]) -> Iterator[Share]:
-        names = {id(parameter): name for name, parameter in self._engine.module.named_parameters()}
+    def _list_shares(self) -> Iterator[Share]:
+        groups = {name: group.name for group in self.groups for name in group.names}
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
         for sub_group, parameters in enumerate(self._zero.fp16_groups):
             offset = 0
             for parameter in parameters:
@@ -281,6 +302,21 @@ class Engine:
                 )
                 offset += size
 
+    def _list_frozen(self) -> Iterator[Share]:
+        for name in (name for group in self.groups if group.frozen for name in group.names):
+            parameter = self._parameters[name]
+            size = int(parameter.partition_numel())
+            start = min(self.ranks.rank * size, parameter.ds_numel)
+            yield Share(
+                name=name,
+                shape=tuple(parameter.ds_shape),
+                start=start,
+                stop=min(start + size, parameter.ds_numel),
+                group=FROZEN,
+                sub_group=-1,
+                offset=0,
+            )
+
 
 def build_engine(
     transformer_config: Mapping[str, Any], config: Config, ranks: Ranks, source: WeightSource | None
@@ -296,6 +332,9 @@ def build_engine(
         shapes = {name: tuple(p.shape) for name, p in qwen.build_transformer(transformer_config).named_parameters()}
     if source is not None:
         _check_source(source, shapes)
+    num_layers = int(transformer_config["num_layers"])
+    groups = parameter_groups(shapes, config.optim, num_layers)
+    frozen = {name for group in groups if group.frozen for name in group.names}
     settings = deepspeed_config(config, shapes, ranks)
     if ranks.device.type == "cpu" and sum(torch.Size(shape).numel() for shape in shapes.values()) > _LARGE_PARAMETERS:
         _give_memory_back()
@@ -306,12 +345,12 @@ def build_engine(
     qwen.rebuild_rope(module)
     qwen.activation_checkpointing(module, config.engine.activation_checkpointing)
     qwen.set_attention(module, config.engine.attention)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name not in frozen)
     if config.engine.gather == "block":
         _gather_whole_blocks(module)
     if source is not None:
         _fill_partitions(module, source, ranks)
-    num_layers = int(transformer_config["num_layers"])
-    groups = {name: parameter_group(name, shape, num_layers) for name, shape in shapes.items()}
     deepspeed_engine, _, _, _ = deepspeed.initialize(
         model=module,
         optimizer=adamw(module.named_parameters(), groups, config),
@@ -338,15 +377,31 @@ def _gather_whole_blocks(module: Any) -> None:
     blocks = list(module.transformer_blocks)
     names = list(inspect.signature(blocks[0].forward).parameters)
 
-    def by_position(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def by_position(
+        block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = [name for name in names[len(args) :] if name in kwargs]
         if given != names[len(args) : len(args) + len(given)] or len(given) != len(kwargs):
             raise TypeError(f"a block was called with {sorted(kwargs)}, which are not its next arguments {names}")
-        return (*args, *(kwargs[name] for name in given)), {}
+        inputs = (*args, *(kwargs[name] for name in given))
+        return (_with_gradient(inputs) if trains[id(block)] else inputs), {}
 
+    trains = {id(block): any(parameter.requires_grad for parameter in block.parameters()) for block in blocks}
     for block in blocks:
         block.register_forward_pre_hook(by_position, with_kwargs=True)
     set_z3_leaf_modules(module, [type(blocks[0])])
+
+
+def _with_gradient(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs of a block that trains, the first of them with a gradient where none has one.
+
+    Where all before a block is frozen, torch would call the hook at the end of its backward at its beginning instead,
+    and DeepSpeed, which reduces the block's gradients there, would find none.
+    """
+    tensors = [one for one in inputs if isinstance(one, torch.Tensor)]
+    if not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in tensors):
+        return inputs
+    return (inputs[0].detach().requires_grad_(), *inputs[1:])
 
 
 def _check_source(source: WeightSource, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -24,6 +24,7 @@ import yaml
 
 from consumers.checkpoint_files import list_checkpoints, no_valid_checkpoint, space_fault
 from consumers.curriculum import plan
+from consumers.parameter_groups import FROZEN, parameter_groups
 from qwenimg_dist.compose import validate
 from qwenimg_dist.config import Config, training_identity
 from qwenimg_dist.data.catalog import RunFacets
@@ -34,6 +35,7 @@ from qwenimg_dist.files import write_json
 from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
 from qwenimg_dist.models.pipeline import fingerprint_component, pipeline_dir
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
+from qwenimg_dist.models.transformer import load_transformer_config
 from qwenimg_dist.versions import git_commit, package_versions
 
 STARTS: Final = "starts.jsonl"
@@ -91,8 +93,11 @@ def preflight(config: Config) -> Prepared:
         if not ready_units(dataset, facets):
             raise DataError(why_not_ready(dataset, facets))
     weights = SafetensorsDirectory(pipeline / "transformer")
-    num_parameters = sum(weights.entries[name].numel for name in weights.names)
-    if fault := space_fault(run_dir, num_parameters, ema=config.optim.ema_decay > 0):
+    num_layers = int(load_transformer_config(pipeline / "transformer")["num_layers"])
+    groups = parameter_groups({name: weights.shape(name) for name in weights.names}, config.optim, num_layers)
+    sizes = {group.name: group.num_elements for group in groups}
+    frozen = sizes.get(FROZEN, 0)
+    if fault := space_fault(run_dir, sum(sizes.values()), ema=config.optim.ema_decay > 0, num_frozen=frozen):
         raise ValueError(fault)
     return Prepared(
         run_dir=run_dir,

@@ -27,6 +27,7 @@ from consumers.guard import Guard
 from consumers.held_out import Start
 from consumers.objectives import build_objective
 from consumers.objectives.base import Objective
+from consumers.parameter_groups import describe, to_json
 from consumers.ranks import Ranks
 from consumers.reporting import ReportWriter
 from consumers.run_directory import Prepared, move_aside, preflight, run_lock, write_descriptions
@@ -38,6 +39,7 @@ from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.data.generation_log import FILE as GENERATIONS_FILE
 from qwenimg_dist.data.generation_log import read_lines
 from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.files import write_json
 from qwenimg_dist.metrics import RunLog, truncate_logs
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 from qwenimg_dist.models.transformer import load_transformer_config
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from consumers.grids import Grids
 
 _POLL_S: Final = 1.0
+GROUPS_FILE: Final = "parameter_groups.json"
 _Result = TypeVar("_Result")
 
 
@@ -142,6 +145,9 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         model = load_transformer_config(transformer)
         engine = build_engine(model, config, ranks, SafetensorsDirectory(transformer))
         stack.callback(engine.close)
+        for line in describe(engine.groups):
+            _say(ranks, hooks, line)
+        _on_first(ranks, lambda: write_json(prepared.run_dir / GROUPS_FILE, to_json(engine.groups)))
         ema = Ema(engine, config.optim.ema_decay) if config.optim.ema_decay else None
         loaded = load_newest(engine, ema, prepared.run_dir)
         progress = _progress(loaded, prepared, ranks, hooks)

@@ -1,4 +1,4 @@
-"""What DeepSpeed and AdamW are told: sizes from the model, fp32 reduction, which weights decay.
+"""What DeepSpeed and AdamW are told: sizes from the model, fp32 reduction, AdamW's groups.
 
 Place in the flow: `engine.py` builds with it. Imports no DeepSpeed, so that settings can be looked at without it.
 Refuses DeepSpeed's defaults: a 5e7-element prefetch and a 5e8-element bucket suit neither 2.5 M nor 20 B parameters,
@@ -7,30 +7,17 @@ and with bf16 they would reduce and accumulate gradients in bf16.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 
+from consumers.parameter_groups import ParameterGroup
 from consumers.ranks import Ranks
 from qwenimg_dist.config import Config
 
-Group = Literal["decay", "no_decay"]
 _SMALL_ELEMENTS: Final = 1 << 22
 """Buffers of 16 MB cost nothing anywhere; below that a tiny model would only make more and smaller collectives."""
-
-
-def parameter_group(name: str, shape: tuple[int, ...], num_layers: int) -> Group:
-    """Matrices decay; norms and biases do not, nor does what gets no gradient.
-
-    The last block's text output is unused, so its text MLP, output projection and queries have zero gradient; decay
-    would let those weights fade without anything holding them.
-    """
-    last = f"transformer_blocks.{num_layers - 1}."
-    unused = ("txt_mlp.", "attn.to_add_out.", "attn.add_q_proj.", "attn.norm_added_q.")
-    if name.startswith(last) and name.removeprefix(last).startswith(unused):
-        return "no_decay"
-    return "decay" if len(shape) >= 2 else "no_decay"
 
 
 def deepspeed_config(config: Config, shapes: Mapping[str, tuple[int, ...]], ranks: Ranks) -> dict[str, Any]:
@@ -69,15 +56,19 @@ def deepspeed_config(config: Config, shapes: Mapping[str, tuple[int, ...]], rank
 
 
 def adamw(
-    parameters: Iterable[tuple[str, torch.nn.Parameter]], groups: Mapping[str, Group], config: Config
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], groups: Sequence[ParameterGroup], config: Config
 ) -> torch.optim.Optimizer:
-    """torch's AdamW over the two groups. The learning rate is set anew at every step."""
+    """torch's AdamW over the groups that train. The learning rate is set anew at every step, times `lr_scale`."""
     optim = config.optim
-    named = list(parameters)
-    decay: dict[Group, float] = {"decay": optim.weight_decay, "no_decay": 0.0}
+    named = dict(parameters)
     parameter_groups = [
-        {"params": [p for name, p in named if groups[name] == group], "weight_decay": value}
-        for group, value in decay.items()
+        {
+            "params": [named[name] for name in group.names],
+            "weight_decay": group.weight_decay,
+            "lr_scale": group.lr_scale,
+        }
+        for group in groups
+        if not group.frozen
     ]
     # torch's own fused kernel, there for CPU too: no temporaries, and nothing is compiled here.
     return torch.optim.AdamW(parameter_groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)

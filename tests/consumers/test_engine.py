@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from consumers.ranks import Ranks
-from consumers.zero_settings import deepspeed_config, parameter_group
+from consumers.zero_settings import deepspeed_config
 from qwenimg_dist.compose import load_config
 
 Results = Callable[[str], dict[str, Any]]
@@ -59,21 +59,15 @@ def test_activations_are_checkpointed_by_the_step(results: Results) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "group"),
-    [
-        ("img_in.weight", (3072, 64), "decay"),
-        ("img_in.bias", (3072,), "no_decay"),
-        ("transformer_blocks.3.attn.norm_q.weight", (128,), "no_decay"),
-        ("transformer_blocks.3.txt_mlp.net.2.weight", (8, 8), "decay"),
-        ("transformer_blocks.59.txt_mlp.net.2.weight", (8, 8), "no_decay"),
-        ("transformer_blocks.59.attn.to_add_out.weight", (8, 8), "no_decay"),
-        ("transformer_blocks.59.attn.add_q_proj.weight", (8, 8), "no_decay"),
-        ("transformer_blocks.59.attn.add_k_proj.weight", (8, 8), "decay"),
-        ("transformer_blocks.59.txt_mod.1.weight", (8, 8), "decay"),
-    ],
+    ("case", "num_frozen"), [("groups", 0), ("freeze", 11), ("layer", 11), ("through", 32), ("last", 43)]
 )
-def test_parameter_groups(name: str, shape: tuple[int, ...], group: str) -> None:
-    assert parameter_group(name, shape, 60) == group
+def test_groups_and_frozen_parameters_equal_a_plain_loop(results: Results, case: str, num_frozen: int) -> None:
+    found = results("groups")[case]
+    assert found["num_frozen"] == num_frozen
+    assert found["frozen_moved"] == 0.0
+    assert found["moved"] > 1e-3
+    for name in ("weights", "ema", "loss", "norm"):
+        assert found[name] < 1e-6, name
 
 
 def test_sizes_follow_the_model() -> None:

@@ -28,9 +28,9 @@ from consumers.ema import Ema
 from consumers.engine import KINDS, Engine, build_engine, start_distributed, stop_distributed
 from consumers.errors import TrainingError
 from consumers.norms import block_norms, part_of
+from consumers.parameter_groups import parameter_groups
 from consumers.ranks import Ranks
 from consumers.run_directory import Prepared
-from consumers.zero_settings import parameter_group
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.catalog import RunFacets
@@ -103,34 +103,41 @@ def engine_step(engine: Engine, ema: Ema | None, step: int, lr: float) -> tuple[
 
 def check_parity(world: World) -> dict[str, Any]:
     """Two fp32 ranks against a plain PyTorch loop: clipping, accumulation, two groups, EMA, a forgotten gradient."""
-    engine, config = world.engine()
+    return compare_with_plain_loop(world, 20)
+
+
+def compare_with_plain_loop(world: World, num_steps: int, *settings: str) -> dict[str, Any]:
+    """Largest differences over the steps, and what moved."""
+    engine, config = world.engine(*settings)
     ema = Ema(engine, EMA_DECAY)
     plain = world.plain()
     initial = {name: value.detach().clone() for name, value in plain.named_parameters()}
     at_start = max_difference(engine, lambda share: engine.state("master", share), initial)
     layers = int(plain.config.num_layers)
-    groups: dict[str, list[torch.nn.Parameter]] = {"decay": [], "no_decay": []}
-    for name, parameter in plain.named_parameters():
-        groups[parameter_group(name, tuple(parameter.shape), layers)].append(parameter)
+    named = dict(plain.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+    groups = [group for group in parameter_groups(shapes, config.optim, layers) if not group.frozen]
     adam = torch.optim.AdamW(
-        [{"params": groups["decay"], "weight_decay": 0.1}, {"params": groups["no_decay"], "weight_decay": 0.0}],
+        [{"params": [named[n] for n in g.names], "weight_decay": g.weight_decay} for g in groups],
         betas=config.optim.betas,
         eps=config.optim.eps,
     )
+    for name, parameter in named.items():
+        parameter.requires_grad_(any(name in group.names for group in groups))
     average = {name: value.clone() for name, value in initial.items()}
     worst = {"weights": 0.0, "ema": 0.0, "loss": 0.0, "norm": 0.0}
-    for step in range(20):
+    for step in range(num_steps):
         if step == 5:  # as after a loss that was not finite: nothing of it may remain
             engine.backward(errors(engine.predict, tuple(t[:1] for t in samples(999))), last=False)
             engine.discard_gradients()
-        lr = 1e-3 * (step + 1) / 20
+        lr = 1e-3 * (step + 1) / num_steps
         loss, norm = engine_step(engine, ema, step, lr)
         adam.zero_grad()
         expected = errors(lambda *args: qwen.predict_velocity(plain, *args), samples(step)) / GLOBAL_BATCH
         expected.backward()
         expected_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
-        for group in adam.param_groups:
-            group["lr"] = lr
+        for group, made in zip(adam.param_groups, groups, strict=True):
+            group["lr"] = lr * made.lr_scale
         adam.step()
         present = dict(plain.named_parameters())
         for name, value in present.items():
@@ -142,12 +149,67 @@ def check_parity(world: World) -> dict[str, Any]:
             "norm": abs(norm - float(expected_norm)),
         }
         worst = {key: max(worst[key], value) for key, value in found.items()}
+    still = [
+        float((engine.frozen_values(s) - initial[s.name].flatten()[s.start : s.stop]).abs().sum())
+        for s in engine.frozen
+    ]
     last = f"transformer_blocks.{layers - 1}."
     unused = [s for s in engine.shares if s.name.startswith((f"{last}txt_mlp.", f"{last}attn.to_add_out."))]
     moved = max_difference(engine, lambda share: engine.state("master", share), initial, unused)
     trained = max_difference(engine, lambda share: engine.state("master", share), initial)
     engine.close()
-    return {"at_start": at_start, **worst, "unused_moved": moved, "num_unused": len(unused), "moved": trained}
+    return {
+        "at_start": at_start,
+        **worst,
+        "unused_moved": moved,
+        "num_unused": len(unused),
+        "moved": trained,
+        "num_frozen": len(engine.frozen),
+        "frozen_moved": engine.ranks.max([sum(still)])[0],
+    }
+
+
+GROUPS = [
+    "optim.groups={modulation:{pattern:'mod\\.1',lr_scale:0.5,weight_decay:0},all_mlp:{pattern:_mlp,weight_decay:0.3}}"
+]
+# All before the first block is frozen, so that its inputs have no gradient of their own; part of it trains.
+FREEZE = ["optim.freeze=['^(img|txt)_(in|norm)','^time_text_embed','blocks\\.0\\.attn\\.to_q']"]
+ONLY_LAST = ["optim.train=['blocks\\.1\\.','^proj_out']"]
+
+
+def check_groups(world: World) -> dict[str, Any]:
+    """As `check_parity`, with groups by expression, and with much frozen, gathered by block and by layer."""
+    return {
+        "groups": compare_with_plain_loop(world, 12, *GROUPS),
+        "freeze": compare_with_plain_loop(world, 12, *GROUPS, *FREEZE),
+        "layer": compare_with_plain_loop(world, 8, *FREEZE, "engine.gather=layer"),
+        "through": compare_with_plain_loop(world, 6, "optim.freeze=['blocks\\.1\\.']"),
+        "last": compare_with_plain_loop(world, 8, *ONLY_LAST, "engine.activation_checkpointing=true"),
+    }
+
+
+def check_frozen_save(world: World) -> dict[str, Any]:
+    """Frozen weights stand in the checkpoint once, in bf16 too, and come back from it, not from the source."""
+    run_dir = world.out / "frozen"
+    settings = ["engine.precision=bf16", *GROUPS, *FREEZE]
+    engine, _ = world.engine(*settings)
+    ema = Ema(engine, EMA_DECAY)
+    for step in range(3):
+        engine_step(engine, ema, step, 1e-3)
+    checkpoint.save_checkpoint(engine, ema, run_dir, step=3, state={}, keep=1)
+    other, _ = world.engine(*settings)
+    other_ema = Ema(other, EMA_DECAY)
+    for share in other.frozen:
+        other.frozen_values(share).add_(1)
+    checkpoint.load_newest(other, other_ema, run_dir)
+    same = equal(snapshot(engine, ema), snapshot(other, other_ema))
+    frozen = all(
+        torch.equal(engine.frozen_values(a), other.frozen_values(b)) for a, b in zip(engine.frozen, other.frozen)
+    )
+    after = [engine_step(one, average, 3, 1e-3) for one, average in ((engine, ema), (other, other_ema))]
+    engine.close()
+    other.close()
+    return {"same": same and frozen, "same_later": after[0] == after[1], "num_frozen": len(engine.frozen)}
 
 
 def max_difference(engine: Engine, state: Callable[..., torch.Tensor], expected: Any, shares: Any = None) -> float:
