@@ -129,7 +129,7 @@ class Certifier:
         """The stock class's answers, on rank 0. Collective; every rank sees one whole tensor at a time."""
         engine, ranks = self._engine, self._engine.ranks
         weights: dict[str, torch.Tensor] = {}
-        for share in engine.shares:
+        for share in (*engine.shares, *engine.frozen):
             whole = _whole(engine, share)
             if ranks.is_first:
                 weights[share.name] = whole.to(dtype)
@@ -218,5 +218,5 @@ def _whole(engine: Engine, share: Share) -> torch.Tensor:
     numel = torch.Size(share.shape).numel()
     padded = torch.zeros(-(-numel // ranks.world_size), device=ranks.device)
     if share.stop > share.start:
-        padded[: share.stop - share.start].copy_(engine.state("master", share))
+        padded[: share.stop - share.start].copy_(engine.weights(share))
     return ranks.gather_tensor(padded)[:numel].view(share.shape)

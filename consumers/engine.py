@@ -231,6 +231,10 @@ class Engine:
         values: torch.Tensor = self._parameters[share.name].ds_tensor.detach()
         return values[: share.stop - share.start]
 
+    def weights(self, share: Share) -> torch.Tensor:
+        """The elements of any share, (stop - start,): fp32 masters, or what a frozen one holds. To read only."""
+        return self.frozen_values(share) if share.group == FROZEN else self.state("master", share)
+
     @torch.no_grad()
     def publish(self) -> None:
         """Renew the partitions that forwards gather from the masters, and the parameters kept gathered."""

@@ -85,7 +85,7 @@ def test_freeze_is_stronger_than_train() -> None:
 def test_sizes_are_told() -> None:
     groups = made("optim.freeze=[img_in]", "optim.groups={out:{pattern:proj_out,lr_scale:3}}")
     lines = describe(groups.values())
-    assert lines[0] == "trains 860 of 900 parameters"
+    assert lines[0] == "trains 872 of 912 parameters"
     assert "  out/decay: 32 in 1 tensors, lr x 3, weight decay 0.1" in lines
     assert lines[-1] == "  frozen: 40 in 2 tensors"
     assert {entry["name"]: entry["elements"] for entry in to_json(groups.values())}["frozen"] == 40
