@@ -7,7 +7,7 @@ over as many backwards as one likes, `step` clips and updates. `zero.Init` decid
 constructors make, so the RoPE tables are rebuilt after it.
 
 Refuses: DeepSpeed's own checkpoints (torn, pickled, bound to a world size), its gradient norm as the alarm for NaN,
-offload (its paths compile code at run time).
+offload of parameters, DeepSpeed's CPU Adam (it compiles code at run time; offloaded states are updated by torch's).
 """
 
 from __future__ import annotations
@@ -182,6 +182,13 @@ class Engine:
 
         Between the `backward` that was the last and `step`; views, not to be kept.
         """
+        if self._zero.offload_optimizer:
+            if self.ranks.device.type == "cuda":
+                torch.cuda.synchronize()  # they are on their way to host memory
+            for share in self.shares:
+                whole: Any = self._flats[share.sub_group].grad
+                yield share, whole[share.offset : share.offset + share.stop - share.start]
+            return
         partitions = (part for index in range(self.num_sub_groups) for part in self._zero.averaged_gradients[index])
         for share, partition in zip(self.shares, partitions, strict=True):
             yield share, partition[: share.stop - share.start]
@@ -239,6 +246,8 @@ class Engine:
     def publish(self) -> None:
         """Renew the partitions that forwards gather from the masters, and the parameters kept gathered."""
         self._zero._partition_all_parameters()
+        for parameter in self._parameters.values():
+            parameter.ds_secondary_tensor = None  # hpZ's second copy, made again by the next gathering
         for flat, gathered_from in zip(self._flats, self._zero.fp16_partitioned_groups_flat, strict=True):
             if flat.data_ptr() != gathered_from.data_ptr():
                 gathered_from.copy_(flat)
@@ -430,3 +439,4 @@ def _fill_partitions(module: Any, source: WeightSource, ranks: Ranks) -> None:
         parameter.ds_tensor.zero_()  # the padding too, so that no rank keeps uninitialised memory
         if stop > start:
             parameter.ds_tensor[: stop - start].copy_(source.read_flat_range(name, start, stop))
+        parameter.ds_secondary_tensor = None  # of hpZ: zero.Init made it of random weights

@@ -21,11 +21,20 @@ _SMALL_ELEMENTS: Final = 1 << 22
 
 
 def deepspeed_config(config: Config, shapes: Mapping[str, tuple[int, ...]], ranks: Ranks) -> dict[str, Any]:
-    """DeepSpeed's settings, with every size derived from the model."""
+    """DeepSpeed's settings, with every size derived from the model unless the config gives it.
+
+    Raises ValueError if the ranks cannot be cut into groups for hpZ.
+    """
+    hpz = config.engine.hpz_partition
+    if ranks.world_size % hpz:
+        raise ValueError(
+            f"engine.hpz_partition={hpz} does not divide the {ranks.world_size} ranks: give the GPUs of a node"
+        )
     numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     block = sum(numel for name, numel in numels.items() if name.startswith("transformer_blocks.0."))
     total, largest = sum(numels.values()), max(numels.values())
     share = -(-total // ranks.world_size)
+    offloaded = config.engine.offload_optimizer == "cpu"
     on_gpu, whole_blocks = config.cluster.device == "cuda", config.engine.gather == "block"
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -51,6 +60,9 @@ def deepspeed_config(config: Config, shapes: Mapping[str, tuple[int, ...]], rank
             "stage3_max_reuse_distance": block if whole_blocks else 0,
             # The step copies one sub-group's gradients; this bounds the copy.
             "sub_group_size": max(largest // ranks.world_size, min(500_000_000, share // 16), _SMALL_ELEMENTS),
+            **config.engine.zero,
+            **({"zero_hpz_partition_size": hpz} if hpz > 1 else {}),
+            **({"offload_optimizer": {"device": "cpu", "pin_memory": on_gpu}} if offloaded else {}),
         },
     }
 
@@ -70,5 +82,5 @@ def adamw(
         for group in groups
         if not group.frozen
     ]
-    # torch's own fused kernel, there for CPU too: no temporaries, and nothing is compiled here.
+    # torch's own fused kernel, there for CPU too and so for offloaded states: no temporaries, and nothing is compiled.
     return torch.optim.AdamW(parameter_groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)

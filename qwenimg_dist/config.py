@@ -471,8 +471,22 @@ class OptimConfig(Section):
         return self
 
 
+ZeroSize = Literal[
+    "reduce_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "sub_group_size",
+]
+
+
 class EngineConfig(Section):
-    """ZeRO-3."""
+    """ZeRO-3 by DeepSpeed, its sizes derived from the model.
+
+    Left out: MiCS, which shards states over few ranks only and so takes the memory that full finetuning lacks (hpZ is
+    the part of it that spares traffic); FP8, whose scaling needs other layers than the stock model's; offload of
+    parameters and to NVMe, since 20 B parameters fit into the GPUs' or the host's memory.
+    """
 
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of the gathered weights and the forward pass; masters, reduce-scatter and loss are always fp32."""
@@ -485,8 +499,25 @@ class EngineConfig(Section):
     attention: Literal["native", "flash", "cudnn", "efficient", "math"] = "native"
     """Which kernel of PyTorch computes the attention: `native` lets PyTorch choose by what the inputs allow; `flash`
     cannot take the text mask of batches with unequal captions, and is refused at the first such batch."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """`cpu` keeps masters, moments, gradients and EMA in host memory: 16 of 18 bytes per parameter (20 of 22 with EMA)
+    leave the GPUs. It costs time: gradients cross PCIe at every micro-batch, weights at every step, and torch's fused
+    AdamW updates on the rank's cores (give it some: `cluster.cpus_per_rank`). Nothing is compiled for it, which
+    DeepSpeed's own CPU Adam would need. With `cluster.device=cpu` all is in host memory anyway."""
+    hpz_partition: PositiveInt = 1
+    """ZeRO++'s hpZ: each group of so many ranks (the GPUs of a node) holds a second partition of the weights, so that
+    the backward pass gathers within the node. Spares the slow network a third of the traffic and costs
+    2 x parameters / hpz_partition bytes per GPU in bf16 (20 B over 8: 5.1 GB). Must divide the ranks; 1 is off."""
+    zero: dict[ZeroSize, PositiveInt] = {}
+    """DeepSpeed's sizes in elements, in place of those derived from the model: larger buckets are fewer collectives,
+    smaller ones less memory."""
     max_skipped_steps: NonNegativeInt = 3
     """Consecutive steps with a non-finite loss or gradient after which the run stops."""
+
+    @field_validator("zero", mode="before")
+    @classmethod
+    def _no_sizes(cls, sizes: Any) -> Any:
+        return {} if sizes is None else sizes
 
     @model_validator(mode="after")
     def _compiled_whole(self) -> EngineConfig:

@@ -12,6 +12,8 @@ from gang_checks import SCRIPT
 from small_run import run_gang, write_input
 
 CHECKS = ("parity", "norms", "skip", "ema_swap", "bf16", "recompute", "certificate", "save", "damage")
+OPTION_CHECKS = ("groups", "frozen_save", "offload", "hpz")
+"""hpz last: DeepSpeed makes its process groups once per process."""
 Results = Callable[[str], dict[str, Any]]
 
 
@@ -26,8 +28,18 @@ def small_input(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def gang_out(small_input: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the two-rank gang left its results."""
-    out = tmp_path_factory.mktemp("gang")
-    ended = run_gang([SCRIPT, str(small_input / "pipeline"), str(out), *CHECKS], 2, out / "logs")
+    return run_checks(small_input, tmp_path_factory.mktemp("gang"), CHECKS)
+
+
+@pytest.fixture(scope="session")
+def options_out(small_input: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a second gang left those of training options."""
+    return run_checks(small_input, tmp_path_factory.mktemp("options"), OPTION_CHECKS)
+
+
+def run_checks(small_input: Path, out: Path, checks: tuple[str, ...]) -> Path:
+    """Two ranks run the checks; what they found lies in `out`."""
+    ended = run_gang([SCRIPT, str(small_input / "pipeline"), str(out), *checks], 2, out / "logs")
     for rank, end in enumerate(ended):
         if end.code != 0:
             print(f"rank {rank} ended with {end.code}:\n{end.output[-3000:]}")
@@ -37,6 +49,17 @@ def gang_out(small_input: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def results(gang_out: Path) -> Results:
     """What a check of the gang found; fails where the gang did not come so far."""
+    return reader_of(gang_out)
+
+
+@pytest.fixture(scope="session")
+def option_results(options_out: Path) -> Results:
+    """As `results`, of the second gang."""
+    return reader_of(options_out)
+
+
+def reader_of(gang_out: Path) -> Results:
+    """Check -> what it found."""
 
     def read(name: str) -> dict[str, Any]:
         file = gang_out / f"{name}.json"

@@ -28,20 +28,6 @@ def test_same_ranks_resume_bitwise(results: Results) -> None:
     assert found["same_later"]
 
 
-def test_frozen_weights_are_saved_once_and_exported(results: Results, gang_out: Path, small_input: Path) -> None:
-    found = results("frozen_save")
-    assert found == {"same": True, "same_later": True, "num_frozen": 11}
-    reader = open_checkpoint(gang_out / "frozen", verify=True)
-    source = SafetensorsDirectory(small_input / "pipeline" / "transformer")
-    assert reader.names == source.names
-    start = source.read("img_in.weight").bfloat16().float()
-    assert torch.equal(reader.read("img_in.weight", "master"), start)
-    assert torch.equal(reader.read("img_in.weight", "ema"), start)
-    with pytest.raises(CheckpointError, match="lacks elements"):
-        reader.read("img_in.weight", "exp_avg")
-    assert not torch.equal(reader.read("proj_out.weight", "master"), source.read("proj_out.weight"))
-
-
 def test_damaged_checkpoints_are_skipped_and_named(results: Results) -> None:
     found = results("damage")
     assert found["step"] == 1

@@ -153,6 +153,13 @@ def compare_with_plain_loop(world: World, num_steps: int, *settings: str) -> dic
         float((engine.frozen_values(s) - initial[s.name].flatten()[s.start : s.stop]).abs().sum())
         for s in engine.frozen
     ]
+    noisy, sigma, text, _ = samples(7)
+    with torch.no_grad(), ema.applied():
+        averaged = engine.predict(noisy, sigma, text, None)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(average[name])
+        expected_average = qwen.predict_velocity(plain, noisy, sigma, text, None)
     last = f"transformer_blocks.{layers - 1}."
     unused = [s for s in engine.shares if s.name.startswith((f"{last}txt_mlp.", f"{last}attn.to_add_out."))]
     moved = max_difference(engine, lambda share: engine.state("master", share), initial, unused)
@@ -161,6 +168,7 @@ def compare_with_plain_loop(world: World, num_steps: int, *settings: str) -> dic
     return {
         "at_start": at_start,
         **worst,
+        "averaged": engine.ranks.max([float((averaged - expected_average).abs().max())])[0],
         "unused_moved": moved,
         "num_unused": len(unused),
         "moved": trained,
@@ -186,6 +194,44 @@ def check_groups(world: World) -> dict[str, Any]:
         "through": compare_with_plain_loop(world, 6, "optim.freeze=['blocks\\.1\\.']"),
         "last": compare_with_plain_loop(world, 8, *ONLY_LAST, "engine.activation_checkpointing=true"),
     }
+
+
+def check_offload(world: World) -> dict[str, Any]:
+    """Optimizer states by way of DeepSpeed's offload: as a plain loop; saved and loaded; a skipped step; gradients."""
+    settings = ["engine.offload_optimizer=cpu", *GROUPS, *FREEZE]
+    found = compare_with_plain_loop(world, 12, *settings)
+    engine, _ = world.engine(*settings)
+    other, _ = world.engine(*GROUPS, *FREEZE)
+    before = snapshot(engine, None)
+    loss = errors(engine.predict, tuple(t[:1] for t in samples(0)))
+    engine.backward(loss * (float("inf") if world.ranks.rank == 1 else 1.0), last=True)
+    skipped = engine.step(1e-3).skipped and equal(before, snapshot(engine, None))
+    norms = []
+    for one in (engine, other):
+        loss = errors(one.predict, tuple(t[world.ranks.rank :][:1] for t in samples(0)))
+        one.backward(loss, last=True)
+        norms.append(block_norms(one))
+        one.step(1e-3)
+    for step in range(2):
+        engine_step(engine, None, step, 1e-3)
+        engine_step(other, None, step, 1e-3)
+    checkpoint.save_checkpoint(engine, None, world.out / "offload", step=2, state={}, keep=1)
+    checkpoint.load_newest(other, None, world.out / "offload")  # what was offloaded resumes where nothing is
+    resumed = equal(snapshot(engine, None), snapshot(other, None))
+    engine.close()
+    other.close()
+    difference = max(abs(norms[0][name] - norms[1][name]) for name in norms[1])
+    return {"plain": found, "skipped": skipped, "resumed": resumed, "norms": difference, "num_norms": len(norms[0])}
+
+
+def check_hpz(world: World) -> dict[str, Any]:
+    """hpZ's second partitions are never stale: after steps, after the EMA was applied, with frozen parameters."""
+    return compare_with_plain_loop(world, 8, "engine.hpz_partition=2", *FREEZE)
+
+
+def check_parity_long(world: World) -> dict[str, Any]:
+    """A hundred steps, with groups, much frozen, clipping, accumulation and EMA."""
+    return compare_with_plain_loop(world, 100, *GROUPS)
 
 
 def check_frozen_save(world: World) -> dict[str, Any]:
