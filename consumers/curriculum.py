@@ -51,6 +51,7 @@ def plan(config: Config) -> tuple[PlannedPhase, ...]:
                 else phase.activation_checkpointing
             ),
             row_weights=phase.weights,
+            mix=phase.mix or None,
         )
         for index, phase in enumerate(phases)
     )

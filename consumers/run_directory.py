@@ -24,13 +24,13 @@ import yaml
 
 from consumers.checkpoint_files import list_checkpoints, no_valid_checkpoint, space_fault
 from consumers.curriculum import plan
+from consumers.data_sets import check_ready, data_dirs, ledger_config
 from consumers.parameter_groups import FROZEN, parameter_groups
 from qwenimg_dist.compose import validate
 from qwenimg_dist.config import Config, training_identity
 from qwenimg_dist.data.catalog import RunFacets
-from qwenimg_dist.data.facets import DataError, Dataset, hold_lock
+from qwenimg_dist.data.facets import DataError, hold_lock
 from qwenimg_dist.data.generations import LedgerConfig
-from qwenimg_dist.data.pins import ready_units, why_not_ready
 from qwenimg_dist.files import write_json
 from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
 from qwenimg_dist.models.pipeline import fingerprint_component, pipeline_dir
@@ -70,7 +70,8 @@ class Prepared:
     """What a run works with, found and checked."""
 
     run_dir: Path
-    data_dir: Path
+    data_dirs: dict[str, Path]
+    """Directory of each data set, see `data_sets.py`."""
     pipeline: Path
     facets: RunFacets
     ledger: LedgerConfig
@@ -81,7 +82,7 @@ class Prepared:
 def preflight(config: Config) -> Prepared:
     """Find model and data, and check all that can be checked without writing. Raises ValueError with the way out."""
     run_dir = Path(_required(config.run.path, "run.path"))
-    data_dir = Path(_required(config.data.path, "data.path"))
+    dirs = data_dirs(config)
     phases = plan(config)
     if not config.train.fresh:
         check_identity(config, run_dir)
@@ -89,9 +90,7 @@ def preflight(config: Config) -> Prepared:
     pipeline = pipeline_dir(config.model)
     facets = facets_of(config, pipeline)
     if not config.follow:
-        dataset = Dataset.open(data_dir)
-        if not ready_units(dataset, facets):
-            raise DataError(why_not_ready(dataset, facets))
+        check_ready(dirs, facets)
     weights = SafetensorsDirectory(pipeline / "transformer")
     num_layers = int(load_transformer_config(pipeline / "transformer")["num_layers"])
     groups = parameter_groups({name: weights.shape(name) for name in weights.names}, config.optim, num_layers)
@@ -101,20 +100,10 @@ def preflight(config: Config) -> Prepared:
         raise ValueError(fault)
     return Prepared(
         run_dir=run_dir,
-        data_dir=data_dir,
+        data_dirs=dirs,
         pipeline=pipeline,
         facets=facets,
-        ledger=LedgerConfig(
-            phases=phases,
-            seed=config.train.seed,
-            caption_dropout=config.objective.caption_dropout,
-            where=config.data.where,
-            held_out=config.data.held_out,
-            max_held_out=config.data.max_held_out,
-            weights=config.data.weights,
-            caption_weights=config.data.caption_weights,
-            takedown=config.data.takedown,
-        ),
+        ledger=ledger_config(config, phases),
         model_fingerprint=fingerprint_component(pipeline / "transformer"),
     )
 

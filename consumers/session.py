@@ -236,15 +236,16 @@ def _open_data(
     stack: contextlib.ExitStack,
 ) -> tuple[Generations, Stream]:
     waiting = False
-    while not _on_first(ranks, lambda: (prepared.data_dir / "dataset.json").is_file()):
+    dirs = prepared.data_dirs
+    while not _on_first(ranks, lambda: all((folder / "dataset.json").is_file() for folder in dirs.values())):
         if not waiting:
-            _say(ranks, hooks, f"waiting for a data set in {prepared.data_dir}")
+            _say(ranks, hooks, f"waiting for a data set in {', '.join(map(str, dirs.values()))}")
         waiting = True
         if ranks.any(hooks.stop_requested()):
             raise Stopped
         time.sleep(_POLL_S)
-    dataset = Dataset.open(prepared.data_dir)
-    generations = Generations(prepared.run_dir, dataset, prepared.facets, prepared.ledger, follow=config.follow)
+    datasets = {name: Dataset.open(folder) for name, folder in dirs.items()}
+    generations = Generations(prepared.run_dir, datasets, prepared.facets, prepared.ledger, follow=config.follow)
     _on_first(ranks, lambda: _check_generations(generations, known, prepared.run_dir))
     await_batch(generations, ranks, hooks, min(step, config.train.steps - 1))
     if note := _on_first(ranks, lambda: generations.not_yet_taken_down):

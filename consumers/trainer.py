@@ -187,6 +187,11 @@ def _log(
         "train/bucket_height": batch.batch.bucket.height,
         "train/bucket_width": batch.batch.bucket.width,
         "train/epoch": batch.batch.epoch,
+        **{f"train/dataset_epoch/{name}": epoch for name, epoch in batch.batch.epochs_by_dataset.items()},
+        **{
+            f"train/share/{name}": batch.batch.num_by_dataset.get(name, 0) / batch.num_real
+            for name in batch.batch.epochs_by_dataset
+        },
         "train/images": session.progress.images,
         "train/skipped_steps": session.progress.skipped_steps,
         **rates,

@@ -247,10 +247,48 @@ def _listed_weights(weights: Any) -> Any:
 RowWeights = Annotated[dict[str, SamplingWeight], BeforeValidator(_listed_weights)]
 
 
+def _name_of_dataset(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"the name {name!r} of a data set may have letters, digits, - and _ only: it begins its keys")
+    return name
+
+
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class MixedDataset(Section):
+    """One of several data sets that are trained on together; `weight` or `repeats`, the same for all of them."""
+
+    path: str
+    """Its directory, as `data.path` for a single one."""
+    weight: Amount | None = None
+    """Its share of the samples, in proportion to the other weights and whatever the sizes: with 3 and 1, three of four
+    samples are of the first. Small data sets then come several times while a large one comes once; metrics count the
+    epochs of each."""
+    repeats: Amount | None = None
+    """How often each of its rows comes per epoch instead: 1 for all is every sample of every data set once."""
+    where: str | None = None
+    """Narrows `data.where` for this data set."""
+    caption_weights: dict[str, NonNegativeFloat] | None = None
+    """In the place of `data.caption_weights`."""
+
+    @property
+    def amount(self) -> float:
+        """Weight or repeats."""
+        return self.weight if self.weight is not None else self.repeats or 0.0
+
+
 class DataConfig(Section):
     """The data set directory, the only thing that producers and consumers share."""
 
     path: str | None = None
+    """What `produce` writes, and `train` reads unless there is a `mix`."""
+    mix: dict[Annotated[str, AfterValidator(_name_of_dataset)], MixedDataset] = {}
+    """Several data sets to train on, made by one `produce` each for the same model and encode settings: name -> its
+    path and weight, for example `data.mix={photos: {path: /a, weight: 3}, text: {path: /b, weight: 1}}`, or one by one
+    `+data.mix.photos.path=/a +data.mix.photos.weight=3`. All else in this section, and a phase's `where`, holds for
+    every one of them: expressions may name the column `dataset`, and a score that a data set does not have is missing
+    there. Each holds out rows of its own. Keys in logs begin with `NAME/`. Costs nothing per step."""
     unit_size: PositiveInt = 512
     """Rows per unit, the grain of work, retry and commit. Fixed when the data set is made."""
     max_shard_bytes: PositiveInt = 1024**3
@@ -271,6 +309,22 @@ class DataConfig(Section):
     caption_weights: dict[str, NonNegativeFloat] | None = None
     """Kind of caption -> its weight in the draw, for example `{raw: 0.2, recaption: 0.8}`; a row's kinds share by
     these. `None` draws evenly among a row's captions."""
+
+    @field_validator("mix", mode="before")
+    @classmethod
+    def _without_those_taken_away(cls, mix: Any) -> Any:
+        return {name: one for name, one in mix.items() if one is not None} if isinstance(mix, dict) else mix or {}
+
+    @field_validator("mix")
+    @classmethod
+    def _one_unit_of_mixing(cls, mix: dict[str, MixedDataset]) -> dict[str, MixedDataset]:
+        weights = [one.weight is not None for one in mix.values()]
+        repeats = [one.repeats is not None for one in mix.values()]
+        if len(mix) > 1 and not (all(weights) and not any(repeats)) and not (all(repeats) and not any(weights)):
+            raise ValueError("give every data set a `weight` (its share of the samples), or every one `repeats`")
+        if len(mix) > 1 and not any(one.amount for one in mix.values()):
+            raise ValueError("give at least one data set a weight above 0")
+        return mix
 
     @field_validator("caption_weights")
     @classmethod
@@ -319,6 +373,8 @@ class Phase(Section):
     """Narrows `data.where` in this phase, for example `text_level <= 1`."""
     weights: RowWeights = {}
     """Joins `data.weights` in this phase; an expression that stands in both counts as here. 0 keeps its rows out."""
+    mix: dict[str, Amount] | None = None
+    """Data set of `data.mix` -> its weight (or repeats) in this phase, where it differs; 0 leaves it out."""
 
     @model_validator(mode="after")
     def _one_rate(self) -> Phase:
@@ -760,6 +816,20 @@ class Config(Section):
             raise ValueError("train.steps is null, but the phases have shares of it: set train.steps=...")
         return {**tree, "train": {**tree["train"], "steps": steps}}
 
+    @model_validator(mode="after")
+    def _phases_mix_what_there_is(self) -> Config:
+        for number, phase in enumerate(self.curriculum.phases):
+            changes = phase.mix or {}
+            if unknown := sorted(changes.keys() - self.data.mix.keys()):
+                raise ValueError(
+                    f"phase {phase.name or number} has a `mix` with {', '.join(unknown)}, data.mix has "
+                    f"{', '.join(self.data.mix) or 'nothing'}"
+                )
+            amounts = {name: one.amount for name, one in self.data.mix.items()} | changes
+            if amounts and not any(amounts.values()):
+                raise ValueError(f"phase {phase.name or number} has a `mix` in which every data set has 0")
+        return self
+
     @property
     def resolutions(self) -> tuple[int, ...]:
         """Resolution classes that are encoded, ascending."""
@@ -772,7 +842,7 @@ class Config(Section):
 # Model and data are held to by fingerprint and digest, so that a path may change.
 _IDENTITY_SECTIONS = ("stage", "curriculum", "objective", "optim")
 _IDENTITY_KEYS = {
-    "data": ("where", "held_out", "max_held_out", "weights", "caption_weights"),
+    "data": ("where", "held_out", "max_held_out", "weights", "caption_weights", "mix"),
     "engine": ("precision",),
     "train": ("steps", "seed"),
 }
@@ -785,6 +855,8 @@ def training_identity(config: Config) -> dict[str, Any]:
     picked["optim"] = {**tree["optim"], "order_of_groups": list(config.optim.groups)}  # the first that finds, takes
     for section, keys in _IDENTITY_KEYS.items():
         picked[section] = {key: tree[section][key] for key in keys}
+    for mixed in picked["data"]["mix"].values():
+        del mixed["path"]
     phases = [
         {**phase, "resolutions": dict(sorted(phase["resolutions"].items()))} for phase in tree["curriculum"]["phases"]
     ]

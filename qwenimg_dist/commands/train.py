@@ -4,7 +4,8 @@
 
 Ray Train hosts one gang of ZeRO-3 ranks and starts it anew when one dies (cluster.max_restarts). Without a checkpoint
 in RUN it starts fresh and says so; with checkpoints of which none is valid it stops (exit code 2). SIGTERM or Ctrl-C
-saves and ends with exit code 0; the same command goes on. `torchrun -m consumers` is the way without Ray.
+saves and ends with exit code 0; the same command goes on. Several data sets: `data.mix={a: {path: A, weight: 3}, b:
+{path: B, weight: 1}}` in the place of `data.path`. `torchrun -m consumers` is the way without Ray.
 
     qwenimg-dist train ... train.dry_run=true      # prints steps, images, epochs, buckets, fill slots; writes nothing
 """
@@ -42,7 +43,6 @@ def run(args: list[str]) -> int:
     """Train. Returns 0 when done or stopped and saved, 1 when the gang failed too often, 2 for unusable input."""
     config = load_config(args)
     run_dir = Path(required(config.run.path, "run.path"))
-    required(config.data.path, "data.path")
     if config.train.dry_run:
         return _dry_run(config)
     from consumers.run_directory import preflight  # imports torch

@@ -101,7 +101,9 @@ class Generations:
         *,
         follow: bool,
     ) -> None:
-        """`dataset` are several by name if the config has a `mix`."""
+        """`dataset` are several by name if the config has a `mix`, which a run that follows may not have."""
+        if follow and config.mix is not None:
+            raise ValueError("a run on several data sets cannot follow their producers: shares are settled once")
         self.run = run
         self.datasets = dict(sorted(dataset.items())) if isinstance(dataset, Mapping) else {"": dataset}
         self.facets = facets

@@ -77,6 +77,16 @@ def test_the_config_is_frozen_and_round_trips() -> None:
         (["curriculum.phases.low.weights=[{where: row, weight: 2000}]"], "from 0.001 to 1000 times per epoch"),
         (["+curriculum.phases.low.precision=fp32"], "precision: unknown key"),
         (["train.steps=null"], "the phases have shares of it: set train.steps"),
+        (["data.mix={a: {path: x}, b: {path: y}}"], "every data set a `weight` .*, or every one `repeats`"),
+        (["data.mix={a: {path: x, weight: 1}, b: {path: y, repeats: 1}}"], "every data set a `weight`"),
+        (["data.mix={a: {path: x, weight: 0}, b: {path: y, weight: 0}}"], "a weight above 0"),
+        (["data.mix={a: {path: x, weigth: 1}}"], "data.mix.a.weigth: unknown key"),
+        (["data.mix={a.b: {path: x, weight: 1}}"], "letters, digits, - and _ only"),
+        (["curriculum.phases.low.mix={a: 1}"], "phase low has a `mix` with a, data.mix has nothing"),
+        (
+            ["data.mix={a: {path: x, weight: 1}, b: {path: y, weight: 0}}", "curriculum.phases.low.mix={a: 0}"],
+            "every data set has 0",
+        ),
     ],
 )
 def test_mistakes_are_named(overrides: list[str], expected: str) -> None:
@@ -97,8 +107,14 @@ def test_identity_holds_what_moves_the_numbers_and_nothing_else() -> None:
         "data.caption_weights={raw:1}",
         "curriculum.phases.low.weights=[{where: 'row < 5', weight: 2}]",
         "curriculum.phases.high.warmup_steps=3",
+        "data.mix={a: {path: x, weight: 1}, b: {path: y, weight: 2}}",
     ]:
         assert training_identity(load_config([change])) != base, change
+    two = "data.mix={a: {path: x, weight: 1}, b: {path: y, weight: 2}}"
+    mixed = training_identity(load_config([two]))
+    assert training_identity(load_config([two, "data.mix.a.path=elsewhere"])) == mixed
+    assert training_identity(load_config([two, "data.mix.a.weight=3"])) != mixed
+    assert training_identity(load_config([two, "curriculum.phases.low.mix={b: 0}"])) != mixed
     assert stable_hash(base) == stable_hash(dict(reversed(base.items())))
 
 
@@ -121,6 +137,12 @@ def test_phases_can_be_overridden_by_name_dropped_and_listed() -> None:
     assert [(phase.name, phase.resolutions) for phase in named] == [("low", {64: 0.5, 128: 0.5})]
     listed = "+curriculum.phases=[{resolutions:{64:1},steps:5,global_batch:1,micro_batch_tokens:1}]"
     assert load_config(["~curriculum.phases", listed]).curriculum.phases[0].steps == 5
+
+
+def test_data_sets_of_a_mix_are_added_changed_and_dropped_one_by_one() -> None:
+    given = ["data.mix={photos: {path: /a, weight: 3}, text: {path: /b, weight: 1}}", "data.mix.photos.weight=2"]
+    mix = load_config([*given, "+data.mix.art.path=/c", "+data.mix.art.weight=1", "~data.mix.text"]).data.mix
+    assert {name: (one.path, one.weight) for name, one in mix.items()} == {"photos": ("/a", 2), "art": ("/c", 1)}
 
 
 def test_without_a_checkout_the_packaged_copy_is_used(tmp_path: Path) -> None:

@@ -412,7 +412,7 @@ def prepared_for(world: World) -> Prepared:
     facets = RunFacets(text="text-0", latents={})
     return Prepared(
         run_dir=run_dir,
-        data_dir=world.out,
+        data_dirs={"": world.out},
         pipeline=world.pipeline,
         facets=facets,
         ledger=LedgerConfig(phases=(), seed=0, caption_dropout=0, where=None, held_out=0, max_held_out=0),
