@@ -146,19 +146,19 @@ def make_plan(ledger: Ledger, optim: OptimConfig, *, world_size: int, complete: 
 
 
 def dry_run(config: Config, *, world_size: int) -> RunPlan:
-    """The plan without a run: of the generation that the run directory has, else of what is ready in the data set.
+    """The plan without a run: of the generation that the run directory has, else of what is ready in the data sets.
 
     Writes only to a temporary folder. Raises ValueError for unusable input, a phase without a row among it.
     """
     prepared = preflight(config)
-    dataset = Dataset.open(prepared.data_dir)
+    datasets = {name: Dataset.open(folder) for name, folder in prepared.data_dirs.items()}
     recorded = (prepared.run_dir / GENERATIONS_FILE).is_file() and not config.follow and not config.train.fresh
     with tempfile.TemporaryDirectory(prefix="qwenimg-dist-plan-") as scratch:
         run = prepared.run_dir if recorded else Path(scratch)
-        generations = Generations(run, dataset, prepared.facets, prepared.ledger, follow=False)
+        generations = Generations(run, datasets, prepared.facets, prepared.ledger, follow=False)
         generations.refresh()
-        if not generations.lines:
-            generations = Generations(Path(scratch), dataset, prepared.facets, prepared.ledger, follow=False)
+        if generations.count < len(datasets):
+            generations = Generations(Path(scratch), datasets, prepared.facets, prepared.ledger, follow=False)
             generations.advance(0)
         return make_plan(generations.ledger, config.optim, world_size=world_size, complete=not config.follow)
 

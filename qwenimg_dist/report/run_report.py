@@ -88,7 +88,7 @@ def run_sections(run_dir: Path, data: Sequence[Path] = ()) -> list[Section]:
 def data_paths(config: Any) -> list[Path]:
     """The data sets that a run's config names, each once."""
     found = [OmegaConf.select(config, "data.path")]
-    named = OmegaConf.select(config, "data.sets")
+    named = OmegaConf.select(config, "data.mix")
     for one in (named.values() if OmegaConf.is_dict(named) else named) or ():
         found.append(OmegaConf.select(one, "path"))
     return list(dict.fromkeys(Path(str(path)) for path in found if path))
