@@ -63,6 +63,8 @@ class Driver:
     root: str
     make_workers: Callable[[], Workers]
     observer: Observer = field(default_factory=Observer)
+    before_writing: Callable[[], None] = lambda: None
+    """Called before a round writes anything: the last moment to refuse."""
     stopping: Callable[[], bool] = lambda: False
     """Asked between tasks; once true, started tasks are finished and no other is begun."""
     _workers: Workers | None = None
@@ -183,6 +185,7 @@ class Driver:
 
     def _unmark_complete(self) -> None:
         """Before anything is written."""
+        self.before_writing()
         fence.mark(self.dataset.root)
         (self.dataset.root / SOURCE_COMPLETE).unlink(missing_ok=True)
         fsync_dir(self.dataset.root)

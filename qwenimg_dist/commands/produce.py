@@ -55,22 +55,40 @@ def run(args: list[str]) -> int:
     source = open_source(config.source)
     found = source.find()
     pipeline_dir, plan = _plan(config)
-    dataset = Dataset.create(data_path, config.data.unit_size)
-    check_kind(dataset, sample_kind(config.source))
     console = Console(soft_wrap=True)
     with ExitStack() as stack:
+        stop = threading.Event()
+        ray_is_up = False
+
+        def join_ray() -> None:
+            """Before anything is written that only producers can finish. Raises ValueError if there is no room."""
+            nonlocal ray_is_up
+            if not ray_is_up:
+                from producers.pool import check_room, ray_session  # Ray takes seconds: only when there is work
+
+                stack.enter_context(ray_session(config.cluster))
+                ray_is_up = True
+                check_room(config.cluster)
+
+        def before_writing() -> None:
+            join_ray()
+            _catch_signals(stop)  # Ray has put its own handlers there
+
+        if not (data_path / "dataset.json").exists():
+            join_ray()
+        dataset = Dataset.create(data_path, config.data.unit_size)
+        check_kind(dataset, sample_kind(config.source))
         stack.enter_context(dataset.lock())
         fence.sweep(dataset, timeout_s=_WORKERS_GONE_S)
         remember_origin(dataset, Origin(kind=config.source.kind, root=_absolute(source.root)))
         stack.callback(_sweep_after, dataset)  # runs after the workers' end
         progress = stack.enter_context(ProduceProgress(console))
-        stop = threading.Event()
 
         def make_workers() -> Workers:
-            from producers.pool import RayWorkers, ray_session  # Ray takes seconds: only when there is work
+            from producers.pool import RayWorkers
             from producers.ray_metrics import RayGauges
 
-            stack.enter_context(ray_session(config.cluster))
+            join_ray()
             progress.gauges = RayGauges()
             workers = RayWorkers(_job(config, pipeline_dir, plan, source), config.cluster)
             stack.callback(workers.close)
@@ -82,6 +100,7 @@ def run(args: list[str]) -> int:
             plan=plan,
             root=source.root,
             make_workers=make_workers,
+            before_writing=before_writing,
             observer=progress,
             stopping=stop.is_set,
         )

@@ -166,3 +166,29 @@ def test_files_that_change_or_vanish_between_runs_are_faults_and_come_back(
     assert main(["produce", *command]) == 0, capsys.readouterr().err
     assert_same(dataset, calm, but={2})
     assert rows_of(dataset, ROWS)[2]["reason"] == "changed_file"  # what was seen to change is not trusted again
+
+
+def listed(root: Path) -> set[str]:
+    """Files but for locks and the look at the source that the funnel's reader may want."""
+    names = {str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()}
+    return {name for name in names if not name.startswith(".") and name != "source.json"}
+
+
+@pytest.mark.usefixtures("fault_dir")
+def test_producers_that_no_machine_can_hold_are_refused_before_anything_is_written(
+    source: Path, calm: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, pictures = tmp_path / "data", tmp_path / "pictures"
+    too_much = "cluster.gpus_per_producer=64"
+    assert main(["produce", *words(source, data), too_much]) == 2
+    assert "a producer needs 1 CPUs and 64 GPUs on one machine" in capsys.readouterr().err
+    assert not data.exists()
+    # Nor is anything listed, or said to be unfinished, in a data set that is there.
+    shutil.copytree(source, pictures)
+    shutil.copytree(calm.root, data)
+    assert main(["produce", *words(source, data), too_much]) == 0  # nothing to do needs no producer
+    (pictures / "new.png").write_bytes((source / "003.png").read_bytes())
+    (pictures / "new.txt").write_text("another picture")
+    assert main(["produce", *words(pictures, data), too_much]) == 2
+    assert main(["produce", *words(source, data), too_much, "filters.resolution.min_side=80"]) == 2
+    assert listed(data) == listed(calm.root)
