@@ -57,7 +57,8 @@ def repair(dataset: Dataset, console: Console) -> int:
         found = list(problems(dataset, Tally()))
         parts = {facet: dataset.parts_by_unit(facet) for facet in dataset.facets()}
         damages = _by_unit(found, parts)
-        strays = [] if any(damage.hopeless for damage in damages.values()) else _strays(dataset, damages)
+        broken = {part for damage in damages.values() for part in damage.parts}
+        strays = [] if any(damage.hopeless for damage in damages.values()) else dataset.strays(broken)
         mended = {unit: damage for unit, damage in sorted(damages.items()) if not damage.hopeless}
         beyond = [problem for problem in found if problem.unit is None or problem.unit not in mended]
         if mended or strays:
@@ -99,20 +100,6 @@ def _by_unit(found: Sequence[Problem], parts: _Parts) -> dict[int, _Damage]:
                 damage.facets.add(facet)
                 damage.hopeless = damage.hopeless or facet == LISTING
     return damages
-
-
-def _strays(dataset: Dataset, damages: dict[int, _Damage]) -> list[Path]:
-    """As `Dataset.strays`, but a part without readable record does not stop it: its tars go with it."""
-    broken = {part for damage in damages.values() for part in damage.parts}
-    strays: list[Path] = []
-    for facet in dataset.facets():
-        named = {tar.name for part in dataset.parts(facet) if part not in broken for tar in dataset.tars(part)}
-        owned = tuple(f"{part.stem}-" for part in broken if part.facet == facet)
-        for file in sorted((dataset.root / facet).iterdir()):
-            loose = file.suffix == ".tar" and file.name not in named and not file.name.startswith(owned or "\0")
-            if loose or file.name.startswith(".tmp-"):
-                strays.append(file)
-    return strays
 
 
 class _Aside:

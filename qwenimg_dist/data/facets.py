@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -220,13 +220,16 @@ class Dataset:
             temporary.unlink(missing_ok=True)
         return True
 
-    def strays(self) -> list[Path]:
-        """Temporaries, and tars that no committed part names: what a killed writer left."""
+    def strays(self, broken: Collection[Part] = ()) -> list[Path]:
+        """Temporaries, and tars that no committed part names: what a killed writer left. Parts in `broken` may have no
+        readable record: tars under their names are taken for theirs."""
         stray: list[Path] = []
         for facet in self.facets():
-            named = {tar.name for part in self.parts(facet) for tar in self.tars(part)}
+            named = {tar.name for part in self.parts(facet) if part not in broken for tar in self.tars(part)}
+            owned = tuple(f"{part.stem}-" for part in broken if part.facet == facet)
             for file in sorted((self.root / facet).iterdir()):
-                if file.name.startswith(".tmp-") or (file.suffix == ".tar" and file.name not in named):
+                loose = file.suffix == ".tar" and file.name not in named and not file.name.startswith(owned)
+                if loose or file.name.startswith(".tmp-"):
                     stray.append(file)
         return stray
 

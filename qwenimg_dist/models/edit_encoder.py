@@ -155,14 +155,5 @@ def _load_vision_tower(folder: Path, config: Any, dtype: torch.dtype, device: to
             f"{weights.path}: holds no vision tower (none of {', '.join(VISION_PREFIXES)}...), which edits need: use "
             "the text encoder of a Qwen-Image pipeline as it was published"
         )
-    state = {}
-    for name, parameter in model.named_parameters():
-        stored = weights.read(prefix + name)
-        if stored.shape != parameter.shape:
-            raise WeightsError(
-                f"{folder}: tensor {prefix + name!r} has shape {tuple(stored.shape)}, the config makes it "
-                f"{tuple(parameter.shape)}"
-            )
-        state[name] = stored.to(device=device, dtype=dtype)
-    model.load_state_dict(state, strict=True, assign=True)
+    weights.load_into(model, prefix, dtype=dtype, device=device)
     return model

@@ -171,6 +171,22 @@ class SafetensorsDirectory:
         entry = self._entry(name)
         return self.read_flat_range(name, 0, entry.numel).view(entry.shape)
 
+    def load_into(self, model: torch.nn.Module, prefix: str, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Give every parameter (of a model on meta, say) the tensor `prefix` + its name; one tensor is read at a time.
+
+        Raises WeightsError if a tensor is missing or has another shape.
+        """
+        state = {}
+        for name, parameter in model.named_parameters():
+            stored = self.read(prefix + name)
+            if stored.shape != parameter.shape:
+                raise WeightsError(
+                    f"{self.path}: tensor {prefix + name!r} has shape {tuple(stored.shape)}, the config makes it "
+                    f"{tuple(parameter.shape)}"
+                )
+            state[name] = stored.to(device=device, dtype=dtype)
+        model.load_state_dict(state, strict=True, assign=True)
+
     def read_flat_range(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the row-major flattened tensor, (stop - start,), by reading just their
         bytes.

@@ -117,16 +117,7 @@ def _load_language_tower(folder: Path, dtype: torch.dtype, device: torch.device)
     model.rotary_emb = type(model.rotary_emb)(config=config).to(device)
     weights = SafetensorsDirectory(folder)
     prefix = _language_prefix(weights)
-    state = {}
-    for name, parameter in model.named_parameters():
-        stored = weights.read(prefix + name)
-        if stored.shape != parameter.shape:
-            raise WeightsError(
-                f"{folder}: tensor {prefix + name!r} has shape {tuple(stored.shape)}, the config makes it "
-                f"{tuple(parameter.shape)}"
-            )
-        state[name] = stored.to(device=device, dtype=dtype)
-    model.load_state_dict(state, strict=True, assign=True)
+    weights.load_into(model, prefix, dtype=dtype, device=device)
     return model
 
 
