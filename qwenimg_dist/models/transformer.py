@@ -20,6 +20,8 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
+from qwenimg_dist.models.real_rotary import use_real_rotary
+
 LATENT_CHANNELS = 16
 PATCH = 2
 
@@ -154,6 +156,7 @@ def compile_blocks(transformer: Any) -> None:
     The `forward` and not the module, so that hooks around a block (ZeRO-3 gathers its weights there) stay outside of
     the graph. Shapes are dynamic from the second one on: buckets and text lengths change from batch to batch.
     """
+    use_real_rotary(transformer)
     # Eager code would be the silent fallback once more kinds of shapes came than this.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for block in transformer.transformer_blocks:

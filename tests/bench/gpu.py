@@ -12,12 +12,15 @@ Three parts, each in processes of its own:
 FLOPs are those of `models.transformer.forward_flops`, times 3; recomputed ones are not counted. Without a GPU it runs
 on the CPU at toy size, which shows only that it runs.
 
-    python tests/bench/gpu.py [--quick] [--parts rate,steps,whole] [--repeats 8] [--out FILE]
+`--cases REGEX` takes only the rows whose name it finds; `--profile` prints where the time of each row's run goes.
+
+    python tests/bench/gpu.py [--quick] [--parts rate,steps,whole] [--cases REGEX] [--repeats 8] [--out FILE]
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -86,6 +89,8 @@ class Bench:
 
         `before` comes before every run and is not timed.
         """
+        if not re.search(self.job["cases"], label):
+            return
         print(f"[{time.strftime('%H:%M:%S')}] {label}", flush=True)
         try:
             if not self.toy:
@@ -97,6 +102,9 @@ class Bench:
             self.sync()
             first = time.perf_counter() - begin
             times = self.times(run, before)
+            if self.job["profile"]:
+                before()
+                self.profile(run)
         except Exception as error:
             self.notes.append(f"{label}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
             traceback.print_exc()
@@ -105,6 +113,15 @@ class Bench:
         fixed = {"first s": first, "peak GB": gigabytes, "predicted GB": predicted / 1e9}
         self.rows[label] = [{"ms": 1e3 * s, **self.shares(flops / s), **fixed} for s in times]
         print(f"    {self.rows[label][len(times) // 2]}", flush=True)
+
+    def profile(self, run: Callable[[], object]) -> None:
+        """Print the kernels that take longest."""
+        activities = [torch.profiler.ProfilerActivity.CPU if self.toy else torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            run()
+            self.sync()
+        order = "self_cpu_time_total" if self.toy else "self_device_time_total"
+        print(profiler.key_averages().table(sort_by=order, row_limit=16, max_name_column_width=90), flush=True)
 
     def shares(self, flops_per_s: float) -> Figures:
         found = {"TFLOP/s": flops_per_s / 1e12}
@@ -124,6 +141,7 @@ def rate(bench: Bench) -> None:
         for _ in range(10):
             one @ other
 
+    bench.job["cases"] = ""  # what the others are held against
     bench.measure(f"matrix product of {size}", ten, 10 * 2.0 * size**3, 0.0)
 
 
@@ -208,14 +226,16 @@ def steps(bench: Bench) -> None:
     for kernel in ("native", "math") if bench.toy else KERNELS[1:]:
         qwen.set_attention(module, kernel)
         run(Micro(bench, middle, 2), f"eager, {kernel}")
-    qwen.set_attention(module, "native")
+        if kernel in ("cudnn", "efficient"):
+            run(Micro(bench, middle, 2, masked=True), f"eager, {kernel}")
+    qwen.set_attention(module, "native" if bench.toy else "cudnn")
 
     qwen.compile_blocks(module)
     run(Micro(bench, middle, 2), "compiled for this shape")
+    run(Micro(bench, middle, 2), "compiled for this shape", checkpointing=True)
     for micro in micro_batches(bench, masked=(False,)):
         run(micro, "compiled")
     run(Micro(bench, middle, 2, masked=True), "compiled")
-    run(Micro(bench, middle, 2), "compiled", checkpointing=True)
 
     for block in module.transformer_blocks:
         del block.forward
@@ -249,25 +269,30 @@ def whole(bench: Bench) -> None:
     def predict(*inputs: Any) -> torch.Tensor:
         return qwen.predict_velocity(module, *inputs)
 
-    for checkpointing in (True, False):
+    cases = [
+        (resolution, 1, mode) for mode in ("checkpointed", "eager") for resolution in (TOY if bench.toy else BATCHES)
+    ]
+    for resolution, batch, mode in (*cases, (128 if bench.toy else 1024, 2, "compiled")):
+        checkpointing = mode == "checkpointed"
         qwen.activation_checkpointing(module, checkpointing)
-        for resolution in TOY if bench.toy else BATCHES:
-            micro = Micro(bench, resolution, 1)
-            memory = device_memory(
-                model,
-                weights,
-                num_ranks=1,
-                precision="bf16",
-                ema=False,
-                tokens=micro.tokens,
-                activation_checkpointing=checkpointing,
-            )
-            label = f"whole, {micro}, {'checkpointed' if checkpointing else 'eager'}"
+        if mode == "compiled":
+            qwen.set_attention(module, "native" if bench.toy else "cudnn")
+            qwen.compile_blocks(module)
+        micro = Micro(bench, resolution, batch)
+        memory = device_memory(
+            model,
+            weights,
+            num_ranks=1,
+            precision="bf16",
+            ema=False,
+            tokens=micro.tokens,
+            activation_checkpointing=checkpointing,
+        )
 
-            def once(micro: Micro = micro) -> None:
-                micro.loss(predict).backward()
+        def once(micro: Micro = micro) -> None:
+            micro.loss(predict).backward()
 
-            bench.measure(label, once, micro.flops(model), memory.weights + memory.activations)
+        bench.measure(f"whole, {micro}, {mode}", once, micro.flops(model), memory.weights + memory.activations)
 
 
 def _free(parameter: torch.Tensor) -> None:
@@ -294,6 +319,8 @@ def _device_name(toy: bool) -> str:
 def main() -> int:
     options = parser(__doc__, repeats=8)
     options.add_argument("--parts", default=",".join(PARTS))
+    options.add_argument("--cases", default="", help="regular expression")
+    options.add_argument("--profile", action="store_true")
     options.add_argument("--blocks", type=int, default=16, help="of 60, for the part `steps`")
     args = options.parse_args()
     if args.worker is not None:
@@ -307,6 +334,7 @@ def main() -> int:
         settings={"device": _device_name(toy), "blocks": args.blocks, "text_tokens": TEXT_TOKENS},
     )
     job: dict[str, Any] = {"toy": toy, "repeats": num_repeats(args), "blocks": args.blocks}
+    job |= {"cases": args.cases, "profile": args.profile}
     with scratch("gpu") as folder:
         for part in args.parts.split(","):
             (found,) = run_ranks(__file__, 1, {**job, "part": part}, folder / part, on_gpu=not toy)
