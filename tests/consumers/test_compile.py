@@ -15,7 +15,9 @@ from qwenimg_dist.compose import load_config
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_compiled_blocks_take_the_steps_of_eager_ones(small_input: Path, tmp_path: Path) -> None:
-    ended = run_gang([SCRIPT, str(small_input / "pipeline"), str(tmp_path), "compile"], 2, tmp_path / "logs", timeout_s=900)
+    ended = run_gang(
+        [SCRIPT, str(small_input / "pipeline"), str(tmp_path), "compile"], 2, tmp_path / "logs", timeout_s=900
+    )
     assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
     found = json.loads((tmp_path / "compile.json").read_text())
     assert found["graphs"] > 0
