@@ -116,7 +116,8 @@ class Wandb:
             resume="must" if online and run_id else None,
             dir=str(run_dir),
             config=dict(values),
-            settings=wandb.Settings(x_disable_meta=True, console="off", silent=True),
+            # No command line, environment or address of a remote: each may hold a token.
+            settings=wandb.Settings(x_disable_meta=True, disable_git=True, console="off", silent=True),
         )
         self._run.define_metric(STEP_KEY)
         for kind in ("train/*", "eval/*", "norms/*"):

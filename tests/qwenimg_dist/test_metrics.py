@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
+from wandb_file import WandbFile, read_wandb
 
 from qwenimg_dist.config import LoggerConfig
 from qwenimg_dist.metrics import JsonLines, RunLog, peak_flops, truncate_after
@@ -65,16 +69,107 @@ def test_peak(name: str, tflops: float | None) -> None:
     assert peak == (None if tflops is None else pytest.approx(tflops * 1e12))
 
 
-def test_wandb_offline(tmp_path: Path) -> None:
+def finished(file: Path) -> WandbFile:
+    """W&B's background process writes the file a moment after the run's end."""
+    deadline = time.monotonic() + 30
+    while not (found := read_wandb(file)).ended:
+        assert time.monotonic() < deadline, f"{file} has no end"
+        time.sleep(0.1)
+    return found
+
+
+def offline_files(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_offline_files_hold_metrics_pictures_and_tables_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    monkeypatch.setenv("HF_TOKEN", "hf_never_to_be_written")
+    run_dir = tmp_path / "run-a"
+    run_dir.mkdir()
+    grid = run_dir / "grid.png"
+    Image.new("RGB", (48, 32), "red").save(grid)
     config = LoggerConfig(wandb="offline", project="test")
-    log = RunLog(config, tmp_path, samples=True, wandb_id="ignored", values={"optim.lr": 1e-3})
-    log.metrics(1, {"train/loss": 2.0})
+    log = RunLog(config, run_dir, samples=True, wandb_id="ignored", values={"optim.lr": 1e-3})
+    log.metrics(1, {"train/loss": 2.0, "eval/bucket/64x32": 0.5, "norms/grad/all": 3.0})
     log.metrics(1, {"train/loss": 2.0})  # a resumed run repeats a step
+    log.metrics(7, {"train/loss": 1.0} | {f"train/metric_{n}": n / 7 for n in range(2000)})  # longer than a block
+    log.picture(7, "samples", grid)
+    log.table(7, "worst_held_out", ("key", "loss"), [["row-a", 1.5], ["row-b", float("nan")]])
     log.samples(1, "64x64", ["a", "b"])
     assert log.wandb_id is None  # an offline attempt cannot be continued
     log.close()
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
-    assert json.loads((tmp_path / "samples.jsonl").read_text()) == {"step": 1, "bucket": "64x64", "keys": ["a", "b"]}
+    assert json.loads((run_dir / "samples.jsonl").read_text()) == {"step": 1, "bucket": "64x64", "keys": ["a", "b"]}
+    assert json.loads((run_dir / "tables.jsonl").read_text()) == {
+        "step": 7,
+        "table": "worst_held_out",
+        "rows": [{"key": "row-a", "loss": 1.5}, {"key": "row-b", "loss": None}],
+    }
+
+    (file,) = offline_files(run_dir)
+    found = finished(file)
+    assert (found.run.project, found.run.run_group) == ("test", "run-a")
+    assert {key: value for key, value in found.config.items() if key != "_wandb"} == {"optim.lr": "0.001"}
+    assert [line["train/global_step"] for line in found.history] == [1, 1, 7, 7, 7]
+    assert found.history[0]["eval/bucket/64x32"] == 0.5
+    assert found.history[2]["train/metric_1999"] == pytest.approx(1999 / 7)
+    kinds = ("train/*", "eval/*", "norms/*")
+    assert {name: found.metrics[name] for name in kinds} == dict.fromkeys(kinds, "train/global_step")
+    picture, table = found.history[3], found.history[4]
+    assert (picture["eval/samples/width"], picture["eval/samples/height"]) == (48, 32)
+    assert (file.parent / "files" / picture["eval/samples/path"]).read_bytes() == grid.read_bytes()
+    written = json.loads((file.parent / "files" / table["eval/worst_held_out/path"]).read_text())
+    assert written["columns"] == ["key", "loss"]
+    assert written["data"] == [["row-a", 1.5], ["row-b", None]]
+    assert {picture["eval/samples/path"], table["eval/worst_held_out/path"]} <= found.files
+    for path in (run_dir / "wandb").rglob("*"):
+        if path.is_file():
+            assert not any(secret in path.read_bytes() for secret in (b"0123456789abcdef0123", b"hf_never")), path
+
+
+def test_offline_attempts_of_a_run_share_a_group(tmp_path: Path) -> None:
+    for step in (1, 2):
+        log = RunLog(LoggerConfig(wandb="offline", project="t"), tmp_path, samples=False, wandb_id=None, values={})
+        log.metrics(step, {"train/loss": 1.0})
+        log.close()
+    found = [finished(file) for file in offline_files(tmp_path)]
+    assert len({one.run.run_id for one in found}) == 2
+    assert {one.run.run_group for one in found} == {tmp_path.name}
+
+
+@pytest.mark.parametrize(("known", "resume"), [(None, None), ("abc", "must")])
+def test_online_continues_the_run_of_the_checkpoint_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: str | None, resume: str | None
+) -> None:
+    """What W&B's server is asked for; there is none here."""
+    import wandb
+
+    asked: dict[str, Any] = {}
+    logged: list[dict[str, Any]] = []
+
+    class Run:
+        id = known or "new"
+
+        def define_metric(self, *_: str, **__: str) -> None: ...
+
+        def log(self, values: dict[str, Any], **step: Any) -> None:
+            assert not step  # W&B drops what is logged at an earlier step of its own
+            logged.append(values)
+
+        def finish(self) -> None: ...
+
+    def init(**given: Any) -> Run:
+        asked.update(given)
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    log = RunLog(LoggerConfig(wandb="online", group="g"), tmp_path, samples=False, wandb_id=known, values={})
+    log.metrics(5, {"train/loss": 1.0})
+    assert (asked["id"], asked["resume"], asked["group"], asked["mode"]) == (known, resume, "g", "online")
+    assert log.wandb_id == (known or "new")
+    assert logged == [{"train/loss": 1.0, "train/global_step": 5}]
 
 
 def test_a_failing_tracker_does_not_fail_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
