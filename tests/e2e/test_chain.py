@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ import pyarrow.compute as pc
 import pytest
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from PIL import Image
+from wandb_file import finished, offline_files
 
 from consumers.checkpoint_reader import open_checkpoint
 from qwenimg_dist.data.facets import Dataset
@@ -29,7 +32,10 @@ SMALL = (
     "train.log_every=1",
     "checkpoint.every=2",
     "evaluate.every=3",
-    "evaluate.grid_every=0",
+    "evaluate.grid_every=3",
+    "evaluate.num_steps=2",
+    "evaluate.weights=both",
+    "logger=offline",
     "sample.num_steps=2",
 )
 
@@ -127,6 +133,30 @@ def test_the_export_has_its_checkpoint_s_certificate(demo: Path) -> None:
     assert exported.read_bytes() == (checkpoint / "certificate.json").read_bytes()
     assert json.loads(exported.read_text())["step"] == STEPS
     assert json.loads((demo / "pipeline-64px" / "certificate.json").read_text())["step"] == 4
+
+
+def test_grids_of_ema_and_raw_weights_and_what_wandb_got(demo: Path) -> None:
+    grids = {file.name: file.read_bytes() for file in (demo / "run" / "samples").glob("*.png")}
+    assert sorted(grids) == ["step-00000000.png"] + [
+        f"step-{step:08d}{which}.png" for step in (3, 6) for which in ("-raw", "")
+    ]
+    assert grids["step-00000006.png"] != grids["step-00000006-raw.png"]
+    with Image.open(io.BytesIO(grids["step-00000006-raw.png"])) as grid:
+        assert max(grid.size) > 4 * 96
+    (file,) = offline_files(demo / "run")
+    found = finished(file)
+    assert found.run.run_group == "run"
+    pictures = [(line["train/global_step"], name) for line in found.history for name in line if name.endswith("/path")]
+    assert pictures == [
+        (0, "eval/samples/path"),
+        *((step, f"eval/{name}/path") for step in (3, 6) for name in ("samples", "samples-raw", "worst_held_out")),
+    ]
+    logged = {line["train/global_step"]: line for line in found.history if "train/loss" in line}
+    assert sorted(logged) == list(range(1, STEPS + 1))
+    for line in lines(demo / "run" / "metrics.jsonl"):
+        assert logged[line["step"]]["train/loss"] == line["train/loss"]
+    assert {"eval/loss_64", "eval/loss_128", "eval/start_loss_128", "eval/raw/loss_64"} <= logged[3].keys()
+    assert not [value for value in found.config.values() if str(demo) in value]  # no path, no name of this machine
 
 
 def test_the_report_is_one_file_with_grids_and_commands(demo: Path) -> None:

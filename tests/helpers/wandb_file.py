@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,20 @@ class WandbFile:
     """Name or glob -> its step metric, as defined."""
     files: set[str] = field(default_factory=set)
     ended: bool = False
+
+
+def offline_files(run_dir: Path) -> list[Path]:
+    """The files of a run directory's offline attempts, oldest first."""
+    return sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def finished(file: Path) -> WandbFile:
+    """A file whose run has ended: W&B's background process writes it a moment later."""
+    deadline = time.monotonic() + 30
+    while not (found := read_wandb(file)).ended:
+        assert time.monotonic() < deadline, f"{file} has no end"
+        time.sleep(0.1)
+    return found
 
 
 def read_wandb(file: Path) -> WandbFile:

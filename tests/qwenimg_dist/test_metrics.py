@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from wandb_file import WandbFile, read_wandb
+from wandb_file import finished, offline_files
 
 from qwenimg_dist.config import LoggerConfig
 from qwenimg_dist.metrics import JsonLines, RunLog, peak_flops, truncate_after
@@ -67,19 +66,6 @@ def test_lines_are_readable_at_once_and_hold_no_nan(tmp_path: Path) -> None:
 def test_peak(name: str, tflops: float | None) -> None:
     peak = peak_flops(name)
     assert peak == (None if tflops is None else pytest.approx(tflops * 1e12))
-
-
-def finished(file: Path) -> WandbFile:
-    """W&B's background process writes the file a moment after the run's end."""
-    deadline = time.monotonic() + 30
-    while not (found := read_wandb(file)).ended:
-        assert time.monotonic() < deadline, f"{file} has no end"
-        time.sleep(0.1)
-    return found
-
-
-def offline_files(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_offline_files_hold_metrics_pictures_and_tables_and_no_secret(
