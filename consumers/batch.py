@@ -49,6 +49,15 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """A sample that could not be read: zeros at weight zero stand in its slot."""
+
+    key: str
+    slot: int
+    problem: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankBatch:
     """A rank's cut of one global batch."""
 
@@ -58,7 +67,8 @@ class RankBatch:
     keys: list[str]
     """Sample keys of the whole global batch in order, fill slots included."""
     num_real: int
-    """Real samples of the whole global batch: what the loss is divided by."""
+    """Real samples of the whole global batch: what the loss is divided by. As the ledger has it, until the ranks have
+    agreed on what could not be read (`bad_samples.py`)."""
     wait_s: float
     """Seconds that the training thread waited for this batch."""
     read_s: float
@@ -70,3 +80,5 @@ class RankBatch:
     """Valid text tokens this rank computes (fill slots included)."""
     padding: float
     """Share of this rank's computed tokens that are text padding or belong to fill slots, 0..1."""
+    bad: tuple[BadSample, ...] = ()
+    """Of this rank's cut."""

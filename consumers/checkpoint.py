@@ -29,8 +29,10 @@ from consumers.checkpoint_files import (
     CheckpointInfo,
     FileRecord,
     Piece,
+    checkpoint_bytes,
     checkpoints_dir,
     content_fault,
+    free_bytes,
     list_checkpoints,
     no_valid_checkpoint,
     rank_file,
@@ -86,19 +88,23 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
     certificate: Callable[[], Mapping[str, Any]] | None = None,
+    keep_every: int = 0,
 ) -> Path:
-    """Write and commit `checkpoints/step-NNNNNNNN`; then keep only the newest `keep` valid ones.
+    """Write and commit `checkpoints/step-NNNNNNNN`; then keep the newest `keep` valid ones and multiples of
+    `keep_every`.
 
-    Collective; `certificate` is asked on rank 0 alone. Raises `TrainingError` on every rank if one of them could not
-    write; nothing is visible then.
+    Collective; `certificate` is asked on rank 0 alone. Host memory: the largest share of a tensor on a GPU, nothing on
+    a CPU. Raises `TrainingError` on every rank if the disk has no room or one of them could not write; nothing is
+    visible then, and what was there stays.
     """
     ranks = engine.ranks
+    folder = checkpoints_dir(run_dir)
     fault = None
     if ranks.is_first:
+        _sweep(folder)  # what a killed gang left torn may be the room that is missing
         fault = space_fault(run_dir, engine.num_parameters, ema=ema is not None, num_frozen=engine.num_frozen)
     if fault := ranks.broadcast_json(fault):
-        raise TrainingError(fault)
-    folder = checkpoints_dir(run_dir)
+        raise TrainingError(f"checkpoint of step {step} was not begun, the ones before are untouched: {fault}")
     # Drawn anew each time: a rank of a killed gang that still lives cannot write into this directory.
     token = ranks.broadcast_json(uuid.uuid4().hex[:8])
     temporary = folder / f"{_TEMPORARY}{step_name(step)}-{token}"
@@ -109,7 +115,7 @@ def save_checkpoint(
         record = write_rank_file(temporary / record.name, list(_pieces(engine, ema)))
     except OSError as problem:
         error = problem
-    _agree(error, ranks, temporary, step)
+    _agree(error, engine, ema, temporary, step)
     records = _gather(record, ranks)
     whole = {
         **state,
@@ -128,9 +134,9 @@ def save_checkpoint(
             _commit(temporary, folder / step_name(step), step=step, num_ranks=ranks.world_size, records=records)
         except (OSError, ValueError) as problem:
             error = problem
-    _agree(error, ranks, temporary, step)
+    _agree(error, engine, ema, temporary, step)
     if ranks.is_first:
-        _retain(run_dir, step, keep)
+        _retain(run_dir, step, keep, keep_every)
     return folder / step_name(step)
 
 
@@ -155,15 +161,19 @@ def load_newest(engine: Engine, ema: Ema | None, run_dir: Path) -> Loaded | None
     raise no_valid_checkpoint(run_dir, skipped)
 
 
-def _agree(error: Exception | None, ranks: Ranks, temporary: Path, step: int) -> None:
+def _agree(error: Exception | None, engine: Engine, ema: Ema | None, temporary: Path, step: int) -> None:
     """Raise on every rank if one of them failed; a rank that went on alone would wait for ever."""
+    ranks = engine.ranks
     told = ranks.first_problem(f"rank {ranks.rank}: {error}" if error is not None else "")
     if not told:
         return
     if ranks.is_first:
         shutil.rmtree(temporary, ignore_errors=True)
+    needed = checkpoint_bytes(engine.num_parameters, ema=ema is not None, num_frozen=engine.num_frozen)
+    free = free_bytes(temporary.parent)
     raise TrainingError(
-        f"checkpoint of step {step} was not committed: {told}. Make room; the same command goes on from the one before"
+        f"checkpoint of step {step} was not committed: {told}. It needs {needed / 1e9:.3f} GB in {temporary.parent}, "
+        f"{free / 1e9:.3f} GB are free without it. Make room; the same command goes on from the one before"
     ) from error
 
 
@@ -250,8 +260,8 @@ def _commit(temporary: Path, final: Path, *, step: int, num_ranks: int, records:
     fsync_dir(final.parent)
 
 
-def _retain(run_dir: Path, step: int, keep: int) -> None:
-    """Remove what is older than the newest `keep` valid checkpoints up to `step`, and temporaries of the dead.
+def _retain(run_dir: Path, step: int, keep: int, keep_every: int) -> None:
+    """Remove what is older than the newest `keep` valid checkpoints up to `step`, but for multiples of `keep_every`.
 
     Checkpoints above the step just committed were found unusable, else the run would have gone on from them: they are
     of an abandoned future and go too, or a later start would try them first.
@@ -262,10 +272,15 @@ def _retain(run_dir: Path, step: int, keep: int) -> None:
     folder = checkpoints_dir(run_dir)
     with contextlib.suppress(OSError):  # the checkpoint is committed; what cannot be removed now is tried next time
         for info in found:
-            if not oldest_kept <= info.step <= step:
+            for_good = keep_every > 0 and info.step % keep_every == 0 and info.step <= step
+            if not for_good and not oldest_kept <= info.step <= step:
                 # Renamed first: half-removed it must not look like a checkpoint.
                 aside = folder / f"{_TEMPORARY}removed-{info.path.name}-{uuid.uuid4().hex[:8]}"
                 os.rename(info.path, aside)
-    for name in os.listdir(folder):
-        if name.startswith(_TEMPORARY):
-            shutil.rmtree(folder / name, ignore_errors=True)
+    _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove temporaries of the dead, and what retention has renamed."""
+    for file in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(file, ignore_errors=True)

@@ -94,16 +94,25 @@ def rank_file(rank: int, num_ranks: int) -> str:
 
 
 def space_fault(run_dir: Path, num_parameters: int, *, ema: bool, num_frozen: int = 0) -> str | None:
-    """None, or that the disk has no room for one checkpoint: fp32 weights, and two moments and EMA of trained ones."""
-    needed = 4 * (num_parameters + (num_parameters - num_frozen) * (2 + ema)) * 1.02
-    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    """None, or that the disk has no room for one checkpoint."""
+    needed, free = checkpoint_bytes(num_parameters, ema=ema, num_frozen=num_frozen), free_bytes(run_dir)
     if free >= needed:
         return None
     return (
         f"the disk is too full: one checkpoint in {run_dir} needs {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; "
         "make room, lower checkpoint.keep, or choose another run.path"
     )
+
+
+def checkpoint_bytes(num_parameters: int, *, ema: bool, num_frozen: int = 0) -> int:
+    """What one checkpoint takes: fp32 weights, two moments and EMA of trained ones, and some for the headers."""
+    return int(4 * (num_parameters + (num_parameters - num_frozen) * (2 + ema)) * 1.02)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free where `folder` is or would be made."""
+    existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    return shutil.disk_usage(existing).free
 
 
 def write_rank_file(file: Path, pieces: Sequence[Piece]) -> FileRecord:
@@ -206,6 +215,8 @@ def read_manifest(path: Path) -> tuple[int, list[FileRecord]]:
         tree = json.loads(file.read_text())
         if tree["format"] != FORMAT:
             raise CheckpointError(f"{file}: format {tree['format']}, this program reads {FORMAT}")
+        if step_name(int(tree["step"])) != path.name:
+            raise CheckpointError(f"{file} is of step {tree['step']}, not of {path.name}: it was moved or damaged")
         records = [
             FileRecord(name=str(name), size_bytes=int(entry["size_bytes"]), sha256=str(entry["sha256"]))
             for name, entry in sorted(tree["files"].items())
@@ -240,5 +251,5 @@ def content_fault(path: Path, record: FileRecord) -> str | None:
     if fault := size_fault(path, record):
         return fault
     if describe(path / record.name).sha256 != record.sha256:
-        return f"{path / record.name} has changed since it was written (sha256 differs)"
+        return f"{path / record.name} is not what {MANIFEST} says (sha256 differs): one of them has changed since"
     return None

@@ -133,6 +133,12 @@ class Ranks:
         dist.all_gather(everyone, mine)
         return [bytes(part.cpu().numpy()) for part in everyone]
 
+    def gather_json(self, value: Any) -> list[Any]:
+        """The JSON values of all ranks, by rank, on every rank; of any length."""
+        data = json.dumps(value).encode()
+        longest = int(self.max([float(len(data))])[0])
+        return [json.loads(part) for part in self.gather_bytes(data.ljust(longest))]
+
     def broadcast_tensor(self, tensor: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Rank 0's tensor of known shape on every rank, on the ranks' device."""
         if tensor is None:

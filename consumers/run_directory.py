@@ -50,6 +50,8 @@ _MOVED_BY_FRESH: Final = (
     "metrics.jsonl",
     "tables.jsonl",
     "samples.jsonl",
+    "bad_samples.jsonl",
+    "faults",
     "generations.jsonl",
     "index",
     "takedown",

@@ -68,6 +68,10 @@ class Hooks:
     """Asked on every rank before every step; one yes stops all of them, saved."""
     heartbeat: Callable[[int], None] = _ignore
     """Called on every rank after every step with the number of steps done."""
+    stage: Callable[[str], None] = _ignore
+    """Called on every rank with what it begins: the watchdog names it when nothing follows."""
+    log_file: str = ""
+    """A file that `say` appends to, for processes beside the rank; empty where `say` is standard error."""
     say: Callable[[str], None] = _ignore
     """One line for a person; called on rank 0, and by any rank for a warning of its own."""
     command_id: str = ""
@@ -83,6 +87,8 @@ class Progress:
     images: int = 0
     skipped_steps: int = 0
     consecutive_skips: int = 0
+    bad_keys: set[str] = field(default_factory=set)
+    """Samples that could not be read and were left out (`bad_samples.py`); at most `data.max_bad_samples`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +128,7 @@ class Session:
             "images": self.progress.images,
             "skipped_steps": self.progress.skipped_steps,
             "consecutive_skips": self.progress.consecutive_skips,
+            "bad_samples": sorted(self.progress.bad_keys),
             "generations": self.generations.count,
             "guard": self.guard.state(),
             "wandb_id": self.log.wandb_id if self.log else None,
@@ -141,6 +148,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             _say(ranks, hooks, f"train.fresh: earlier results were moved to {aside}")
         grids = _grids(config, prepared, ranks)
 
+        hooks.stage("loading the weights")
         transformer = prepared.pipeline / "transformer"
         model = load_transformer_config(transformer)
         engine = build_engine(model, config, ranks, SafetensorsDirectory(transformer))
@@ -149,6 +157,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             _say(ranks, hooks, line)
         _on_first(ranks, lambda: write_json(prepared.run_dir / GROUPS_FILE, to_json(engine.groups)))
         ema = Ema(engine, config.optim.ema_decay) if config.optim.ema_decay else None
+        hooks.stage("loading a checkpoint")
         loaded = load_newest(engine, ema, prepared.run_dir)
         progress = _progress(loaded, prepared, ranks, hooks)
         certifier = Certifier(engine, config, model, prepared, loaded.step if loaded else None)
@@ -161,9 +170,11 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         stack.callback(lambda: log.close() if log else None)
 
         known = int(loaded.state["generations"]) if loaded else 0
+        hooks.stage("opening the data")
         generations, stream = _open_data(config, prepared, ranks, hooks, progress.step, known, stack)
         _on_first(ranks, lambda: _tell_plan(config, generations, ranks, hooks, progress.step))
         batches = {phase.index: sorted(phase.weights) for phase in prepared.ledger.phases}
+        hooks.stage("the starting model's held-out losses")
         held_out, start = baseline(
             config, prepared, generations, stream, engine, progress.step, say=lambda line: _say(ranks, hooks, line)
         )
@@ -220,6 +231,7 @@ def await_batch(generations: Generations, ranks: Ranks, hooks: Hooks, step: int)
             return
         if ranks.any(hooks.stop_requested()):
             raise Stopped
+        hooks.stage("waiting for producers")
         if not waiting:
             _say(ranks, hooks, f"step {step}: waiting for producers")
         waiting = True
@@ -238,6 +250,7 @@ def _open_data(
     waiting = False
     dirs = prepared.data_dirs
     while not _on_first(ranks, lambda: all((folder / "dataset.json").is_file() for folder in dirs.values())):
+        hooks.stage("waiting for a data set")
         if not waiting:
             _say(ranks, hooks, f"waiting for a data set in {', '.join(map(str, dirs.values()))}")
         waiting = True
@@ -257,6 +270,7 @@ def _open_data(
         compute_dtype=torch.bfloat16 if config.engine.precision == "bf16" else torch.float32,
         pin_memory=ranks.device.type == "cuda",
         logvar=prepared.facets.logvar,
+        tolerant=config.data.max_bad_samples > 0,
     )
     stack.callback(stream.close)
     return generations, stream
@@ -307,6 +321,7 @@ def _progress(loaded: Loaded | None, prepared: Prepared, ranks: Ranks, hooks: Ho
         images=int(loaded.state["images"]),
         skipped_steps=int(loaded.state["skipped_steps"]),
         consecutive_skips=int(loaded.state["consecutive_skips"]),
+        bad_keys=set(loaded.state.get("bad_samples", [])),
     )
 
 

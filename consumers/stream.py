@@ -9,7 +9,8 @@ trainer. Works ahead in one background thread, so the order is kept and a step's
    rank has as many micro-batches as every other.
 3. Texts that a cut uses several times (the empty prompt) are read once.
 
-Refuses to hide a fault: whatever the thread met is raised in `get`, in the step that it belongs to.
+Refuses to hide a fault: whatever the thread met is raised in `get`, in the step that it belongs to, or, with
+`tolerant`, told in the batch.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from consumers.batch import MicroBatch, RankBatch
-from qwenimg_dist.data.catalog import Catalogs, Ints
+from consumers.batch import BadSample, MicroBatch, RankBatch
+from qwenimg_dist.data.catalog import Catalogs, Ints, Places
 from qwenimg_dist.data.held_out import HeldOutBucket
 from qwenimg_dist.data.ledger import GlobalBatch, Ledger
 from qwenimg_dist.data.reader import TarReader
@@ -74,7 +75,9 @@ class Stream:
         pin_memory: bool = False,
         prefetch: int = PREFETCH,
         logvar: bool = False,
+        tolerant: bool = False,
     ) -> None:
+        """With `tolerant`, what cannot be read of a training batch is told in `RankBatch.bad` instead of raised."""
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
         self._ledger = ledger
@@ -82,6 +85,7 @@ class Stream:
         self._world = world
         self._prefetch = prefetch
         self._logvar = logvar
+        self._tolerant = tolerant
         self._assembler = Assembler(ledger.catalogs, compute_dtype=compute_dtype, pin_memory=pin_memory)
         self._pending: dict[int, Future[RankBatch | None]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
@@ -185,11 +189,18 @@ class Stream:
             bucket=batch.bucket,
             sizes=cut.sizes,
             logvar=self._logvar,
+            tolerant=self._tolerant,
+        )
+        keys = self._ledger.catalogs.keys(batch.rows)
+        bad = tuple(
+            BadSample(key=keys[int(cut.source[at])], slot=int(cut.slots[at]), problem=problem)
+            for at, problem in sorted(self._assembler.problems.items())
         )
         return _rank_batch(
             batch,
             micro_batches,
-            keys=self._ledger.catalogs.keys(batch.rows),
+            keys=keys,
+            bad=bad,
             tokens=tokens[cut.source],
             weights=weights,
             read_s=time.perf_counter() - begin,
@@ -207,6 +218,9 @@ class Assembler:
         self._reader = TarReader()
         self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
         self.read_bytes = 0
+        self._tolerant = False
+        self.problems: dict[int, str] = {}
+        """Of the last `micro_batches`: position of a sample that could not be read -> why."""
 
     def close(self) -> None:
         """Close files."""
@@ -224,10 +238,18 @@ class Assembler:
         bucket: Bucket,
         sizes: Sequence[int],
         logvar: bool = False,
+        tolerant: bool = False,
     ) -> list[MicroBatch]:
-        """Read n samples, with their log-variances if asked, and cut them into micro-batches of the given sizes."""
+        """Read n samples, with their log-variances if asked, and cut them into micro-batches of the given sizes.
+
+        Raises `DataError` for what cannot be read; if `tolerant`, zeros at weight zero stand there instead.
+        """
+        self.problems = {}
+        self._tolerant = tolerant
         latents = self._latents(rows, resolution, bucket, logvar)
         features = self._features(texts)
+        weights = weights.copy()
+        weights[list(self.problems)] = 0.0
         made, begin = [], 0
         for size in sizes:
             part = slice(begin, begin + size)
@@ -254,7 +276,8 @@ class Assembler:
         for catalog, where, places in self._catalogs.latents_places(rows, resolution, bucket, logvar=logvar):
             index = catalog.latents[resolution]
             raw = self._raw("latents", int(places.nbytes.sum())).reshape(num * len(where), -1)
-            self.read_bytes += self._reader.read(places, list(raw))
+            for number, problem in self._read(places, list(raw)).items():
+                self.problems[int(where[number % len(where)])] = problem
             shape = index.shape(bucket)
             if made is None:
                 made = torch.empty(num, len(rows), *shape, dtype=torch.float32)
@@ -270,11 +293,20 @@ class Assembler:
             raw = self._raw("texts", int(places.nbytes.sum()))
             ends = np.cumsum(places.nbytes)
             parts = [raw[end - num : end] for end, num in zip(ends, places.nbytes, strict=True)]
-            self.read_bytes += self._reader.read(places, parts)
+            for index, problem in self._read(places, parts).items():
+                self.problems.update(dict.fromkeys(np.flatnonzero(texts == unique[where[index]]).tolist(), problem))
             for position, part in zip(unique[where], parts, strict=True):
                 view = _typed(part, catalog.text_dtype).view(-1, catalog.text_width)
                 features[int(position)] = view.to(self.dtype, copy=True)
         return features
+
+    def _read(self, places: Places, out: Sequence[npt.NDArray[np.uint8]]) -> dict[int, str]:
+        """Index of what could not be read -> why; always empty unless that is tolerated."""
+        self.read_bytes += int(places.nbytes.sum())
+        if self._tolerant:
+            return self._reader.read_what_can_be(places, out)
+        self._reader.read(places, out)
+        return {}
 
     def _finish(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.pin_memory() if self.pin_memory else tensor
@@ -296,6 +328,7 @@ def _rank_batch(
     micro_batches: list[MicroBatch],
     *,
     keys: list[str],
+    bad: tuple[BadSample, ...],
     tokens: Ints,
     weights: npt.NDArray[np.float32],
     read_s: float,
@@ -315,4 +348,5 @@ def _rank_batch(
         image_tokens=len(tokens) * per_image,
         text_tokens=int(tokens.sum()),
         padding=1 - useful / computed,
+        bad=bad,
     )

@@ -18,13 +18,16 @@ from typing import Final, Literal
 
 import torch
 
+from consumers.bad_samples import next_batch
 from consumers.batch import RankBatch
 from consumers.checkpoint import save_checkpoint
 from consumers.curriculum import lr_at
 from consumers.engine import StepResult, start_distributed, stop_distributed
 from consumers.errors import DegradedError, TrainingError
+from consumers.fault_dump import dump_micro_batch
 from consumers.session import Hooks, Session, Stopped, await_batch, open_session
 from consumers.watch import draw_grids, due_norms, evaluate
+from consumers.watchdog import watched
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.phases import phase_at
 from qwenimg_dist.debug import fault_point
@@ -40,10 +43,15 @@ def train(config: Config, hooks: Hooks | None = None) -> Outcome:
     `engine.max_skipped_steps` steps in a row were not finite, or (`DegradedError`, saved) when the guard stops the run.
     """
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_rank)))
-    ranks = start_distributed(config.cluster.device)
-    with contextlib.ExitStack() as afterwards:
+    with (
+        _stop_signals(hooks or Hooks()) as hooks,
+        watched(config, hooks) as hooks,
+        contextlib.ExitStack() as afterwards,
+    ):
         try:
-            with _stop_signals(hooks or Hooks()) as hooks, open_session(config, ranks, hooks) as session:
+            hooks.stage("joining the other ranks")
+            ranks = start_distributed(config.cluster.device)
+            with open_session(config, ranks, hooks) as session:
                 if session.report:
                     afterwards.callback(session.report.finish)  # when no rank waits for this one any more
                 return _loop(session)
@@ -73,15 +81,17 @@ def _loop(session: Session) -> Outcome:
             await_batch(session.generations, ranks, session.hooks, progress.step)
         except Stopped:
             break
+        session.hooks.stage("reading the batch")
         begin = time.perf_counter()
         session.throughput.begin()
         engine.checkpoint_activations(phase_at(phases, progress.step).activation_checkpointing)
-        batch = ranks.together(lambda: session.stream.get(progress.step))
+        batch = next_batch(session)
 
-        # ---- Objective: losses and gradients, or None if a loss was not finite on some rank.
-        losses = _accumulate(session, batch)
+        # ---- Objective: losses and gradients, or None if a loss was not finite on some rank (or nothing was readable).
+        losses = _accumulate(session, batch) if batch.num_real else None
 
         # ---- Clip, step, EMA.
+        session.hooks.stage("update")
         lr = lr_at(phases, config.optim, progress.step)
         norms = due_norms(session) if losses is not None else {}
         if losses is None:
@@ -98,6 +108,7 @@ def _loop(session: Session) -> Outcome:
         session.throughput.count(batch, time.perf_counter() - begin)
 
         # ---- Log; evaluate: held-out losses and grids.
+        session.hooks.stage("logging and evaluating")
         _log(session, batch, losses, result, lr, norms, last=progress.step == last_step)
 
         # ---- Checkpoint if due.
@@ -123,13 +134,16 @@ def _accumulate(session: Session, batch: RankBatch) -> dict[str, float] | None:
     scale = ranks.world_size / batch.num_real  # the engine averages over ranks
     sums: dict[str, float] = {}
     for index, micro in enumerate(batch.micro_batches):
+        session.hooks.stage("forward and backward")
         output = session.objective.loss(engine.predict, micro.to(ranks.device), step=session.progress.step)
         if not ranks.all_finite(output.loss):
             if not bool(torch.isfinite(output.loss.detach())):
+                step = session.progress.step + 1
                 where = f"micro-batch {index} of {batch.batch.bucket}, slots {micro.slots.tolist()}"
-                _warn(
-                    session, f"rank {ranks.rank}: step {session.progress.step + 1}: the loss is not finite in {where}"
+                told = dump_micro_batch(
+                    session.run_dir, step=step, rank=ranks.rank, index=index, batch=batch, micro=micro, output=output
                 )
+                _warn(session, f"rank {ranks.rank}: step {step}: the loss is not finite in {where}: {told}")
             return None
         engine.backward(output.loss * scale, last=index + 1 == len(batch.micro_batches))
         for name, value in {"loss": output.loss, **output.metrics}.items():
@@ -144,7 +158,8 @@ def _count_skip(session: Session, batch: RankBatch, result: StepResult) -> None:
     if result.skipped and session.ranks.is_first:
         _warn(
             session,
-            f"step {progress.step}: not finite, skipped on all ranks (samples {', '.join(batch.keys[:8])}, ...)",
+            f"step {progress.step}: not finite, or nothing readable: skipped on all ranks "
+            f"(samples {', '.join(batch.keys[:8])}, ...)",
         )
     if progress.consecutive_skips > allowed:
         raise TrainingError(
@@ -178,7 +193,7 @@ def _log(
     if session.log is None:
         return
     values = {
-        **{f"train/{name}": total / batch.num_real for name, total in zip(names, totals, strict=True)},
+        **{f"train/{name}": total / max(1, batch.num_real) for name, total in zip(names, totals, strict=True)},
         "train/grad_norm": result.grad_norm,
         "train/lr": lr,
         "train/phase": batch.batch.phase,
@@ -194,6 +209,7 @@ def _log(
         },
         "train/images": session.progress.images,
         "train/skipped_steps": session.progress.skipped_steps,
+        "train/bad_samples": len(session.progress.bad_keys),
         **rates,
         **extra,
     }
@@ -206,6 +222,7 @@ def _log(
 
 
 def _save(session: Session) -> None:
+    session.hooks.stage("saving")
     if session.log:
         session.log.sync()
     if session.config.checkpoint.certify == "save":
@@ -219,6 +236,7 @@ def _save(session: Session) -> None:
         state=session.state(),
         keep=session.config.checkpoint.keep,
         certificate=lambda: certifier.record(progress.step, progress.images),
+        keep_every=session.config.checkpoint.keep_every,
     )
     if session.ranks.is_first:
         session.hooks.say(f"saved step {session.progress.step}")

@@ -285,8 +285,8 @@ def _end_actor(slot: _Slot) -> None:
             os.kill(slot.seat.pid, signal.SIGKILL)
 
 
-def why_died(error: RayError) -> str:
-    """What Ray tells about the end of an actor, as far as it tells.
+def why_died(error: RayError, *, who: str = "the producer", less_memory: str = _LESS_MEMORY) -> str:
+    """What Ray tells about the end of an actor (`who`), as far as it tells.
 
     Its message for any process that is suddenly gone lists OOM, `ray stop` and SIGSEGV as possible causes: that list is
     cut off, since it says nothing about this case. A kernel OOM kill and another SIGKILL look alike to Ray.
@@ -295,7 +295,7 @@ def why_died(error: RayError) -> str:
     for guesses in ("Some common causes include", "There are some potential root causes"):
         text = text.partition(guesses)[0]
     if isinstance(error, OutOfMemoryError) or "running low on memory" in text:
-        cause = f"Ray ended the producer because its machine ran out of memory: {_LESS_MEMORY}"
+        cause = f"Ray ended {who} because its machine ran out of memory: {less_memory}"
     elif isinstance(error, ActorDiedError) and error.preempted:
         cause = "its machine was taken away"
     elif isinstance(error, ActorDiedError) and error.actor_init_failed:
@@ -303,7 +303,7 @@ def why_died(error: RayError) -> str:
     elif machine_died(error):
         cause = "its machine died or lost contact"
     elif isinstance(error, RayActorError):
-        cause = "the producer was killed (SIGKILL, or the kernel for lack of memory) or crashed in native code"
+        cause = f"{who} was killed (SIGKILL, or the kernel for lack of memory) or crashed in native code"
     else:
         cause = "Ray could not run it"
     return f"{cause} [{text[:400]}]"

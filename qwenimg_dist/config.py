@@ -302,6 +302,10 @@ class DataConfig(Section):
     takedown: str | None = None
     """A text file with one uri, sample key or sha256 per line: rows that are left out of every generation recorded from
     then on. May grow while a run lasts; each generation records which list it followed."""
+    max_bad_samples: NonNegativeInt = 0
+    """Different samples whose bytes may turn out unreadable (a shard missing, cut or failing to read) before the run
+    stops; 0 stops at the first. Each is left out of its batch with weight zero on all ranks alike, written to
+    `bad_samples.jsonl` and counted across resumes. It costs nothing but those samples."""
     weights: RowWeights = {}
     """Expression over the index columns -> how often its rows come per epoch: 3 three times, 0.5 every other epoch, 0
     never. Weights of all expressions that hold for a row are multiplied; a row with none comes once. On a command line,
@@ -585,7 +589,11 @@ class EngineConfig(Section):
 class CheckpointConfig(Section):
     every: PositiveInt = 500
     keep: PositiveInt = 3
-    """Newest checkpoints kept; older ones are removed after a new one is committed."""
+    """Newest checkpoints kept; older ones are removed after a new one is committed. Each takes 16 bytes per parameter
+    on disk (12 without EMA), and while one is written there is one more than this."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints of steps that are multiples of this stay for good, whatever `keep` says; 0 keeps none so. The disk
+    they fill is never given back by the run."""
     certify: Literal["start", "save", "off"] = "start"
     """When the run's call of the transformer is compared with stock diffusers' on the same weights: at each start, also
     before each `save`, or never. The result stands in every checkpoint's certificate; a difference beyond rounding
@@ -611,6 +619,13 @@ class TrainConfig(Section):
     norms_every: NonNegativeInt = 0
     """Steps between norms of gradients and parameters per block (`norms/...`); 0 turns them off. Costs one pass over a
     rank's gradients and masters and one small all-reduce."""
+    heartbeat_timeout_s: PositiveFloat = 120
+    """A rank whose process gives no sign of life for so long (stopped, frozen, its machine starved) is ended by the
+    watchdog beside it, and the gang starts anew. Signs come from a thread every second, whatever the rank works on:
+    long loading, compiling, saving or evaluating does not matter here."""
+    stall_timeout_s: PositiveFloat = 3600
+    """A rank that lives but has not come from one stage or micro-batch to the next for so long is ended likewise. Must
+    exceed the longest single stage: loading the weights, compiling, one save, one evaluation."""
     fresh: bool = False
     """Start from step 0 even if the run directory holds checkpoints; they are moved aside."""
     dry_run: bool = False

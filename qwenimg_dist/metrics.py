@@ -217,6 +217,6 @@ def _start_wandb(config: LoggerConfig, run_dir: Path, wandb_id: str | None, valu
 
 
 def truncate_logs(run_dir: Path, step: int) -> None:
-    """Cut `metrics.jsonl`, `tables.jsonl` and `samples.jsonl` back to what a run at `step` had written."""
-    for name in ("metrics.jsonl", "tables.jsonl", "samples.jsonl"):
+    """Cut the run's files of lines per step back to what a run at `step` had written."""
+    for name in ("metrics.jsonl", "tables.jsonl", "samples.jsonl", "bad_samples.jsonl"):
         truncate_after(run_dir / name, step)

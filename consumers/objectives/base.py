@@ -32,6 +32,8 @@ class LossOutput:
     """fp32 scalar with a graph."""
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
     """fp32 scalars without a graph; logged as `train/NAME`."""
+    per_sample: dict[str, torch.Tensor] = field(default_factory=dict)
+    """(b, ...) without a graph, on the device: what led to the loss of each sample. Read only when it is not finite."""
 
 
 class Objective(Protocol):

@@ -51,11 +51,13 @@ class FlowMatching:
         if self.config.posterior == "sample":
             micro = self._sampled(micro, step)
         errors = squared_errors(predict, micro, sigma, noise)
+        per_sample = {"sigma": sigma, "error": errors.detach()}
         if self.config.weighting == "none":
-            return LossOutput(loss=(micro.weights * errors).sum())
+            return LossOutput(loss=(micro.weights * errors).sum(), per_sample=per_sample)
         weights = micro.weights * loss_weight(self.config, sigma, mu)
         unweighted = (micro.weights * errors.detach()).sum()
-        return LossOutput(loss=(weights * errors).sum(), metrics={"loss_unweighted": unweighted})
+        metrics = {"loss_unweighted": unweighted}
+        return LossOutput(loss=(weights * errors).sum(), metrics=metrics, per_sample=per_sample)
 
     def _sampled(self, micro: MicroBatch, step: int) -> MicroBatch:
         """With latents `mean + exp(logvar / 2) * N(0,1)`."""

@@ -159,9 +159,11 @@ def _trainer(config: Config, command_id: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from qwenimg_dist.commands.train_deaths import Deaths
+
     cluster, on_gpu = config.cluster, config.cluster.device == "cuda"
     threads = str(max(1, int(cluster.cpus_per_rank)))
-    storage = Path(required(config.run.path, "run.path")).resolve() / ".ray"
+    run_dir = Path(required(config.run.path, "run.path")).resolve()
     resources = {"CPU": cluster.cpus_per_rank, **({"GPU": 1.0} if on_gpu else {})}
     return TorchTrainer(
         _rank,
@@ -170,7 +172,8 @@ def _trainer(config: Config, command_id: str) -> Any:
         scaling_config=ScalingConfig(num_workers=cluster.ranks, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name="train",
-            storage_path=str(storage),
+            storage_path=str(run_dir / ".ray"),
+            callbacks=[Deaths(str(run_dir / LOG_FILE), cluster.max_restarts)],
             failure_config=FailureConfig(max_failures=cluster.max_restarts),
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}},
         ),
@@ -199,7 +202,10 @@ def _rank(job: dict[str, Any]) -> dict[str, Any]:
         say(f"{os.environ.get('WORLD_SIZE', '1')} ranks are there")
     try:
         hooks = Hooks(
-            stop_requested=lambda: is_first and stop_file.exists(), say=say, command_id=str(job["command_id"])
+            stop_requested=lambda: is_first and stop_file.exists(),
+            say=say,
+            log_file=str((run_dir / LOG_FILE).absolute()),
+            command_id=str(job["command_id"]),
         )
         outcome = train(config, hooks)
     except ValueError as error:

@@ -7,11 +7,13 @@ names tar, key and way out. Refuses a tar whose size is not the committed one, a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -47,6 +49,28 @@ class TarReader:
                 self._read_run(places, run, out)
         return int(places.nbytes.sum())
 
+    def read_what_can_be(self, places: Places, out: Sequence[Bytes]) -> dict[int, str]:
+        """As `read`, but tensors that cannot be read are filled with zeros and named: index -> problem."""
+        with contextlib.suppress(DataError):
+            self.read(places, out)
+            return {}
+        problems: dict[int, str] = {}
+        for index in range(len(places.nbytes)):
+            here = slice(index, index + 1)
+            one = replace(
+                places,
+                tar=places.tar[here],
+                offset=places.offset[here],
+                nbytes=places.nbytes[here],
+                keys=places.keys[here],
+            )
+            try:
+                self.read(one, out[here])
+            except DataError as error:
+                out[index][:] = 0
+                problems[index] = str(error)
+        return problems
+
     def close(self) -> None:
         """Close all tars; the reader can be used again."""
         with self._lock:
@@ -56,7 +80,7 @@ class TarReader:
     def _read_run(self, places: Places, run: npt.NDArray[np.intp], out: Sequence[Bytes]) -> None:
         """Read tensors that lie close together in one tar."""
         tar = places.tars[int(places.tar[run[0]])]
-        handle = self._handle(tar, places.keys[run[0]])
+        handle = self._handle(tar, places.keys[run[0]], int(places.offset[run[0]]))
         buffers: list[Any] = []
         position = start = int(places.offset[run[0]])
         for index in run:
@@ -76,12 +100,14 @@ class TarReader:
             try:
                 got = os.preadv(handle, [out.data[done:]], offset + done)
             except OSError as error:
-                raise self._failed(tar, places.keys[index], f"{error.strerror} at byte {offset + done}") from error
+                what = f"{error.strerror} at byte {offset + done}"
+                raise self._failed(tar, places.keys[index], offset, what) from error
             if got == 0:
-                raise self._failed(tar, places.keys[index], f"ends at byte {offset + done}, {wanted} bytes were wanted")
+                what = f"ends at byte {offset + done}, {wanted} bytes were wanted"
+                raise self._failed(tar, places.keys[index], offset, what)
             done += got
 
-    def _handle(self, tar: TarFile, key: np.bytes_) -> int:
+    def _handle(self, tar: TarFile, key: np.bytes_, offset: int) -> int:
         name = str(tar.path)
         if name not in self._open:
             while len(self._open) >= self._max_open:
@@ -89,19 +115,20 @@ class TarReader:
             try:
                 handle = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                raise self._failed(tar, key, f"cannot be opened ({error.strerror})") from error
+                raise self._failed(tar, key, offset, f"cannot be opened ({error.strerror})") from error
             size = os.fstat(handle).st_size
             if size != tar.size_bytes:
                 os.close(handle)
-                raise self._failed(tar, key, f"has {size} bytes, {tar.size_bytes} were committed")
+                raise self._failed(tar, key, offset, f"has {size} bytes, {tar.size_bytes} were committed")
             self._open[name] = handle
         self._open.move_to_end(name)
         return self._open[name]
 
-    def _failed(self, tar: TarFile, key: np.bytes_, what: str) -> DataError:
+    def _failed(self, tar: TarFile, key: np.bytes_, offset: int, what: str) -> DataError:
         return DataError(
-            f"{tar.path} {what} (reading sample {key.decode()}): restore the file from a backup, "
-            "`qwenimg-dist data verify` lists all damage"
+            f"{tar.path} {what} (reading sample {key.decode()} at byte {offset}): restore the file from a backup, or "
+            "have it made anew: `qwenimg-dist data verify` lists all damage, `data repair` mends it. To train without "
+            "such samples, set data.max_bad_samples"
         )
 
 

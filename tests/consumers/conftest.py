@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from gang_checks import SCRIPT
 from small_run import run_gang, write_input
 
 CHECKS = ("parity", "norms", "skip", "ema_swap", "bf16", "recompute", "certificate", "save", "damage")
+DAMAGE_CHECKS = ("each_damage", "retention", "full_disk")
 OPTION_CHECKS = ("groups", "frozen_save", "offload", "hpz")
 """hpz last: DeepSpeed makes its process groups once per process."""
 Results = Callable[[str], dict[str, Any]]
@@ -26,9 +29,26 @@ def small_input(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def gang_out(small_input: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gang_out(small_input: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the two-rank gang left its results."""
-    return run_checks(small_input, tmp_path_factory.mktemp("gang"), CHECKS)
+    out = tmp_path_factory.mktemp("gang")
+    weights = small_input / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
+    # Two and a half checkpoints: masters and two moments are three times the fp32 weights.
+    with small_disk(out / "small", round(2.5 * 3 * weights.stat().st_size)):
+        yield run_checks(small_input, out, (*CHECKS, *DAMAGE_CHECKS))
+
+
+@contextmanager
+def small_disk(folder: Path, size_bytes: int) -> Iterator[None]:
+    """A file system of this size at `folder`, where this process may mount one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    try:
+        yield
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

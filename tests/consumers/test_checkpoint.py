@@ -42,8 +42,63 @@ def test_damaged_checkpoints_are_skipped_and_named(results: Results) -> None:
 
 def test_a_rank_that_cannot_write_fails_all_and_shows_nothing(results: Results) -> None:
     found = results("damage")
-    assert "step 5 was not committed: rank 1: " in found["write_error"]
+    assert "step 5 was not committed: rank 1: [Errno 27] File too large" in found["write_error"]
+    assert "GB in" in found["write_error"]
     assert found["visible"] == [f"step-{step:08d}" for step in (1, 2, 3, 4)]
+
+
+def test_each_kind_of_damage_on_each_kind_of_file_is_found_and_said(results: Results) -> None:
+    found = results("each_damage")
+    assert found.pop("restored") == [2]
+    ranks = {f"rank-0000{rank}-of-00002.safetensors" for rank in (0, 1)}
+    damages = {"missing", "empty", "cut", "longer", "flipped", "torn"}
+    files = {"manifest.json", "state.json", *ranks}
+    assert found.keys() == {f"{file} {damage}" for file in files for damage in damages}
+    for what, (step, *skipped) in found.items():
+        assert step == 1, what
+        assert len(skipped) == 1
+        assert skipped[0].startswith("step 2: ")
+        assert what.split()[0] in skipped[0], what
+
+
+def test_no_flipped_bit_of_a_manifest_goes_unnoticed(results: Results, gang_out: Path, tmp_path: Path) -> None:
+    results("save")
+    path = tmp_path / "step-00000004"
+    shutil.copytree(gang_out / "run" / "checkpoints" / path.name, path)
+    data = (path / "manifest.json").read_bytes()
+    sound = json.loads(data)
+    for position in range(len(data)):
+        damaged = bytearray(data)
+        damaged[position] ^= 1
+        (path / "manifest.json").write_bytes(damaged)
+        if not verify_checkpoint(path):
+            assert json.loads(bytes(damaged)) == sound
+
+
+def test_a_full_disk_is_survived(results: Results, gang_out: Path) -> None:
+    found = results("full_disk")
+    if not found["mounted"]:
+        pytest.skip("no small file system can be mounted here")
+    assert found["first"] is None
+    for words in ("step 2 was not committed", "No space left on device", "GB in", "Make room"):
+        assert words in found["filled_while_writing"]
+    assert found["after_filling"] == ["step-00000001"]
+    for words in ("step 2 was not begun", "the disk is too full", "GB are free", str(gang_out / "small" / "run")):
+        assert words in found["full_before"]
+    assert found["unchanged"]
+    assert found["loaded"] == [1]
+    assert found["room_again"] is None
+    assert found["left"] == [[3, None]]
+
+
+def test_the_last_ones_are_kept_and_every_third_for_good(results: Results) -> None:
+    assert results("retention")["kept"] == [3, 6, 7, 8]
+
+
+def test_groups_are_those_of_the_names(results: Results) -> None:
+    found = results("retention")
+    assert found["decays"] == {name: {"decay": 0.1, "no_decay": 0.0}[group] for name, group in found["groups"].items()}
+    assert set(found["groups"].values()) == {"decay", "no_decay"}
 
 
 def test_none_valid_is_an_error_that_names_each(results: Results) -> None:

@@ -281,3 +281,47 @@ def test_waiting_is_measured_and_work_is_done_ahead(tmp_path: Path, monkeypatch:
     clock.at_next_look = go_on.set
     assert stream.get(4).wait_s == 7.0
     stream.close()
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_what_cannot_be_read_is_told_at_weight_zero_and_the_rest_is_untouched(tmp_path: Path, stored: str) -> None:
+    producer, run = make_run(tmp_path, dtype=stored)
+    whole = [Stream(run.ledger, rank=rank, world=2, compute_dtype=torch.float32) for rank in range(2)]
+    expected = {step: [stream.get(step) for stream in whole] for step in range(STEPS)}
+    tars = sorted((producer.dataset.root / producer.facets.latents[32]).glob("*.tar"))
+    os.truncate(tars[0], 100)
+    tars[-1].unlink()
+    sorted((producer.dataset.root / producer.facets.text).glob("*.tar"))[1].unlink()
+    told: dict[str, str] = {}
+    whole_after = 0
+    for rank in range(2):
+        stream = Stream(run.ledger, rank=rank, world=2, compute_dtype=torch.float32, tolerant=True)
+        for step in range(STEPS):
+            batch, sound = stream.get(step), expected[step][rank]
+            assert batch.num_real == sound.num_real  # the ranks have not agreed yet
+            bad = {one.slot: one for one in batch.bad}
+            whole_after += not bad
+            told |= {one.key: one.problem for one in batch.bad}
+            assert len(batch.micro_batches) == len(sound.micro_batches)
+            for ours, theirs in zip(batch.micro_batches, sound.micro_batches, strict=True):
+                assert torch.equal(ours.slots, theirs.slots)
+                for i, slot in enumerate(ours.slots.tolist()):
+                    if slot in bad:
+                        assert bad[slot].key == batch.keys[min(slot, len(batch.keys) - 1)]
+                        assert float(ours.weights[i]) == 0
+                        assert torch.isfinite(ours.latents[i]).all()
+                        assert torch.isfinite(ours.text[i]).all()
+                    else:
+                        assert torch.equal(ours.latents[i], theirs.latents[i])
+                        assert torch.equal(ours.text[i], theirs.text[i])
+                        assert torch.equal(ours.weights[i], theirs.weights[i])
+        stream.close()
+    assert told
+    assert whole_after
+    assert {kind for problem in told.values() for kind in ("has 100 bytes", "cannot be opened") if kind in problem} == {
+        "has 100 bytes",
+        "cannot be opened",
+    }
+    assert all(".tar " in problem and " at byte " in problem for problem in told.values())
+    for stream in whole:
+        stream.close()

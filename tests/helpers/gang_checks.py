@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import resource
 import shutil
 import sys
 import time
@@ -35,6 +37,7 @@ from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.catalog import RunFacets
 from qwenimg_dist.data.generations import LedgerConfig
+from qwenimg_dist.debug import FAULT_DIR_VARIABLE
 from qwenimg_dist.models import transformer as qwen
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 
@@ -519,15 +522,11 @@ def check_damage(world: World) -> dict[str, Any]:
     loaded = checkpoint.load_newest(engine, None, run_dir)
     found: dict[str, Any] = {"step": loaded.step if loaded else None, "skipped": loaded.skipped if loaded else None}
 
-    original = checkpoint.write_rank_file
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if ranks.rank == 1:
-        checkpoint.write_rank_file = full_disk
-    try:
-        checkpoint.save_checkpoint(engine, None, run_dir, step=5, state={}, keep=4)
-        found["write_error"] = None
-    except TrainingError as error:
-        found["write_error"] = str(error)
-    checkpoint.write_rank_file = original
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # the kernel refuses byte 10,001 of a file
+    found["write_error"] = save_refusal(engine, run_dir, step=5)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     found["visible"] = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
     if ranks.is_first:
@@ -550,6 +549,95 @@ def check_damage(world: World) -> dict[str, Any]:
     return found
 
 
+def check_each_damage(world: World) -> dict[str, Any]:
+    """Each kind of damage on each kind of file of the newest checkpoint: the one before is loaded, and why is said."""
+    run_dir, ranks = world.out / "each", world.ranks
+    engine, _ = world.engine()
+    for step in (1, 2):
+        checkpoint.save_checkpoint(engine, None, run_dir, step=step, state={}, keep=2)
+    newest = run_dir / "checkpoints" / "step-00000002"
+    sound = {file.name: file.read_bytes() for file in newest.iterdir()}
+    found: dict[str, Any] = {}
+    for name, data in sound.items():
+        middle = len(data) // 2
+        damages = {
+            "missing": None,
+            "empty": b"",
+            "cut": data[:-9],
+            "longer": data + b"\0",
+            "flipped": data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :],
+            "torn": data[:middle] + bytes(len(data) - middle),
+        }
+        for damage, damaged in damages.items():
+            ranks.any(False)  # nobody still reads
+            if ranks.is_first:
+                (newest / name).unlink(missing_ok=True)
+                if damaged is not None:
+                    (newest / name).write_bytes(damaged)
+            ranks.any(False)
+            loaded = checkpoint.load_newest(engine, None, run_dir)
+            assert loaded is not None
+            found[f"{name} {damage}"] = [loaded.step, *loaded.skipped]
+        ranks.any(False)
+        if ranks.is_first:
+            (newest / name).write_bytes(data)
+    ranks.any(False)
+    loaded = checkpoint.load_newest(engine, None, run_dir)
+    found["restored"] = [loaded.step, *loaded.skipped] if loaded else None
+    engine.close()
+    return found
+
+
+def check_full_disk(world: World) -> dict[str, Any]:
+    """A real file system of the size of two and a half checkpoints (OUT/small, if the test could mount one)."""
+    small, ranks = world.out / "small", world.ranks
+    if not os.path.ismount(small):
+        return {"mounted": None}
+    run_dir, filler = small / "run", small / "filler"
+    engine, _ = world.engine()
+    before = snapshot(engine, None)
+    found: dict[str, Any] = {"mounted": 1, "first": save_refusal(engine, run_dir, step=1)}
+    faults = world.out / "faults"
+    if ranks.is_first:
+        faults.mkdir()
+        (faults / "checkpoint_write@next").write_text(f"fill {filler}")
+        torn = run_dir / "checkpoints" / ".tmp-step-00000002-of-the-dead"
+        torn.mkdir()
+        shutil.copy(rank_file_of(run_dir, 1), torn)
+        shutil.copy(rank_file_of(run_dir, 1), torn / "another")  # leaves no room for a whole checkpoint
+    os.environ[FAULT_DIR_VARIABLE] = str(faults)
+    ranks.any(False)
+    found["filled_while_writing"] = save_refusal(engine, run_dir, step=2)
+    del os.environ[FAULT_DIR_VARIABLE]
+    found["after_filling"] = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    found["full_before"] = save_refusal(engine, run_dir, step=2)
+    found["unchanged"] = equal(before, snapshot(engine, None))
+    loaded = checkpoint.load_newest(engine, None, run_dir)
+    found["loaded"] = [loaded.step, *loaded.skipped] if loaded else None
+    if ranks.is_first:
+        filler.unlink()
+    ranks.any(False)
+    found["room_again"] = save_refusal(engine, run_dir, step=3, keep=1)
+    found["left"] = [[info.step, info.fault] for info in checkpoint.list_checkpoints(run_dir)]
+    engine.close()
+    return found
+
+
+def check_retention(world: World) -> dict[str, Any]:
+    """The last two and every third; loaded groups are those of the names, with their own weight decay."""
+    run_dir = world.out / "retained"
+    engine, _ = world.engine()
+    for step in range(1, 9):
+        checkpoint.save_checkpoint(engine, None, run_dir, step=step, state={}, keep=2, keep_every=3)
+    kept = [info.step for info in checkpoint.list_checkpoints(run_dir)]
+    checkpoint.load_newest(engine, None, run_dir)
+    number, groups_of_adam = engine._zero.sub_group_to_group_id, engine._adam.param_groups
+    decays = {share.name: groups_of_adam[number[share.sub_group]]["weight_decay"] for share in engine.shares}
+    groups = {share.name: share.group for share in engine.shares}
+    engine.close()
+    return {"kept": kept, "decays": decays, "groups": groups}
+
+
 def check_continue(world: World) -> dict[str, Any]:
     """Go on from the newest checkpoint of OUT/other for three steps and save: for gangs of another size."""
     run_dir = world.out / "other"
@@ -563,8 +651,13 @@ def check_continue(world: World) -> dict[str, Any]:
     return {"from": loaded.step, "losses": losses}
 
 
-def full_disk(file: Path, pieces: Any) -> Any:
-    raise OSError(28, "No space left on device", str(file))
+def save_refusal(engine: Engine, run_dir: Path, *, step: int, keep: int = 4, keep_every: int = 0) -> str | None:
+    """What a save refuses with; None if it did not."""
+    try:
+        checkpoint.save_checkpoint(engine, None, run_dir, step=step, state={}, keep=keep, keep_every=keep_every)
+    except TrainingError as error:
+        return str(error)
+    return None
 
 
 def rank_file_of(run_dir: Path, step: int) -> Path:

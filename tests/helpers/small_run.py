@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,8 +96,12 @@ def run_gang(
     *,
     env: Mapping[str, str] | None = None,
     timeout_s: float = 240,
+    meanwhile: Callable[[list[subprocess.Popen[bytes]]], None] = lambda ranks: None,
 ) -> list[Ended]:
-    """Start `python COMMAND` on `world` ranks with torchrun's environment; when one fails, the others are ended."""
+    """Start `python COMMAND` on `world` ranks with torchrun's environment; when one fails, the others are ended.
+
+    `meanwhile` is called again and again with the ranks' processes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -107,6 +111,7 @@ def run_gang(
     while any(rank.poll() is None for rank in ranks):
         if any(rank.poll() not in (None, 0) for rank in ranks) or time.monotonic() > deadline:
             _end(ranks)
+        meanwhile(ranks)
         time.sleep(0.05)
     return [
         Ended(code=rank.returncode, output=(folder / f"rank-{index}.log").read_text(errors="replace"))

@@ -1,0 +1,68 @@
+"""This rank's batch of the next step, with all ranks agreed on which samples of it could not be read.
+
+Place in the flow: the trainer asks here instead of the stream. A rank that finds a sample unreadable has zeros at
+weight zero in its slot; since the loss is divided by the real samples of the whole global batch, every rank must know.
+One all-reduce of two numbers per step tells whether anything is wrong anywhere; only then are names exchanged. What is
+left out stands in `bad_samples.jsonl` of the run directory, and the different samples among it are counted, across
+resumes, up to `data.max_bad_samples`. Refuses to go on beyond that, or to let one rank fail alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from consumers.batch import RankBatch
+from qwenimg_dist.metrics import JsonLines
+
+if TYPE_CHECKING:
+    from consumers.session import Session
+
+FILE: Final = "bad_samples.jsonl"
+
+
+def next_batch(session: Session) -> RankBatch:
+    """The batch of step `progress.step`. Collective. Raises ValueError on every rank for what one of them refuses."""
+    ranks, batch, problem = session.ranks, None, ""
+    try:
+        batch = session.stream.get(session.progress.step)
+    except (ValueError, OSError) as error:
+        problem = str(error) or type(error).__name__
+    failed, num_bad = ranks.sum([float(bool(problem)), float(len(batch.bad)) if batch else 0.0])
+    if failed:
+        raise ValueError(ranks.first_problem(problem))
+    assert batch is not None
+    return _without_bad(session, batch) if num_bad else batch
+
+
+def _without_bad(session: Session, batch: RankBatch) -> RankBatch:
+    """The batch with `num_real` less what any rank could not read, which is noted and counted."""
+    found = [one for part in session.ranks.gather_json([asdict(bad) for bad in batch.bad]) for one in part]
+    # Slots beyond the batch only even out the ranks, and slots of weight zero repeat a sample: none is missed.
+    missed = [one for one in found if one["slot"] < len(batch.batch.weights) and batch.batch.weights[one["slot"]] > 0]
+    _note(session, missed)
+    return replace(batch, num_real=batch.num_real - len(missed))
+
+
+def _note(session: Session, missed: Sequence[dict[str, Any]]) -> None:
+    progress, allowed = session.progress, session.config.data.max_bad_samples
+    step, new = progress.step + 1, [one for one in missed if one["key"] not in progress.bad_keys]
+    progress.bad_keys.update(one["key"] for one in new)
+    count = len(progress.bad_keys)
+    if session.ranks.is_first and missed:
+        log = JsonLines(session.run_dir / FILE)
+        log.write(step, {"samples": list(missed)})
+        log.close()
+        if new:
+            more = f", and {len(new) - 1} more" if len(new) > 1 else ""
+            session.hooks.say(
+                f"warning: step {step} goes without unreadable samples, {count} so far "
+                f"(data.max_bad_samples={allowed}): {new[0]['problem']}{more}"
+            )
+    if count > allowed:
+        raise ValueError(
+            f"{count} samples could not be read up to step {step}, data.max_bad_samples={allowed}: "
+            f"{new[0]['problem']}. All of them stand in {session.run_dir / FILE}; the same command goes on from the "
+            "last checkpoint"
+        )
