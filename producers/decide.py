@@ -140,7 +140,7 @@ def _without_scores(row: Row, plan: Plan) -> tuple[str, str, str] | None:
     if row.fault is not None:
         return "fault", row.fault, row.detail or ""
     if row.caption_fault is not None:
-        return "fault", row.caption_fault, "no usable caption in the source"
+        return "fault", row.caption_fault, row.fault_detail or "no usable caption in the source"
     if row.kind == EDIT and plan.edit.template == "single" and len(row.others) > 1:
         detail = f"{len(row.others)} source pictures, and encode.edit.template=single takes one: plus takes several"
         return "rejected", "too_many_pictures", detail

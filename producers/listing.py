@@ -55,7 +55,7 @@ def sync_listing(
     changes = _Changes(dataset, len(known), config_hash, before_commit)
     added = recaptioned = 0
     for batch in _batches(rows):
-        digests = [_digest(one.captions, one.fault, one.meta, one.caption_kinds) for one in batch]
+        digests = [_digest(one.captions, one.fault, one.meta, one.caption_kinds, one.labels) for one in batch]
         for source_row, (key, number), digest in zip(batch, known.meet([one.identity for one in batch]), digests):
             if number == ABSENT:
                 number, added = known.add(key, digest), added + 1
@@ -74,6 +74,7 @@ def sync_listing(
                     "kind": source_row.kind,
                     "others": list(source_row.others),
                     "meta": source_row.meta,
+                    "labels": source_row.labels,
                     "fault_detail": source_row.fault_detail,
                 }
             )
@@ -204,10 +205,10 @@ def _read_known(dataset: Dataset) -> _Known:
     """What the newest listing parts say. Raises `DataError` if a part is missing."""
     known = _Known()
     for part in dataset.parts(LISTING):
-        table = dataset.read(part, ["row", "key", "captions", "caption_fault", "caption_kinds", "meta"])
+        table = dataset.read(part, ["row", "key", "captions", "caption_fault", "caption_kinds", "meta", "labels"])
         for entry in sorted(table.to_pylist(), key=lambda entry: entry["row"]):
             kinds = entry.get("caption_kinds") or ()
-            digest = _digest(entry["captions"], entry["caption_fault"], entry.get("meta"), kinds)
+            digest = _digest(entry["captions"], entry["caption_fault"], entry.get("meta"), kinds, entry.get("labels"))
             if entry["row"] < len(known):
                 known.recaption(entry["row"], digest)
             elif entry["row"] == len(known):
@@ -217,9 +218,17 @@ def _read_known(dataset: Dataset) -> _Known:
     return known
 
 
-def _digest(captions: Sequence[str], fault: str | None, meta: str | None, kinds: Sequence[str]) -> int:
-    """Kinds count where there are any, so that rows listed before there were kinds stay as they are."""
+def _digest(
+    captions: Sequence[str], fault: str | None, meta: str | None, kinds: Sequence[str], labels: str | None
+) -> int:
+    """Kinds and labels count where there are any, so that rows listed before there were such stay as they are."""
     text = "\0".join(
-        (fault or "", *captions, *(() if meta is None else ("", meta)), *(("", "", *kinds) if kinds else ()))
+        (
+            fault or "",
+            *captions,
+            *(() if meta is None else ("", meta)),
+            *(("", "", *kinds) if kinds else ()),
+            *(("", "", "", labels) if labels is not None else ()),
+        )
     )
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

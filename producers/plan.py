@@ -16,7 +16,8 @@ from producers.enhance import Mode
 from producers.filters import validate_filters
 from producers.filters.base import BoundFilter
 from producers.near import NearRule
-from qwenimg_dist.config import Config, EditEncodeConfig, stable_hash
+from qwenimg_dist.compose import ConfigError
+from qwenimg_dist.config import Config, EditEncodeConfig, FolderSource, ManifestSource, WebdatasetSource, stable_hash
 from qwenimg_dist.data.buckets import Placement, buckets, place
 from qwenimg_dist.schema import LISTING, SCAN, Bucket
 
@@ -40,6 +41,8 @@ class Plan:
     image_batch_pixels: int
     enhance: Mode
     """What becomes of captions before they are listed."""
+    labels: tuple[str, ...]
+    """Names of the labels that the source gives."""
     edit: EditEncodeConfig
     """How condition pictures go in; part of the facets' names."""
 
@@ -87,8 +90,23 @@ def make_plan(config: Config, *, text_facet: str, latents_facets: Mapping[int, s
         max_shard_bytes=config.data.max_shard_bytes,
         image_batch_pixels=config.encode.image_batch_pixels,
         enhance=config.captions.enhance,
+        labels=_labels(config, filters),
         edit=config.encode.edit,
     )
+
+
+def _labels(config: Config, filters: Sequence[BoundFilter]) -> tuple[str, ...]:
+    """Raises `ConfigError` for a name that a filter gives too."""
+    if not isinstance(config.source, FolderSource | ManifestSource | WebdatasetSource):
+        return ()
+    for name in config.source.label_columns:
+        for one in filters:
+            if name in one.filter.names:
+                raise ConfigError(
+                    f"source.label_columns: {name!r} is what filters.{one.name} gives: choose another name "
+                    f"({{my_{name}: COLUMN}}), or set filters.{one.name}.enabled=false"
+                )
+    return tuple(config.source.label_columns)
 
 
 def _near_rule(config: Config, filters: Sequence[BoundFilter], dedup: DedupRule) -> NearRule:

@@ -5,8 +5,9 @@ Place in the flow: `unit.py` reads a `UnitState` first, and does what is missing
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from producers.filters import FILTERS
@@ -49,6 +50,10 @@ class Row:
     others: tuple[Further, ...] = ()
     """Empty where a fault came before their scan."""
     meta: str | None = None
+    labels: Mapping[str, Value] = field(default_factory=dict)
+    """That the source gives."""
+    fault_detail: str | None = None
+    """Says more of `caption_fault`."""
     near_duplicate_of: int = -1
     """-1: no near duplicate, or takes no part."""
     near_distance: int = -1
@@ -65,6 +70,8 @@ class Decision:
     """Scores and labels, by name."""
     caption_faults: tuple[str, ...] = ()
     """Beside each listed caption, why nothing trains on it, or the empty word; no entries where all are fit."""
+    labels: Mapping[str, Value] = field(default_factory=dict)
+    """That the source gives; scores and labels of filters are in `scores`."""
 
     @property
     def kept(self) -> bool:
@@ -112,7 +119,7 @@ def read_state(dataset: Dataset, unit: int, plan: Plan) -> UnitState:
 
     scans = {entry["row"]: entry for entry in merged(SCAN)}
     duplicates = {entry["row"]: entry["duplicate_of"] for entry in merged(plan.dedup.facet)}
-    committed = _read_decisions(dataset, unit)
+    committed = _read_decisions(dataset, unit, plan.labels)
     near = {entry["row"]: entry for entry in (merged(plan.near.facet) if plan.near is not None else ())}
     return UnitState(
         rows=tuple(
@@ -181,7 +188,8 @@ def passing_faults(dataset: Dataset, unit: int) -> list[tuple[int, tuple[str, ..
     ]
 
 
-def _read_decisions(dataset: Dataset, unit: int) -> dict[int, Decision]:
+def _read_decisions(dataset: Dataset, unit: int, labels: Sequence[str] = ()) -> dict[int, Decision]:
+    """Row -> its newest decision; columns named in `labels` are the source's."""
     parts = dataset.unit_parts(ROWS, unit)
     if not parts:
         return {}
@@ -197,11 +205,16 @@ def _read_decisions(dataset: Dataset, unit: int) -> dict[int, Decision]:
             status=entry["status"],
             reason=entry["reason"] or "",
             detail=entry["detail"] or "",
-            scores={name: entry[column] for column, name in columns.items() if entry[column] is not None},
+            scores=_values(entry, {column: name for column, name in columns.items() if name not in labels}),
             caption_faults=tuple(entry.get("caption_faults") or ()),
+            labels=_values(entry, {column: name for column, name in columns.items() if name in labels}),
         )
         for entry in table.to_pylist()
     }
+
+
+def _values(entry: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Value]:
+    return {name: entry[column] for column, name in columns.items() if entry[column] is not None}
 
 
 def _stale(record: Mapping[str, Any], plan: Plan) -> frozenset[str]:
@@ -259,6 +272,8 @@ def _row(listed: Mapping[str, Any], scan: Mapping[str, Any], duplicate_of: int, 
             for uri, facts in zip(listed.get("others") or (), scan.get("others") or ())
         ),
         meta=listed.get("meta"),
+        labels=json.loads(listed.get("labels") or "{}"),
+        fault_detail=listed.get("fault_detail"),
         near_duplicate_of=near.get("near_duplicate_of", -1),
         near_distance=near.get("distance", -1),
     )

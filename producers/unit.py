@@ -79,7 +79,10 @@ def produce_unit(
                 for cut_one in cut(opened, plan):
                     latents.add(cut_one)
                 _queue_texts(opened, plan, texts)
-        decisions = {one.row.row: replace(decisions[one.row.row], caption_faults=one.faults) for one in judged}
+        decisions = {
+            one.row.row: replace(decisions[one.row.row], caption_faults=one.faults, labels=one.row.labels)
+            for one in judged
+        }
         plain = [one.row for one in judged if decisions[one.row.row].kept and one.row.kind != EDIT]
         num_captions = texts.commit([text for row in plain for text in row.captions], state.texts)
         num_latents = latents.commit()
@@ -274,12 +277,16 @@ def _rows_entry(row: Row, decision: Decision) -> dict[str, Any]:
         "width": row.width,
         "height": row.height,
         "caption_faults": list(decision.caption_faults) or None,
-        **{_column(name, value)[0]: value for name, value in decision.scores.items()},
+        **{_column(name, value)[0]: value for name, value in (*decision.scores.items(), *decision.labels.items())},
     }
 
 
 def _value_columns(decisions: Iterable[Decision]) -> set[tuple[str, pa.DataType]]:
-    return {_column(name, value) for decision in decisions for name, value in decision.scores.items()}
+    return {
+        _column(name, value)
+        for decision in decisions
+        for name, value in (*decision.scores.items(), *decision.labels.items())
+    }
 
 
 def _column(name: str, value: Value) -> tuple[str, pa.DataType]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import keyword
 import math
 import re
 from typing import Annotated, Any, Final, Literal
@@ -48,6 +49,49 @@ class ModelConfig(Section):
     """Captions are cut to this many tokens (the model was trained on at most 512)."""
 
 
+_INDEX_COLUMNS = frozenset(
+    {
+        "row",
+        "unit",
+        "key",
+        "status",
+        "reason",
+        "detail",
+        "width",
+        "height",
+        "aspect",
+        "bytes",
+        "format",
+        "kind",
+        "where",
+    }
+)
+
+
+def _label_columns(given: Any) -> Any:
+    """A list names labels and columns alike."""
+    if not isinstance(given, list | tuple):
+        return given or {}
+    if len(set(map(str, given))) < len(given):
+        raise ValueError("a column stands twice in the list")
+    return {str(name): str(name) for name in given}
+
+
+def _label_names(columns: dict[str, str]) -> dict[str, str]:
+    for name in columns:
+        if re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name) is None or keyword.iskeyword(name):
+            raise ValueError(
+                f"{name!r} is no name for a label: small letters, digits and _ (give another column name one, "
+                "as in {text_level: TextLevel})"
+            )
+        if name in _INDEX_COLUMNS or name.startswith(("score_", "label_")):
+            raise ValueError(f"{name!r} is a name that the index has already, choose another")
+    return columns
+
+
+LabelColumns = Annotated[dict[str, str], BeforeValidator(_label_columns), AfterValidator(_label_names)]
+
+
 class FolderSource(Section):
     """Pictures in a folder, with `metadata.jsonl` (Hugging Face imagefolder) or same-stem `.txt` captions."""
 
@@ -58,6 +102,10 @@ class FolderSource(Section):
     caption_columns: dict[str, str] | None = None
     """Several kinds of captions, drawn by `data.caption_weights`: kind -> its column, for example `{raw: text,
     recaption: llava}` (keys of `metadata.jsonl`; `.txt` captions are `raw`)."""
+    label_columns: LabelColumns = {}
+    """Labels that the source gives, for `where` and `data.weights`: name -> its key in `metadata.jsonl`, or a list of
+    keys that name themselves. Text becomes the index column `label_<name>`, numbers `score_<name>`. Changed labels list
+    their rows anew and encode nothing."""
 
 
 class ManifestSource(Section):
@@ -73,6 +121,10 @@ class ManifestSource(Section):
     caption_columns: dict[str, str] | None = None
     """Several kinds of captions, drawn by `data.caption_weights`: kind -> its column, for example `{raw: text,
     recaption: llava}` (columns)."""
+    label_columns: LabelColumns = {}
+    """Labels that the source gives, for `where` and `data.weights`: name -> its column, or a list of columns that name
+    themselves. Text becomes the index column `label_<name>`, numbers `score_<name>`. Changed labels list their rows
+    anew and encode nothing."""
 
 
 class WebdatasetSource(Section):
@@ -89,6 +141,10 @@ class WebdatasetSource(Section):
     caption_columns: dict[str, str] | None = None
     """Several kinds of captions, drawn by `data.caption_weights`: kind -> its column, for example `{raw: text,
     recaption: llava}` (keys of `.json` members; `.txt` captions are `raw`)."""
+    label_columns: LabelColumns = {}
+    """Labels that the source gives, for `where` and `data.weights`: name -> its key in the `.json` member, or a list of
+    keys that name themselves. Text becomes the index column `label_<name>`, numbers `score_<name>`. Changed labels list
+    their rows anew and encode nothing."""
 
 
 class PairsSource(Section):

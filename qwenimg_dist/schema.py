@@ -146,6 +146,7 @@ LISTING_COLUMNS: Final = pa.schema(
         ("kind", pa.string()),  # null: `image`
         ("others", pa.list_(pa.string())),  # uris of the further pictures, their roles fixed by the kind; null: none
         ("meta", pa.string()),  # null, or JSON that came with the row
+        ("labels", pa.string()),  # null, or JSON: name -> text or number that the source gives
         ("fault_detail", pa.string()),  # null, or file, line and reason of a row that is none
     ]
 )
@@ -205,7 +206,7 @@ ROWS_COLUMNS: Final = pa.schema(
 
 # Columns that parts written before there was one do without.
 OPTIONAL_COLUMNS: Final = frozenset(
-    {"phash", "caption_kinds", "caption_faults", "kind", "others", "meta", "further", "fault_detail"}
+    {"phash", "caption_kinds", "caption_faults", "kind", "others", "meta", "further", "labels", "fault_detail"}
 )
 
 RAW: Final = "raw"

@@ -8,12 +8,14 @@ guess: a source that gives nothing usable raises ValueError before anything is w
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import quote_from_bytes, unquote_to_bytes
@@ -26,6 +28,7 @@ NO_CAPTION: Final = "no_caption"
 BAD_CAPTION: Final = "bad_caption"
 OUTSIDE_ROOT: Final = "outside_root"
 BAD_ROW: Final = "bad_row"
+BAD_LABEL: Final = "bad_label"
 
 _RAW: Final = "bytes:"
 BROKEN_LINE: Final = "line:"
@@ -48,9 +51,11 @@ class SourceRow:
     """Beside `captions`; none: all are `raw`."""
     fault: str | None = None
     """Why the row cannot be used, known before the file is looked at: `no_caption`, `bad_caption`, `outside_root`,
-    `bad_row`."""
+    `bad_row`, `bad_label`."""
     fault_detail: str | None = None
-    """Of a `bad_row`: file, line and reason."""
+    """Of a `bad_row`: file, line and reason; of a `bad_label`: the column."""
+    labels: str | None = None
+    """JSON: label -> text or number that the source gives."""
     kind: Kind = IMAGE
     others: tuple[str, ...] = ()
     """Uris of the further pictures: rejected, or the conditions in order."""
@@ -202,6 +207,26 @@ def captions_of_kinds(
             kinds.setdefault(caption, kind)
     fault = None if kinds else BAD_CAPTION if BAD_CAPTION in faults else NO_CAPTION
     return tuple(kinds), fault, tuple(kinds.values())
+
+
+def with_labels(row: SourceRow, given: Mapping[str, Any], columns: Mapping[str, str]) -> SourceRow:
+    """The row with the labels that `given` has in these columns (label -> column); empty text, null and NaN are none.
+
+    A value that is neither text nor a number spoils the row: `bad_label`.
+    """
+    labels: dict[str, str | float] = {}
+    for name, column in columns.items():
+        value = given.get(column)
+        if value is None or value == "" or value != value:
+            continue
+        if isinstance(value, str) and _is_unicode(value):
+            labels[name] = value
+        elif isinstance(value, int | float) and math.isfinite(value):
+            labels[name] = float(value)
+        elif row.fault is None:
+            detail = f"{column!r} is {str(value)[:60]!a}: a label is text or a finite number"
+            row = replace(row, fault=BAD_LABEL, fault_detail=detail)
+    return replace(row, labels=json.dumps(labels, sort_keys=True)) if labels else row
 
 
 def _is_unicode(text: str) -> bool:

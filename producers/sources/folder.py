@@ -31,6 +31,7 @@ from producers.sources.base import (
     SourceRow,
     clean_captions,
     encode_uri,
+    with_labels,
 )
 from producers.sources.metadata import Captions, Described
 from producers.sources.paths import Paths, are_in
@@ -67,6 +68,7 @@ class Folder:
             raise ValueError(f"source.path={config.path}: source=folder reads local folders; use source=manifest")
         self._root = Path(config.path.removeprefix("file://")).expanduser()
         self._captions, self._kinds = config.captions, config.caption_columns
+        self._labels = config.label_columns
 
     @property
     def root(self) -> str:
@@ -79,7 +81,13 @@ class Folder:
             raise ValueError(f"{self._root}: source.captions=metadata, but there is no {METADATA}")
         # Nearer files override.
         files = sorted(walk.metadata, key=lambda path: (path.count("/"), os.fsencode(path)))
-        described = Described(self._root, files if self._captions != "txt" else [], self._kinds, growing=min_age_s > 0)
+        described = Described(
+            self._root,
+            files if self._captions != "txt" or self._labels else [],
+            self._kinds,
+            labels=self._labels.values(),
+            growing=min_age_s > 0,
+        )
         broken = look_through(described.broken())
         if len(described):
             for path in list(described.not_in(walk.pictures.hashes())):
@@ -104,12 +112,12 @@ class Folder:
 
     def _rows(self, paths: Paths, described: Described, text_extensions: Sequence[str]) -> Iterator[SourceRow]:
         for batch in paths.sorted_batches():
-            for path, captions in zip(batch, described.captions(batch)):
-                yield self._row(path, captions, text_extensions)
+            for path, (captions, given) in zip(batch, described.captions(batch)):
+                yield with_labels(self._row(path, captions, text_extensions), given, self._labels)
         yield from described.broken()
 
     def _row(self, path: str, given: Captions, text_extensions: Sequence[str]) -> SourceRow:
-        captions, fault, kinds = given
+        captions, fault, kinds = given if self._captions != "txt" else ((), NO_CAPTION, ())
         if posixpath.isabs(path) or path.split("/")[0] == "..":
             return SourceRow(uri=encode_uri(path), captions=(), fault=OUTSIDE_ROOT)
         if not captions and self._captions != "metadata":

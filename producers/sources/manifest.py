@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from producers.sources.bad_rows import bad_row, look_through
-from producers.sources.base import Found, SourceRow, captions_of_kinds, encode_uri
+from producers.sources.base import Found, SourceRow, captions_of_kinds, encode_uri, with_labels
 from producers.sources.jsonl import read_jsonl
 from qwenimg_dist.config import ManifestSource
 from qwenimg_dist.schema import RAW
@@ -34,6 +34,7 @@ class Manifest:
             raise ValueError(f"source.path={config.path}: a manifest is a .jsonl or a .parquet file")
         self._uri_column = config.uri_column
         self._kinds = config.caption_columns
+        self._labels = config.label_columns
         self._columns = config.caption_columns or {RAW: config.caption_column}
         self._root = config.root if config.root is not None else str(self._file.parent)
 
@@ -75,9 +76,9 @@ class Manifest:
             content = raw if raw is not None else json.dumps(entry, default=str).encode("utf-8", "surrogatepass")
             return bad_row(self._file.name, content, f"{self._file}, {place}: {error}")
         captions, fault, kinds = captions_of_kinds(entry, self._columns)
-        return SourceRow(
-            uri=uri, captions=captions, caption_kinds=kinds if self._kinds is not None else (), fault=fault
-        )
+        kinds = kinds if self._kinds is not None else ()
+        row = SourceRow(uri=uri, captions=captions, caption_kinds=kinds, fault=fault)
+        return with_labels(row, entry, self._labels)
 
     def _uri(self, entry: Mapping[str, Any]) -> str:
         uri = entry.get(self._uri_column)
@@ -94,7 +95,7 @@ class Manifest:
     def _parquet(self) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             with pq.ParquetFile(self._file) as file:
-                wanted = list(dict.fromkeys([self._uri_column, *self._columns.values()]))
+                wanted = list(dict.fromkeys([self._uri_column, *self._columns.values(), *self._labels.values()]))
                 missing = [name for name in wanted if name not in file.schema_arrow.names]
                 if missing:
                     there = ", ".join(file.schema_arrow.names)

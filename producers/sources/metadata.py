@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import posixpath
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -32,11 +32,17 @@ class Described:
     """Path -> captions, by the place of its lines. Files that come later override; lines of one file add up."""
 
     def __init__(
-        self, root: Path, files: Sequence[str], keys: Mapping[str, str] | None = None, *, growing: bool = False
+        self,
+        root: Path,
+        files: Sequence[str],
+        keys: Mapping[str, str] | None = None,
+        *,
+        labels: Collection[str] = (),
+        growing: bool = False,
     ) -> None:
         """`files` are relative to `root`, `/` between parts; `keys` are those of each kind of caption, None takes the
         first of the usual ones; see `read_jsonl` for `growing`. Raises ValueError naming a file that cannot be read."""
-        self._root, self._files, self._keys = root, list(files), keys
+        self._root, self._files, self._keys, self._labels = root, list(files), keys, labels
         hashes, numbers, offsets = array("q"), array("i"), array("q")
         self._broken = array("q")
         """File number, line number and offset of each line that describes no picture, one after the other."""
@@ -89,30 +95,34 @@ class Described:
         for index in np.flatnonzero(first & ~are_in(self._hashes, pictures)):
             yield self._read(int(index))[0]
 
-    def captions(self, paths: Sequence[str]) -> Iterator[Captions]:
-        """What the lines say of each path; no caption where they say nothing."""
+    def captions(self, paths: Sequence[str]) -> Iterator[tuple[Captions, Mapping[str, Any]]]:
+        """What the lines say of each path, and what they have under the keys in `labels`; no caption where they say
+        nothing."""
         wanted = np.fromiter(map(hash, paths), np.int64, len(paths))
         begins, ends = np.searchsorted(self._hashes, wanted), np.searchsorted(self._hashes, wanted, "right")
         for path, begin, end in zip(paths, begins.tolist(), ends.tolist()):
-            yield self._merged(path, begin, end) if end > begin else ((), NO_CAPTION, ())
+            yield self._merged(path, begin, end) if end > begin else (((), NO_CAPTION, ()), {})
 
-    def _merged(self, path: str, begin: int, end: int) -> Captions:
+    def _merged(self, path: str, begin: int, end: int) -> tuple[Captions, dict[str, Any]]:
         texts: dict[str, str] = {}
+        labels: dict[str, Any] = {}
         fault: str | None = None
         for index in range(begin, end):
             if self._numbers[index] != self._numbers[end - 1]:
                 continue  # a nearer file describes the picture too
-            named, given = self._read(index)
+            named, entry = self._read(index)
             if named != path:
                 raise self._changed(self._files[int(self._numbers[index])])
+            labels = {key: entry[key] for key in self._labels if entry.get(key) is not None} | labels
+            given = entry if self._keys else {RAW: _first_caption(entry)}
             captions, faulty, kinds = captions_of_kinds(given, self._keys or {RAW: RAW})
             for caption, kind in zip(captions, kinds, strict=True):
                 texts.setdefault(caption, kind)
             fault = fault or faulty
-        return tuple(texts), None if texts else fault, tuple(texts.values()) if self._keys else ()
+        return (tuple(texts), None if texts else fault, tuple(texts.values()) if self._keys else ()), labels
 
     def _read(self, index: int) -> tuple[str, dict[str, Any]]:
-        """(path, caption or captions as given by key) of a line."""
+        """(path, object) of a line."""
         file = self._files[int(self._numbers[index])]
         lines = self._open(file)
         lines.seek(int(self._offsets[index]))
@@ -120,9 +130,7 @@ class Described:
             entry, path = self._path_at(file, lines.readline())
         except ValueError as error:
             raise self._changed(file) from error
-        if self._keys:
-            return path, entry
-        return path, {RAW: next((entry[key] for key in CAPTION_KEYS if entry.get(key) is not None), None)}
+        return path, entry
 
     def _open(self, file: str) -> BinaryIO:
         # No lru_cache around a method: the cycle would keep the arrays of every look that was ever taken.
@@ -142,6 +150,10 @@ class Described:
 
     def _changed(self, file: str) -> ValueError:
         return ValueError(f"{self._root / file} was changed while it was read: run the same command again")
+
+
+def _first_caption(entry: Mapping[str, Any]) -> Any:
+    return next((entry[key] for key in CAPTION_KEYS if entry.get(key) is not None), None)
 
 
 def _path_of(entry: dict[str, Any], broken: str | None, folder: str) -> str:

@@ -16,13 +16,21 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from producers.sources.base import BAD_CAPTION, NO_CAPTION, OUTSIDE_ROOT, Found, SourceRow, captions_of_kinds
+from producers.sources.base import (
+    BAD_CAPTION,
+    NO_CAPTION,
+    OUTSIDE_ROOT,
+    Found,
+    SourceRow,
+    captions_of_kinds,
+    with_labels,
+)
 from producers.sources.folder import EXTENSIONS
 from producers.sources.metadata import Captions
 from producers.sources.tars import Member, TornTarError, member_uri, walk
@@ -48,6 +56,7 @@ class Webdataset:
             if "://" in pattern or pattern.startswith("pipe:"):
                 raise ValueError(f"source.path={pattern}: source=webdataset reads tars on local or shared disks only")
         self._captions, self._kinds = config.captions, config.caption_columns
+        self._labels = config.label_columns
         self._columns = config.caption_columns or {RAW: config.caption_column}
         folders = [_fixed_part(os.path.abspath(os.path.expanduser(pattern))) for pattern in self._patterns]
         self._root = os.path.commonpath(folders)
@@ -122,21 +131,34 @@ class Webdataset:
         if not pictures:
             found.ignored.update(list(texts))
             return
-        captions, fault, kinds = self._read_captions(file, texts)
+        entry = self._read_json(file, texts)
+        captions, fault, kinds = self._read_captions(file, texts, entry)
         for member in pictures:
             outside = member.name.startswith("/") or ".." in member.name.split("/")
-            yield SourceRow(
+            row = SourceRow(
                 uri=member_uri(tar, member),
                 captions=() if outside else captions,
                 caption_kinds=kinds if self._kinds and not outside else (),
                 fault=OUTSIDE_ROOT if outside else fault,
             )
+            yield with_labels(row, entry or {}, self._labels)
 
-    def _read_captions(self, file: BinaryIO, texts: dict[str, Member]) -> Captions:
+    def _read_json(self, file: BinaryIO, texts: dict[str, Member]) -> dict[str, Any] | None:
+        """The `.json` member, if it is wanted; None where it is no object."""
+        if ".json" not in texts or (self._captions == "txt" and not self._labels):
+            return {}
+        raw = _read(file, texts[".json"])
+        try:
+            entry: Any = json.loads(raw) if raw is not None else None
+        except (ValueError, RecursionError):
+            entry = None
+        return entry if isinstance(entry, dict) else None
+
+    def _read_captions(self, file: BinaryIO, texts: dict[str, Member], entry: dict[str, Any] | None) -> Captions:
         """Of `.json` first, which may have several; then of `.txt`."""
         found: Captions = ((), NO_CAPTION, ())
         if self._captions != "txt" and ".json" in texts:
-            found = _json_captions(_read(file, texts[".json"]), self._columns)
+            found = captions_of_kinds(entry, self._columns) if entry is not None else ((), BAD_CAPTION, ())
         if self._captions != "json" and ".txt" in texts and not found[0]:
             found = _text_captions(_read(file, texts[".txt"]))
         return found
@@ -162,14 +184,6 @@ def _text_captions(raw: bytes | None) -> Captions:
     except UnicodeDecodeError:
         text = None
     return captions_of_kinds({RAW: text}, {RAW: RAW}) if text is not None else ((), BAD_CAPTION, ())
-
-
-def _json_captions(raw: bytes | None, columns: Mapping[str, str]) -> Captions:
-    try:
-        entry: Any = json.loads(raw) if raw is not None else None
-    except (ValueError, RecursionError):
-        entry = None
-    return captions_of_kinds(entry, columns) if isinstance(entry, dict) else ((), BAD_CAPTION, ())
 
 
 def _expand(path: str) -> list[str]:
