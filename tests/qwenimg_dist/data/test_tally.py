@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenimg_dist.data.ledger import Ledger
+from qwenimg_dist.data.mix import Mix
 from qwenimg_dist.data.order import Segment
 from qwenimg_dist.data.phases import PlannedPhase, quota, steps_by_resolution
 from qwenimg_dist.data.samples import Selection
@@ -31,6 +33,7 @@ def make_ledger(
     where: str | None = None,
     window: int = 8,
     mixture: Mapping[int, float] | None = None,
+    mix: Mix | None = None,
     segments: Sequence[Segment] = (Segment(catalog=0, phase=None, epoch=0, last=True),),
 ) -> Ledger:
     phase = PlannedPhase(
@@ -45,12 +48,14 @@ def make_ledger(
         row_weights=phase_weights or {},
     )
     rules = tuple((compile_where(text), weight) for text, weight in (weights or {}).items())
+    selection = Selection(where=None, held_out_below=0, weights=rules)
     ledger = Ledger(
         phases=[phase],
         seed=3,
         caption_dropout=0.2,
         catalogs=catalogs,
-        selection=Selection(where=None, held_out_below=0, weights=rules),
+        selection=dict.fromkeys(mix.amounts, selection) if mix else selection,
+        mix=mix,
         window=window,
         block_units=2,
     )
@@ -116,6 +121,37 @@ def test_it_counts_segments_as_far_as_they_reach(cuts: list[int], size: int, clo
     if closed:
         assert counted.images == ends[-1]
         assert counted.epochs == pytest.approx(1.0)
+
+
+@FAST
+@given(
+    rows=st.lists(st.integers(1, 30), min_size=2, max_size=3),
+    amounts=st.lists(st.sampled_from([0.5, 1, 2, 3]), min_size=3, max_size=3),
+    unit=st.sampled_from(["weight", "repeats"]),
+    steps=st.integers(1, 60),
+)
+def test_it_counts_several_data_sets(
+    rows: list[int], amounts: list[float], unit: Literal["weight", "repeats"], steps: int
+) -> None:
+    names = "abc"[: len(rows)]
+    parts = [memory_catalog([row % 3 for row in range(num)], [[3]] * num) for num in rows]
+    ledger = make_ledger(
+        MemoryCatalogs(parts, names=list(names)),
+        steps,
+        mix=Mix(unit=unit, amounts=dict(zip(names, amounts, strict=False))),
+        segments=[
+            Segment(catalog=index, phase=None, epoch=0, last=True, dataset=name) for index, name in enumerate(names)
+        ],
+    )
+    agrees(ledger)
+    counted, given_epochs = ledger.tally(0, 32), ledger.batch(steps - 1).epochs_by_dataset
+    assert counted.epochs_by_dataset.keys() == given_epochs.keys()
+    # The last batch says how many epochs of each there were up to it, by batches of the mix; here they go by samples.
+    batch = ledger.batch(steps - 1)
+    for name, epochs in counted.epochs_by_dataset.items():
+        per_epoch = given_epochs[name] / (sum(given_epochs.values()) or 1)
+        assert epochs == pytest.approx(per_epoch * sum(counted.epochs_by_dataset.values()))
+        assert batch.epoch <= counted.epochs <= batch.epoch + 1
 
 
 def test_epochs_left_overs_and_fill_of_whole_epochs() -> None:
