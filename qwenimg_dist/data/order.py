@@ -265,6 +265,7 @@ class Stream:
             f"{self.resolution} px, {selected} of these pass "
             f"where={' and '.join(w.expression for w in sampler.wheres) or 'none'!r} and are not held out"
             f"{', and have a weight above 0' if sampler.weighed else ''}"
+            f"{f' by {sampler.rules}' if sampler.rules else ''}"
         )
 
     def _carry_counts(self, segment: int, epoch: int) -> dict[Bucket, int]:

@@ -107,6 +107,11 @@ class Sampler:
         """Whether rows come more or less often than once per epoch."""
         return bool(self._rules) or self.times is not None
 
+    @property
+    def rules(self) -> str:
+        """The weights of rows, for messages."""
+        return "; ".join(f"{weight:g} x {where.expression}" for where, weight in self._rules)
+
     def counts(self, catalog_index: int, epoch: int) -> dict[Bucket, int]:
         """Samples per bucket in an epoch."""
         catalog = self._catalogs[catalog_index]

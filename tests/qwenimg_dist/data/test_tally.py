@@ -13,6 +13,7 @@ from fake_catalog import BUCKETS, MemoryCatalogs, memory_catalog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.ledger import Ledger
 from qwenimg_dist.data.mix import Mix
 from qwenimg_dist.data.order import Segment
@@ -197,6 +198,14 @@ def test_a_phase_weighs_its_rows_beside_the_run() -> None:
         step += 1
     assert drawn == {row: {1: 2, 2: 3}[row % 3] for row in range(21) if row % 3}
     agrees(ledger)
+
+
+def test_a_phase_whose_weights_leave_nothing_says_so() -> None:
+    catalogs = MemoryCatalogs([memory_catalog([0] * 8, [[3]] * 8)])
+    ledger = make_ledger(catalogs, 5, phase_weights={"row >= 0": 0})
+    with pytest.raises(DataError, match=r"phase 0 at 32 px has nothing .* above 0 by 0 x row >= 0; produce more"):
+        ledger.check()
+    assert ledger.tally(0, 32).batches == 0
 
 
 def test_a_million_rows_are_counted_in_a_moment() -> None:
