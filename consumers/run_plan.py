@@ -221,7 +221,7 @@ def _stream_warnings(phase: PlannedPhase, stream: StreamPlan) -> list[str]:
 
 _PHASE_COLUMNS: Final = (
     "phase", "steps", "images", "fill slots", "global batch", "px", "lr first", "highest", "last", "checkpointing",
-    "where",
+    "selection",
 )  # fmt: skip
 _STREAM_COLUMNS: Final = (
     "phase", "px", "steps", "images", "samples", "epochs", "buckets", "left over per epoch", "fill slots",
@@ -255,6 +255,7 @@ def _phase_row(plan: PhasePlan) -> tuple[str | int | float | None, ...]:
         "; ".join(
             ([phase.where] if phase.where else [])
             + [f"{weight:g} x {expression}" for expression, weight in sorted(phase.row_weights.items())]
+            + [f"mix {name}: {amount:g}" for name, amount in sorted((phase.mix or {}).items())]
         ),
     )
 
@@ -308,6 +309,7 @@ def _phase_json(plan: PhasePlan) -> dict[str, Any]:
         "activation_checkpointing": phase.activation_checkpointing,
         "where": phase.where,
         "weights": dict(phase.row_weights),
+        "mix": dict(phase.mix or {}),
         "resolutions": {
             str(stream.resolution): {
                 "steps": stream.tally.asked,
