@@ -62,6 +62,15 @@ def cut_for(num_slots: int, image_tokens: int, max_text_tokens: int, budget: int
     return Cut(slots=slots, source=np.minimum(slots, num_slots - 1), sizes=sizes)
 
 
+def cut_batch(
+    batch: GlobalBatch, tokens: Ints, budget: int, *, rank: int, world: int
+) -> tuple[Cut, npt.NDArray[np.float32]]:
+    """A rank's share of a global batch with texts of `tokens`, and the weights of its slots."""
+    longest = int(tokens.max())
+    cut = cut_for(len(batch.rows), batch.bucket.image_tokens, longest, budget, rank=rank, world=world)
+    return cut, np.where(cut.slots < len(batch.rows), batch.weights[cut.source], np.float32(0))
+
+
 class Stream:
     """`get(step)` gives this rank's batch. One per rank and run; close it at the end."""
 
@@ -167,17 +176,9 @@ class Stream:
             return None
         begin = time.perf_counter()
         batch = self._ledger.batch(step)
-        phase = self._ledger.phases[batch.phase]
+        budget = self._ledger.phases[batch.phase].micro_batch_tokens
         tokens = self._ledger.catalogs.text_tokens(batch.texts)
-        cut = cut_for(
-            len(batch.rows),
-            batch.bucket.image_tokens,
-            int(tokens.max()),
-            phase.micro_batch_tokens,
-            rank=self._rank,
-            world=self._world,
-        )
-        weights = np.where(cut.slots < len(batch.rows), batch.weights[cut.source], np.float32(0))
+        cut, weights = cut_batch(batch, tokens, budget, rank=self._rank, world=self._world)
         before = self._assembler.read_bytes
         micro_batches = self._assembler.micro_batches(
             rows=batch.rows[cut.source],

@@ -12,14 +12,14 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from qwenimg_dist.config import LoggerConfig
-from qwenimg_dist.files import fsync_dir, temporary_name
 
 STEP_KEY: Final = "train/global_step"
+_BLOCK_BYTES: Final = 1 << 18
 
 # Dense bf16 tensor FLOP/s from the vendors' data sheets, by a part of the device's name; longest match wins.
 PEAK_FLOPS: Final[Mapping[str, float]] = {
@@ -69,22 +69,38 @@ class JsonLines:
 
 
 def truncate_after(file: Path, step: int) -> int:
-    """Drop lines of later steps and a torn last line, by writing the file anew. Returns how many were dropped."""
+    """Drop lines of later steps, and what is torn or damaged after the last one kept. Returns how many were dropped.
+
+    Steps ascend, so the file is read from its end: that costs what is dropped, however long the run has been.
+    """
     if not file.is_file():
         return 0
-    lines = file.read_bytes().split(b"\n")
-    kept = [line for line in lines if line.strip() and _step_of(line) is not None and (_step_of(line) or 0) <= step]
-    dropped = sum(1 for line in lines if line.strip()) - len(kept)
-    if dropped == 0 and lines[-1] == b"":
-        return 0
-    temporary = temporary_name(file)
-    with open(temporary, "wb") as sink:
-        sink.writelines(line + b"\n" for line in kept)
-        sink.flush()
-        os.fsync(sink.fileno())
-    os.replace(temporary, file)
-    fsync_dir(file.parent)
+    with open(file, "r+b") as log:
+        end = keep = log.seek(0, os.SEEK_END)
+        dropped = 0
+        for start, line in _lines_from_the_end(log, end):
+            found = _step_of(line) if line.endswith(b"\n") else None
+            if found is not None and found <= step:
+                break
+            keep, dropped = start, dropped + bool(line.strip())
+        if keep < end:
+            log.truncate(keep)
+            os.fsync(log.fileno())
     return dropped
+
+
+def _lines_from_the_end(log: BinaryIO, end: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, line with its newline where it has one), the last line first."""
+    held, at = b"", end  # bytes from `at` on that were not given yet
+    while at > 0 or held:
+        newline = held.rfind(b"\n", 0, max(0, len(held) - 1))
+        if newline >= 0 or at == 0:
+            yield at + newline + 1, held[newline + 1 :]
+            held = held[: newline + 1]
+        else:
+            begin = max(0, at - _BLOCK_BYTES)
+            log.seek(begin)
+            held, at = log.read(at - begin) + held, begin
 
 
 def _step_of(line: bytes) -> int | None:

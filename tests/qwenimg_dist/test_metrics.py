@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,44 @@ def test_what_is_whole_is_not_rewritten(tmp_path: Path) -> None:
     inode = file.stat().st_ino
     assert truncate_after(file, 2) == 0
     assert file.stat().st_ino == inode
+
+
+class CountingFile(io.FileIO):
+    """Counts the bytes that are read from it."""
+
+    num_read = 0
+
+    def read(self, size: int = -1, /) -> bytes:
+        found = super().read(size)
+        CountingFile.num_read += len(found)
+        return found
+
+
+def test_cutting_back_costs_what_is_dropped_and_not_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwenimg_dist.metrics._BLOCK_BYTES", 64)
+    monkeypatch.setattr("qwenimg_dist.metrics.open", CountingFile, raising=False)
+    read = []
+    for num in (10, 20_000):
+        file = tmp_path / f"{num}.jsonl"
+        write(file, list(range(1, num + 4)), '{"step": 9')
+        CountingFile.num_read = 0
+        assert truncate_after(file, num) == 4
+        read.append(CountingFile.num_read)
+        assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == list(range(1, num + 1))
+    assert read[1] <= read[0] + 64
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
+def test_lines_longer_and_shorter_than_a_block(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwenimg_dist.metrics._BLOCK_BYTES", block)
+    lines = [json.dumps({"step": step, "keys": "k" * (step * 13 % 50)}) + "\n" for step in range(1, 30)]
+    for step in range(30):
+        file = tmp_path / "samples.jsonl"
+        file.write_text("".join(lines))
+        assert truncate_after(file, step) == 29 - step
+        assert file.read_text() == "".join(lines[:step])
 
 
 def test_lines_are_readable_at_once_and_hold_no_nan(tmp_path: Path) -> None:
