@@ -173,6 +173,23 @@ def test_any_step_may_come_first_and_the_order_of_the_names_is_nothing(
         assert fresh.batch(step).epochs_by_dataset == batches[step].epochs_by_dataset
 
 
+def test_epochs_follow_one_another_without_gap_or_overlap_for_hundreds_of_them() -> None:
+    ledger = make_ledger({"photos": [0, 0, 1, 2], "text": [0, 1]}, {"photos": 1, "text": 2.5}, size=2)
+    stream = ledger._streams[0, 32]
+    position = 0
+    for epoch in range(300):
+        for index in range(len(stream.order(0, epoch).num_fill)):
+            at = stream.locate(position)
+            assert at is not None
+            assert (at.epoch, at.index) == (epoch, index)
+            position += 1
+    # A stream that is asked for a late position first counts the same.
+    fresh = make_ledger({"photos": [0, 0, 1, 2], "text": [0, 1]}, {"photos": 1, "text": 2.5}, size=2)
+    at = fresh._streams[0, 32].locate(position - 1)
+    assert at is not None
+    assert at.epoch == 299
+
+
 def test_batches_hold_rows_of_all_data_sets_and_epochs_of_each_are_counted() -> None:
     data = {"photos": [0] * 300, "text": [0] * 100}
     ledger = make_ledger(data, {"photos": 1, "text": 1}, size=20)
