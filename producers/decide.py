@@ -40,6 +40,8 @@ class Assessment:
     """Texts without features that see the further pictures; those must be opened for them."""
     decision: Decision | None = None
     """None: the picture must be opened first."""
+    has_latents: bool = False
+    """Encoded at some class: kept, though its file may be gone by now."""
 
 
 def assess(judged: Judged, state: UnitState, plan: Plan) -> Assessment:
@@ -131,7 +133,11 @@ def _after_header(
     missing = tuple(r for r in fitting if row.row not in state.latents[plan.latents_facets[r]])
     texts = edit_texts(row, state.texts)
     if missing or texts or len(known) < len(filters):
-        return Assessment(row=row, scores=scores, placements=fitting, missing=missing, texts=texts)
+        # An edit without text features could not be trained on, and these need its pictures.
+        has_latents = any(row.row in rows for rows in state.latents.values()) and not texts
+        return Assessment(
+            row=row, scores=scores, placements=fitting, missing=missing, texts=texts, has_latents=has_latents
+        )
     kept = Decision(status="kept", scores=scores)
     return Assessment(row=row, scores=scores, placements=fitting, decision=kept)
 

@@ -171,11 +171,14 @@ def is_done(dataset: Dataset, unit: int, plan: Plan) -> bool:
 
 
 def passing_faults(dataset: Dataset, unit: int) -> list[tuple[int, tuple[str, ...], bool]]:
-    """(row, uris, seen by the scan) of the rows whose newest decision is a fault that may have passed."""
-    counts = read_record(dataset, unit).get("counts", {})
-    if not any(counts.get(reason) for reason in PASSING):
+    """(row, uris, seen by the scan) of the rows whose newest decision is a fault that may have passed, and of kept ones
+    that lack something for such a fault."""
+    record = read_record(dataset, unit)
+    faulty = {int(row) for row, one in record.get("lacking", {}).items() if one["reason"] in PASSING}
+    if any(record.get("counts", {}).get(reason) for reason in PASSING):
+        faulty |= {row for row, decision in _read_decisions(dataset, unit).items() if decision.reason in PASSING}
+    if not faulty:
         return []
-    faulty = {row for row, decision in _read_decisions(dataset, unit).items() if decision.reason in PASSING}
     listing = dataset.read_unit(LISTING, unit, ["row", "uri", "others"])
     scan = dataset.read_unit(SCAN, unit, ["row", "fault"])
     assert listing is not None  # there are decisions

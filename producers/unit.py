@@ -5,7 +5,8 @@ what is committed, the source's bytes and the plan alone, so a unit may be repea
 decisions and keys come out. The `rows` part is committed last, and names the parts of every facet that it belongs to:
 it is what makes the unit ready. Each admitted picture is decoded once for all resolutions.
 
-Refuses to encode bytes other than those that were scanned (`changed_file`).
+Refuses to encode bytes other than those that were scanned (`changed_file`). An encoded row whose file is gone when a
+class or a filter is added keeps what it has; what it lacks stands in its detail and in the record.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class Opened:
     facts: Facts | None = None
     others: tuple[Image.Image, ...] = ()
     """The further pictures, where they are wanted."""
+    fault: str | None = None
+    """Why the picture of a row that stays kept could not be opened for what it lacks."""
 
 
 def produce_unit(
@@ -72,10 +75,14 @@ def produce_unit(
     assessed = [assess(one, state, plan) for one in judged]
     decisions = {one.row.row: one.decision for one in assessed if one.decision is not None}
     to_open = [one for one in assessed if one.decision is None]
+    lacking: dict[str, Any] = {}
     with LatentsWriter(dataset, unit, plan, encoders) as latents, TextWriter(dataset, unit, plan, encoders) as texts:
         for batch in _batches(_open_all(to_open, plan, root, num_threads)):
             for opened in ask_models(batch, plan, scorers):
                 decisions[opened.assessment.row.row] = opened.decision
+                if opened.fault is not None:
+                    missing = list(opened.assessment.missing)
+                    lacking[str(opened.assessment.row.row)] = {"reason": opened.fault, "classes": missing}
                 for cut_one in cut(opened, plan):
                     latents.add(cut_one)
                 _queue_texts(opened, plan, texts)
@@ -86,7 +93,7 @@ def produce_unit(
         plain = [one.row for one in judged if decisions[one.row.row].kept and one.row.kind != EDIT]
         num_captions = texts.commit([text for row in plain for text in row.captions], state.texts)
         num_latents = latents.commit()
-    _commit_rows(dataset, unit, plan, state, decisions)
+    _commit_rows(dataset, unit, plan, state, decisions, lacking)
     return UnitReport(
         unit=unit,
         num_rows=len(state.rows),
@@ -121,6 +128,10 @@ def open_row(one: Assessment, plan: Plan, root: str) -> Opened:
         loaded = pictures.open_verified(root, row.uri, row.sha256)
         others = pictures.open_further(row, root) if one.missing or one.texts else ()
     except ImageFault as fault:
+        if one.has_latents:
+            lost = f"no latents at {', '.join(f'{px} px' for px in one.missing)}" if one.missing else "not scored anew"
+            kept = Decision(status="kept", detail=f"{fault.reason}: {fault.detail}; {lost}", scores=scores)
+            return Opened(assessment=one, decision=kept, fault=fault.reason)
         decision = Decision(status="fault", reason=fault.reason, detail=fault.detail, scores=scores)
         return Opened(assessment=one, decision=decision)
     facts = facts_of(row, loaded)
@@ -190,8 +201,18 @@ def _queue_texts(opened: Opened, plan: Plan, writer: TextWriter) -> None:
         writer.add_edit(one.row, one.texts, pictures.vision_pixels(one.row, opened.others, plan))
 
 
-def _commit_rows(dataset: Dataset, unit: int, plan: Plan, state: UnitState, decisions: Mapping[int, Decision]) -> None:
-    """The unit's last part: changed decisions (perhaps none), and the record of the parts they belong to."""
+def _commit_rows(
+    dataset: Dataset,
+    unit: int,
+    plan: Plan,
+    state: UnitState,
+    decisions: Mapping[int, Decision],
+    lacking: Mapping[str, Any],
+) -> None:
+    """The unit's last part: changed decisions (perhaps none), and the record of the parts they belong to.
+
+    `lacking`: kept row -> why its file could not be opened, and the classes that it has no latents of for that.
+    """
     inputs = _carried_inputs(plan, state, decisions)
     for facet in plan.settled:
         inputs[facet] = state.num_parts[facet]
@@ -209,6 +230,7 @@ def _commit_rows(dataset: Dataset, unit: int, plan: Plan, state: UnitState, deci
         "scorers": {**state.scorers, **{one.name: one.fingerprint for one in plan.filters}},
         "counts": dict(Counter(decision.reason or "kept" for decision in decisions.values())),
         "left_out": _left_out(plan, state, decisions),
+        "lacking": lacking,
         "stages": _stages(plan, decisions.values()),
     }
     commit_part(dataset, dataset.next_part(ROWS, unit), table, config_hash=plan.config_hash, extra=extra)

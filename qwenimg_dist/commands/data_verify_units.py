@@ -99,7 +99,8 @@ def check_unit(dataset: Dataset, unit: int, parts: dict[str, list[Part]]) -> Ite
 def _check_encoded(
     dataset: Dataset, unit: int, parts: dict[str, list[Part]], record: dict[str, Any], kept: set[int]
 ) -> Iterator[Problem]:
-    """Every kept row has latents at every class, but for those that the record counts as too small."""
+    """Every kept row has latents at every class, but for those that the record counts as too small, and those whose
+    file was gone when the class was added."""
     latents = [name for name in record.get("inputs", {}) if name.startswith(LATENTS_PREFIX) and name in parts]
     classes = Counter(latents_order(name)[0] for name in latents)
     for facet in sorted(latents):
@@ -108,7 +109,8 @@ def _check_encoded(
         if left_out is None or classes[resolution] > 1:  # the record counts by class, not by encoder
             continue
         there = set(dataset.merge(parts[facet], ["row"])["row"].to_pylist())
-        absent = len(kept - there) - int(left_out)
+        lacking = sum(resolution in one["classes"] for one in record.get("lacking", {}).values())
+        absent = len(kept - there) - int(left_out) - lacking
         if absent > 0:
             what = f"lacks the latents of {absent} kept rows that are large enough"
             name = part_name(dataset, parts[facet][-1])

@@ -21,10 +21,14 @@ from producer_world import (
 
 from producers.commit import UnitConflictError
 from producers.dedup import DigestIndex
+from producers.filters import FILTERS
 from producers.listing import sync_listing
 from producers.sources.base import SourceRow
 from producers.unit import produce_unit
+from qwenimg_dist.commands.data_verify import Tally, problems
+from qwenimg_dist.data.catalog import RunFacets
 from qwenimg_dist.data.facets import DataError, Dataset
+from qwenimg_dist.data.pins import ready_units
 from qwenimg_dist.report.funnel import funnel
 from qwenimg_dist.schema import LISTING, ROWS, caption_key
 
@@ -107,16 +111,49 @@ def test_pixels_in_the_shard_are_those_of_the_crop(source: Path, dataset: Datase
     assert np.allclose(tensor_at(dataset, facet, entry)[0], means, atol=0.01)
 
 
-def test_changed_and_vanished_files_are_faults_where_they_had_to_be_read(source: Path, dataset: Dataset) -> None:
+def test_files_that_change_or_vanish_cost_only_what_had_to_be_read_anew(source: Path, dataset: Dataset) -> None:
+    small, large = PLAN.latents_facets[64], PLAN.latents_facets[96]
     produce_here(source, dataset, make_plan_for(resolutions=(64,)), FakeEncoders())
+    encoded = rows_of(dataset, small)
     shutil.copy(source / "1.png", source / "5.png")
     (source / "3.png").unlink()
+    draw(source / "6.png", 6, (100, 100), "comes and goes")
+    produce_here(source, dataset, make_plan_for("filters.resolution.min_side=101", resolutions=(64,)), FakeEncoders())
+    (source / "6.png").unlink()  # scanned, but never encoded
     produce_here(source, dataset, PLAN, FakeEncoders())
-    assert statuses(dataset) == {0: "kept", 1: "kept", 2: "kept", 3: "missing_file", 4: "kept", 5: "changed_file"}
-    draw(source / "3.png", 3, (100, 100))
-    produce_here(source, dataset, PLAN, FakeEncoders())
-    assert statuses(dataset)[3] == "kept"  # it came back, unchanged
+    assert statuses(dataset) == dict.fromkeys(range(6), "kept") | {6: "missing_file"}
+    details = {row: entry["detail"] for row, entry in rows_of(dataset, ROWS).items() if entry["status"] == "kept"}
+    assert details[3] == "missing_file: the source names it, but it is not there; no latents at 96 px"
+    assert details[5].startswith("changed_file: not the bytes that were scanned")
+    assert [details[row] for row in (0, 1, 2, 4)] == [""] * 4
+    assert rows_of(dataset, small) == encoded
+    assert rows_of(dataset, large).keys() == {1}
+    assert list(problems(dataset, Tally())) == []
+    assert {
+        one.unit for one in ready_units(dataset, RunFacets(text=PLAN.text_facet, latents=dict(PLAN.latents_facets)))
+    } == {0, 1}
+    # The files come back, one of them in time.
     assert produce_here(source, dataset, PLAN, FakeEncoders()) == []
+    draw(source / "3.png", 3, (100, 100))
+    encoders = FakeEncoders()
+    produce_here(source, dataset, PLAN, encoders)
+    assert encoders.num_pictures == 1
+    assert rows_of(dataset, large).keys() == {1, 3}
+    assert rows_of(dataset, ROWS)[3]["detail"] == ""
+    assert produce_here(source, dataset, PLAN, FakeEncoders()) == []
+    assert list(problems(dataset, Tally())) == []
+
+
+def test_a_filter_added_after_the_file_is_gone_leaves_the_row_unscored(source: Path, dataset: Dataset) -> None:
+    first = make_plan_for("filters.texture.enabled=false", resolutions=(64,))
+    produce_here(source, dataset, first, FakeEncoders())
+    (source / "3.png").unlink()
+    produce_here(source, dataset, make_plan_for(resolutions=(64,)), FakeEncoders())
+    entry = rows_of(dataset, ROWS)[3]
+    assert (entry["status"], entry["detail"][-15:]) == ("kept", "not scored anew")
+    name = next(name for name in FILTERS["texture"].names)
+    assert entry[f"score_{name}"] is None
+    assert rows_of(dataset, ROWS)[2][f"score_{name}"] is not None
 
 
 def test_a_file_that_metadata_names_beforehand_is_taken_when_it_comes(source: Path, dataset: Dataset) -> None:
