@@ -263,6 +263,8 @@ def _open_data(
     await_batch(generations, ranks, hooks, min(step, config.train.steps - 1))
     if note := _on_first(ranks, lambda: generations.not_yet_taken_down):
         _say(ranks, hooks, f"warning: {note}")
+    if note := _on_first(ranks, lambda: generations.takedown_matches_nothing):
+        _say(ranks, hooks, f"warning: {note}")
     stream = Stream(
         generations.ledger,
         rank=ranks.rank,

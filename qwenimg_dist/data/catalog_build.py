@@ -87,7 +87,9 @@ def build_catalog(
     """
     loaded = load_facets(dataset, units, further=facets.logvar)
     out = _Output()
-    kept = _kept_rows(loaded[ROWS], out, rows_taken_down(dataset, units, takedown))
+    taken_down = rows_taken_down(dataset, units, takedown)
+    kept = _kept_rows(loaded[ROWS], out, taken_down.rows)
+    out.head["taken_down"] = list(taken_down.matched)
     _add_columns(loaded, kept, out)
     _add_kind(loaded, kept, kind, dataset, out)
     _add_texts(loaded, kept, facets, out)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from qwenimg_dist.data.catalog import Catalog, CatalogFolder, Catalogs, Ints, RunFacets
+from qwenimg_dist.data.catalog import HEAD, Catalog, CatalogFolder, Catalogs, Ints, RunFacets
 from qwenimg_dist.data.catalog_build import PARTS, build_catalog
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.generation_log import FILE, Generation, append_line, read_lines
@@ -36,7 +36,7 @@ from qwenimg_dist.data.phases import PlannedPhase, phase_at
 from qwenimg_dist.data.pins import UnitPins, check_pins, pin_from_json, pin_unit, ready_units, why_not_ready
 from qwenimg_dist.data.samples import Selection
 from qwenimg_dist.data.takedown import FOLDER as TAKEDOWN
-from qwenimg_dist.data.takedown import Takedown, keep_copy, read_takedown, recorded
+from qwenimg_dist.data.takedown import Takedown, keep_copy, read_takedown, recorded, unmatched_note
 from qwenimg_dist.data.where import compile_where
 from qwenimg_dist.schema import SOURCE_COMPLETE
 
@@ -145,6 +145,18 @@ class Generations:
             else "rows taken down since are left out from the next generation on"
         )
         return f"data.takedown={self.config.takedown} is not the list of generation {self.count - 1}: {when}"
+
+    @property
+    def takedown_matches_nothing(self) -> str | None:
+        """What to tell the user of entries of the newest list that name no row of any catalog made by it."""
+        newest = self.lines[-1].takedown if self.lines else ""
+        made = [line for line in self.lines if line.takedown == newest and line.index]
+        if not newest or not made:
+            return None
+        heads = [json.loads((self._folder(line).folder / HEAD).read_text()) for line in made]
+        if any("taken_down" not in head for head in heads):
+            return None  # catalogs from before it was written down
+        return unmatched_note(recorded(self.run, newest), (at for head in heads for at in head["taken_down"]))
 
     def verify(self) -> None:
         """Rank 0, once at start: every pinned file is as it was; catalogs that are gone are compiled again.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +30,7 @@ from qwenimg_dist.files import write_json
 from qwenimg_dist.schema import LISTING, SCAN
 
 FOLDER: Final = "takedown"
+_SHOWN: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,28 +84,54 @@ def recorded(run: Path, digest: str) -> Takedown:
     return takedown
 
 
-def rows_taken_down(dataset: Dataset, units: Sequence[UnitPins], takedown: Takedown) -> Ints:
-    """Listing numbers of the rows that an entry names by any of their pictures, ascending. Reads unit by unit.
+@dataclass(frozen=True, kw_only=True)
+class TakenDown:
+    """What a list does to some units."""
+
+    rows: Ints
+    """Listing numbers, ascending."""
+    matched: tuple[int, ...]
+    """Positions of the entries that name a row, ascending."""
+
+
+def rows_taken_down(dataset: Dataset, units: Sequence[UnitPins], takedown: Takedown) -> TakenDown:
+    """The rows that an entry names by any of their pictures. Reads unit by unit.
 
     Who names one file of a picture means the picture: rows with the same bytes under another uri go too.
     """
+    nothing = np.zeros(0, dtype=np.int64)
     if not takedown.entries:
-        return np.zeros(0, dtype=np.int64)
+        return TakenDown(rows=nothing, matched=())
 
-    def rows_of(names: Sequence[str]) -> Ints:
+    def rows_of(names: Sequence[str]) -> tuple[Ints, Ints]:
         entries = pa.array(names, pa.string())
-        found = parallel(lambda unit: _of_unit(dataset, unit, entries), units)
-        return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *found]))
+        found = [pair for of_unit in parallel(lambda unit: _of_unit(dataset, unit, entries), units) for pair in of_unit]
+        rows, matched = ([nothing, *(pair[side] for pair in found)] for side in (0, 1))
+        return np.unique(np.concatenate(rows)), np.unique(np.concatenate(matched))
 
-    named = rows_of(takedown.entries)
+    named, matched = rows_of(takedown.entries)
     contents = {
         sha256 for of_unit in parallel(lambda unit: _contents(dataset, unit, named), units) for sha256 in of_unit
     }
-    return np.union1d(named, rows_of(sorted(contents)))
+    return TakenDown(rows=np.union1d(named, rows_of(sorted(contents))[0]), matched=tuple(matched.tolist()))
 
 
-def _of_unit(dataset: Dataset, unit: UnitPins, entries: pa.Array) -> Ints:
-    found = [np.zeros(0, dtype=np.int64)]
+def unmatched_note(takedown: Takedown, matched: Iterable[int]) -> str | None:
+    """What to tell of the entries at all other positions; None where there are none."""
+    known = set(matched)
+    strange = [entry for position, entry in enumerate(takedown.entries) if position not in known]
+    if not strange:
+        return None
+    first = ", ".join(entry[:100] for entry in strange[:_SHOWN]) + (", ..." if len(strange) > _SHOWN else "")
+    return (
+        f"{len(strange)} of {len(takedown.entries)} entries of data.takedown name no row of the data so far ({first}): "
+        "an entry is a uri exactly as it is listed (see `data inspect`), a sample key, or a sha256"
+    )
+
+
+def _of_unit(dataset: Dataset, unit: UnitPins, entries: pa.Array) -> list[tuple[Ints, Ints]]:
+    """Pairs of (rows, the entry that each has), column by column."""
+    found = []
     for facet, columns in ((LISTING, ("uri", "key", "others")), (SCAN, ("sha256", "others"))):
         parts = [Part(facet=facet, unit=unit.unit, part=part) for part in range(unit.inputs.get(facet, 0))]
         if not parts:
@@ -113,7 +140,7 @@ def _of_unit(dataset: Dataset, unit: UnitPins, entries: pa.Array) -> Ints:
         table = newest(pa.concat_tables(tables, promote_options="default"))
         rows = to_array(table["row"], np.int64)
         found += [_named(table[name].combine_chunks(), rows, entries) for name in columns if name in table.column_names]
-    return np.concatenate(found)
+    return found
 
 
 def _contents(dataset: Dataset, unit: UnitPins, rows: Ints) -> list[str]:
@@ -130,15 +157,15 @@ def _contents(dataset: Dataset, unit: UnitPins, rows: Ints) -> list[str]:
     return found
 
 
-def _named(column: Any, rows: Ints, entries: pa.Array) -> Ints:
-    """Rows with an entry in the column, which may list the further pictures of a row."""
+def _named(column: Any, rows: Ints, entries: pa.Array) -> tuple[Ints, Ints]:
+    """Rows with an entry in the column, which may list the further pictures of a row, and the entries' positions."""
     if pa.types.is_list(column.type):
         rows = rows[to_array(pc.list_parent_indices(column), np.int64)]
         column = pc.list_flatten(column)
     if pa.types.is_struct(column.type):
         column = pc.struct_field(column, "sha256")
-    named: Ints = rows[to_array(pc.is_in(column, value_set=entries), np.bool_)]
-    return named
+    at = to_array(pc.index_in(column, value_set=entries), np.int64, missing=-1)
+    return rows[at >= 0], at[at >= 0]
 
 
 def _copy(run: Path, digest: str) -> Path:

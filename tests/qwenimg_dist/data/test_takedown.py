@@ -79,6 +79,8 @@ def test_uris_keys_and_sha256_take_rows_down_without_rewriting_anything(tmp_path
         out = {rows[0].key, rows[3].key, rows[5].key}
         held = {key for bucket in generations.held_out(32, 9) for key in generations.ledger.catalogs.keys(bucket.rows)}
         assert not (kept | held) & out
+        note = generations.takedown_matches_nothing or ""
+        assert note.startswith("1 of 4 entries of data.takedown name no row of the data so far (not/here.png): ")
         assert kept | held == {row.key for row in rows} - out
     assert before == {file: file.stat().st_mtime_ns for file in producer.dataset.root.rglob("*") if file.is_file()}
 
@@ -91,6 +93,7 @@ def test_a_settled_run_repeats_its_generation_and_says_that_later_rows_stay(
     first = open_run(run, producer, config(takedown))
     order = keys_of(first, range(12))
     assert first.not_yet_taken_down is None
+    assert first.takedown_matches_nothing is None
     takedown.write_text(f"{producer.rows[0].uri}\n{producer.rows[1].uri}")
     shutil.rmtree(run / "index")  # made again by the recorded list, not by the newer one
     resumed = open_run(run, producer, config(takedown))
@@ -138,7 +141,7 @@ def test_a_row_goes_with_any_of_its_pictures(tmp_path: Path) -> None:
         dataset.commit(Part(facet=facet, unit=0, part=0), table, config_hash="")
     units = [UnitPins(unit=0, rows_parts=1, inputs={LISTING: 1, SCAN: 1})]
     for entries, expected in ((("f.png",), [2]), (("b.png", "k1"), [0, 1]), (("o2", "s3"), [2, 3]), (("x",), [])):
-        assert rows_taken_down(dataset, units, Takedown(entries=entries)).tolist() == expected
+        assert rows_taken_down(dataset, units, Takedown(entries=entries)).rows.tolist() == expected
 
 
 def test_a_list_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -168,4 +171,4 @@ def test_naming_a_copy_takes_the_kept_row_with_the_same_bytes_down_too(tmp_path:
     takedown = tmp_path / "takedown.txt"
     takedown.write_text(producer.rows[7].uri)
     pins = [UnitPins(unit=number, rows_parts=1, inputs={LISTING: 1, SCAN: 1}) for number in dataset.units(LISTING)]
-    assert rows_taken_down(dataset, pins, read_takedown(takedown)).tolist() == [1, 7]
+    assert rows_taken_down(dataset, pins, read_takedown(takedown)).rows.tolist() == [1, 7]
