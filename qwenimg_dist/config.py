@@ -622,8 +622,9 @@ class EngineConfig(Section):
     DeepSpeed's own CPU Adam would need. With `cluster.device=cpu` all is in host memory anyway."""
     hpz_partition: PositiveInt = 1
     """ZeRO++'s hpZ: each group of so many ranks (the GPUs of a node) holds a second partition of the weights, so that
-    the backward pass gathers within the node. Spares the slow network a third of the traffic and costs
-    2 x parameters / hpz_partition bytes per GPU in bf16 (20 B over 8: 5.1 GB). Must divide the ranks; 1 is off."""
+    after the first forward pass of a step all gathering stays within the node. Spares the network between nodes a
+    quarter of a micro-batch's bytes, of a step's further micro-batches half; costs 2 x parameters / hpz_partition bytes
+    per GPU in bf16 (20 B over 8: 5.1 GB). Must divide the ranks; 1 is off."""
     zero: dict[ZeroSize, PositiveInt] = {}
     """DeepSpeed's sizes in elements, in place of those derived from the model: larger buckets are fewer collectives,
     smaller ones less memory."""
