@@ -6,6 +6,7 @@ import pytest
 
 from consumers.parameter_groups import FROZEN, ParameterGroup, decays, describe, parameter_groups, to_json
 from qwenimg_dist.compose import ConfigError, load_config
+from qwenimg_dist.config import training_identity
 
 LAYERS = 3
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -72,6 +73,14 @@ def test_the_first_group_that_finds_a_parameter_takes_it() -> None:
     assert groups["block0/no_decay"].names == ("transformer_blocks.0.attn.norm_q.weight",)
     turned = made(f"optim.groups={{{second},{first}}}")
     assert "transformer_blocks.0.img_mod.1.weight" in turned["block0/decay"].names
+
+
+def test_the_order_of_groups_is_part_of_a_run_and_where_states_lie_is_not() -> None:
+    one, other = "a:{pattern:mod}", "b:{pattern:img}"
+    identity = training_identity(load_config([f"optim.groups={{{one},{other}}}"]))
+    assert training_identity(load_config([f"optim.groups={{{other},{one}}}"])) != identity
+    elsewhere = ["engine.offload_optimizer=cpu", "engine.hpz_partition=2", "engine.zero={sub_group_size:9}"]
+    assert training_identity(load_config([f"optim.groups={{{one},{other}}}", *elsewhere])) == identity
 
 
 def test_freeze_is_stronger_than_train() -> None:

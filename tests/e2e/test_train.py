@@ -247,6 +247,14 @@ def mistyped(root: Path) -> list[str]:
     return [*overrides(root), "optim.lrr=1"]
 
 
+def no_such_parameter(root: Path) -> list[str]:
+    return [*overrides(root), "optim.freeze=[img_mdo]"]
+
+
+def no_log_variances(root: Path) -> list[str]:
+    return [*overrides(root), "objective.posterior=sample", "encode.posterior=mean_logvar"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -256,6 +264,8 @@ def mistyped(root: Path) -> list[str]:
         (other_encoder, ["text-", "another encoder", "produce"]),
         (no_model, ["no-model", "no such directory"]),
         (not_encoded, ["128", "encode.resolutions"]),
+        (no_such_parameter, ["optim.freeze: 'img_mdo' finds no parameter", "near are img_mod"]),
+        (no_log_variances, ["latents-", "with other encode settings", "produce"]),
         (mistyped, ["optim.lrr", "did you mean 'optim.lr'"]),
     ],
 )

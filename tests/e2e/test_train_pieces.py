@@ -18,6 +18,7 @@ from small_run import lines, overrides, run_gang, write_pipeline
 from consumers.checkpoint import open_checkpoint, verify_checkpoint
 from consumers.run_directory import facets_of
 from qwenimg_dist.compose import load_config
+from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 
 STEPS = 12
 PIECES = ((2, 3), (1, 6), (3, 9), (4, 12))
@@ -103,6 +104,8 @@ def test_pieces_on_other_ranks_equal_the_unbroken_run(root: Path, precision: str
 
     reader = open_checkpoint(pieces, STEPS)
     assert reader.num_ranks == 4
+    start = SafetensorsDirectory(root / "pipeline" / "transformer").read("proj_out.weight").float()
+    assert float((reader.read("proj_out.weight", "master") - start).abs().max()) > 1e-3
     assert verify_checkpoint(reader.path) == []
     groups = json.loads((pieces / "parameter_groups.json").read_text())
     names = {entry["name"]: set(entry["tensors"]) for entry in groups}
