@@ -72,10 +72,11 @@ def largest_difference(one: Path, other: Path, which: str) -> float:
     return found
 
 
-# bf16: gathered weights and activations are rounded to 8 bits, and a micro-batch cut otherwise sums in another order.
+# Differences; of loss and norm relative ones. bf16: gathered weights and activations have 8 bits, and micro-batches of
+# other sizes round otherwise; seen were 8e-5, 3e-5, 3e-5, 8e-7, 2e-5 and 6e-4.
 BOUNDS = {
     "fp32": {"master": 1e-6, "ema": 1e-6, "exp_avg": 1e-6, "exp_avg_sq": 1e-6, "loss": 1e-6, "norm": 1e-6},
-    "bf16": {"master": 2e-3, "ema": 1e-3, "exp_avg": 2e-3, "exp_avg_sq": 1e-5, "loss": 1e-3, "norm": 1e-2},
+    "bf16": {"master": 4e-4, "ema": 2e-4, "exp_avg": 2e-4, "exp_avg_sq": 5e-6, "loss": 2e-4, "norm": 4e-3},
 }
 
 
