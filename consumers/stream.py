@@ -1,13 +1,12 @@
 """A rank's cut of each global batch, read and assembled ahead of the trainer.
 
-Place in the flow: ledger (which samples) -> catalog (where their bytes lie) -> reader (bytes) -> here (tensors) ->
-trainer. Works ahead in one background thread, so the order is kept and a step's read hides behind the step before it.
+Place in the flow: ledger (which samples) -> here (whose, in which micro-batches) -> `assemble.py` (tensors) -> trainer.
+Works ahead in one background thread, so the order is kept and a step's read hides behind the step before it.
 
 1. The B slots of the global batch are split over W ranks in equal contiguous cuts; where B is no multiple of W, the
    last slots are filled with the last sample at weight zero.
 2. A cut is split into micro-batches by the token budget, with the longest text of the *global* batch, so that every
    rank has as many micro-batches as every other.
-3. Texts that a cut uses several times (the empty prompt) are read once.
 
 Refuses to hide a fault: whatever the thread met is raised in `get`, in the step that it belongs to, or, with
 `tolerant`, told in the batch.
@@ -19,24 +18,20 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from consumers.assemble import Assembler
 from consumers.batch import BadSample, MicroBatch, RankBatch
-from qwenimg_dist.data.catalog import Catalogs, Ints, Places
+from qwenimg_dist.data.catalog import Catalogs, Ints
 from qwenimg_dist.data.held_out import HeldOutBucket
 from qwenimg_dist.data.ledger import GlobalBatch, Ledger
-from qwenimg_dist.data.reader import TarReader
-from qwenimg_dist.models.text_batch import collate_text
-from qwenimg_dist.schema import Bucket
 
 PREFETCH: Final = 2
 """Batches that are made ahead of the one in use."""
-
-_TORCH: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,121 +202,6 @@ class Stream:
             read_s=time.perf_counter() - begin,
             read_bytes=self._assembler.read_bytes - before,
         )
-
-
-class Assembler:
-    """Bytes -> tensors of micro-batches. The raw buffers are used again, the tensors are new. One thread at a time."""
-
-    def __init__(self, catalogs: Catalogs, *, compute_dtype: torch.dtype, pin_memory: bool) -> None:
-        self._catalogs = catalogs
-        self.dtype = compute_dtype
-        self.pin_memory = pin_memory
-        self._reader = TarReader()
-        self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
-        self.read_bytes = 0
-        self._tolerant = False
-        self.problems: dict[int, str] = {}
-        """Of the last `micro_batches`: position of a sample that could not be read -> why."""
-
-    def close(self) -> None:
-        """Close files."""
-        self._reader.close()
-
-    def micro_batches(
-        self,
-        *,
-        rows: Ints,
-        texts: Ints,
-        slots: Ints,
-        weights: npt.NDArray[np.float32],
-        num_slots: int,
-        resolution: int,
-        bucket: Bucket,
-        sizes: Sequence[int],
-        logvar: bool = False,
-        tolerant: bool = False,
-    ) -> list[MicroBatch]:
-        """Read n samples, with their log-variances if asked, and cut them into micro-batches of the given sizes.
-
-        Raises `DataError` for what cannot be read; if `tolerant`, zeros at weight zero stand there instead.
-        """
-        self.problems = {}
-        self._tolerant = tolerant
-        latents = self._latents(rows, resolution, bucket, logvar)
-        features = self._features(texts)
-        weights = weights.copy()
-        weights[list(self.problems)] = 0.0
-        made, begin = [], 0
-        for size in sizes:
-            part = slice(begin, begin + size)
-            text, mask = collate_text([features[int(t)] for t in texts[part]])
-            made.append(
-                MicroBatch(
-                    latents=self._finish(latents[0, part]),
-                    logvar=self._finish(latents[1, part]) if logvar else None,
-                    text=self._finish(text),
-                    text_mask=None if mask is None else self._finish(mask),
-                    weights=torch.from_numpy(weights[part].copy()),
-                    slots=torch.from_numpy(slots[part].copy()),
-                    num_slots=num_slots,
-                    bucket=bucket,
-                )
-            )
-            begin += size
-        return made
-
-    def _latents(self, rows: Ints, resolution: int, bucket: Bucket, logvar: bool) -> torch.Tensor:
-        """(1 or 2, n, 16, h, w) fp32: means, and log-variances behind them if asked."""
-        made: torch.Tensor | None = None
-        num = 1 + logvar
-        for catalog, where, places in self._catalogs.latents_places(rows, resolution, bucket, logvar=logvar):
-            index = catalog.latents[resolution]
-            raw = self._raw("latents", int(places.nbytes.sum())).reshape(num * len(where), -1)
-            for number, problem in self._read(places, list(raw)).items():
-                self.problems[int(where[number % len(where)])] = problem
-            shape = index.shape(bucket)
-            if made is None:
-                made = torch.empty(num, len(rows), *shape, dtype=torch.float32)
-            made[:, torch.from_numpy(where)] = _typed(raw, index.dtype).view(num, len(where), *shape).float()
-        assert made is not None
-        return made
-
-    def _features(self, texts: Ints) -> dict[int, torch.Tensor]:
-        """Text position -> (T, D) in the compute dtype."""
-        unique = np.unique(texts)
-        features: dict[int, torch.Tensor] = {}
-        for catalog, where, places in self._catalogs.text_places(unique):
-            raw = self._raw("texts", int(places.nbytes.sum()))
-            ends = np.cumsum(places.nbytes)
-            parts = [raw[end - num : end] for end, num in zip(ends, places.nbytes, strict=True)]
-            for index, problem in self._read(places, parts).items():
-                self.problems.update(dict.fromkeys(np.flatnonzero(texts == unique[where[index]]).tolist(), problem))
-            for position, part in zip(unique[where], parts, strict=True):
-                view = _typed(part, catalog.text_dtype).view(-1, catalog.text_width)
-                features[int(position)] = view.to(self.dtype, copy=True)
-        return features
-
-    def _read(self, places: Places, out: Sequence[npt.NDArray[np.uint8]]) -> dict[int, str]:
-        """Index of what could not be read -> why; always empty unless that is tolerated."""
-        self.read_bytes += int(places.nbytes.sum())
-        if self._tolerant:
-            return self._reader.read_what_can_be(places, out)
-        self._reader.read(places, out)
-        return {}
-
-    def _finish(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory() if self.pin_memory else tensor
-
-    def _raw(self, name: str, nbytes: int) -> npt.NDArray[np.uint8]:
-        """A buffer of this size that the next call of the same name overwrites."""
-        if name not in self._buffers or len(self._buffers[name]) < nbytes:
-            self._buffers[name] = np.empty(nbytes, dtype=np.uint8)
-        return self._buffers[name][:nbytes]
-
-
-def _typed(raw: npt.NDArray[Any], dtype: str) -> torch.Tensor:
-    """uint8 bytes as a flat tensor of the stored dtype, sharing memory."""
-    return torch.from_numpy(raw.reshape(-1)).view(_TORCH[dtype])
 
 
 def _rank_batch(

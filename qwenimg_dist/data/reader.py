@@ -1,7 +1,8 @@
 """Reads exactly the bytes of the tensors wanted, from tars into buffers that are used again.
 
 Place in the flow: the stream asks the catalog for places and this for bytes; it knows nothing of shapes or batches.
-Neighbouring tensors of a tar are read with one `preadv`, the few bytes between them into a scrap buffer. Every error
+Neighbouring tensors of a tar are read with one `preadv`, the few bytes between them into a scrap buffer; a few threads
+read at once, since on network storage it is waiting that takes the time. Every error
 names tar, key and way out. Refuses a tar whose size is not the committed one, and never returns a short read.
 """
 
@@ -13,6 +14,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any, Final
 
@@ -30,13 +32,15 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class TarReader:
-    """Open tars are kept, up to `max_open`. Safe to use from several threads, one read at a time."""
+    """Open tars are kept, up to `max_open`. Safe to use from several threads, one `read` at a time."""
 
-    def __init__(self, *, max_open: int = 256) -> None:
+    def __init__(self, *, max_open: int = 256, threads: int = 4) -> None:
         self._max_open = max_open
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
         self._open: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
-        self._scrap = bytearray(_MAX_GAP)
+        self._scrap = bytearray(_MAX_GAP)  # nobody looks at it, so all threads may write there
 
     def read(self, places: Places, out: Sequence[Bytes]) -> int:
         """Fill `out[i]` (uint8, contiguous, `places.nbytes[i]` long) with tensor i; returns the bytes wanted.
@@ -44,9 +48,11 @@ class TarReader:
         Raises `DataError` for a tar that is missing, cut, or of another size than committed.
         """
         order = np.lexsort((places.offset, places.tar))
+        runs = list(_neighbours(places, order))
         with self._lock:
-            for run in _neighbours(places, order):
-                self._read_run(places, run, out)
+            # No more than can be open at once: no tar is closed while one of the threads reads it.
+            for first in range(0, len(runs), self._max_open):
+                self._read_wave(places, runs[first : first + self._max_open], out)
         return int(places.nbytes.sum())
 
     def read_what_can_be(self, places: Places, out: Sequence[Bytes]) -> dict[int, str]:
@@ -71,16 +77,39 @@ class TarReader:
                 problems[index] = str(error)
         return problems
 
+    def _read_wave(self, places: Places, runs: Sequence[npt.NDArray[np.intp]], out: Sequence[Bytes]) -> None:
+        handles = []
+        for first in (run[0] for run in runs):
+            tar = places.tars[int(places.tar[first])]
+            handles.append(self._handle(tar, places.keys[first], int(places.offset[first])))
+
+        def read(nth: int) -> None:
+            for handle, run in zip(handles[nth :: self._threads], runs[nth :: self._threads], strict=True):
+                self._read_run(handle, places, run, out)
+
+        if self._threads == 1 or len(runs) == 1:
+            for nth in range(self._threads):
+                read(nth)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="tar-reader")
+        futures = [self._pool.submit(read, nth) for nth in range(self._threads)]
+        wait(futures)  # all of them, whatever one met: the buffers are the caller's again
+        for future in futures:
+            future.result()
+
     def close(self) -> None:
         """Close all tars; the reader can be used again."""
         with self._lock:
+            if self._pool is not None:
+                self._pool.shutdown()
+                self._pool = None
             while self._open:
                 os.close(self._open.popitem()[1])
 
-    def _read_run(self, places: Places, run: npt.NDArray[np.intp], out: Sequence[Bytes]) -> None:
+    def _read_run(self, handle: int, places: Places, run: npt.NDArray[np.intp], out: Sequence[Bytes]) -> None:
         """Read tensors that lie close together in one tar."""
         tar = places.tars[int(places.tar[run[0]])]
-        handle = self._handle(tar, places.keys[run[0]], int(places.offset[run[0]]))
         buffers: list[Any] = []
         position = start = int(places.offset[run[0]])
         for index in run:

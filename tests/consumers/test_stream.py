@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.generations import Generations, LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.data.pins import ready_units
+from qwenimg_dist.data.reader import TarReader
 from qwenimg_dist.schema import caption_key
 
 SIZES = ((256, 256), (64, 130), (150, 70))
@@ -71,7 +73,7 @@ def check(batch: RankBatch, run: Generations, producer: FakeProducer, compute: t
         found = [captions[key.decode()] for key in places.keys]
         texts.update(zip(batch.batch.texts[where].tolist(), found, strict=True))
     seen = []
-    for micro in batch.micro_batches:
+    for micro in (one.to("cpu") for one in batch.micro_batches):
         size = len(micro.weights)
         assert micro.latents.dtype == torch.float32
         assert micro.text.dtype == compute
@@ -130,7 +132,7 @@ def test_log_variances_come_only_where_they_are_asked_for(tmp_path: Path) -> Non
         batch, without = stream.get(step), plain.get(step)
         assert check(batch, run, producer, torch.float32) == check(without, run, producer, torch.float32)
         assert all(micro.logvar is None for micro in without.micro_batches)
-        for micro in batch.micro_batches:
+        for micro in (one.to("cpu") for one in batch.micro_batches):
             assert micro.logvar is not None
             assert micro.num_slots == len(batch.keys)
             for slot, latents in zip(micro.slots.tolist(), micro.logvar, strict=True):
@@ -201,7 +203,7 @@ def test_held_out_batches_are_the_same_on_any_number_of_ranks(tmp_path: Path, wo
     seen = []
     rows = {row.key: row for row in producer.rows}
     for batches in made:
-        for micro in batches:
+        for micro in (one.to("cpu") for one in batches):
             for i, slot in enumerate(micro.slots.tolist()):
                 row: FakeRow = rows[key_of[slot]]
                 assert np.array_equal(micro.latents[i].numpy(), fake_latents(row.key, micro.bucket))
@@ -325,3 +327,42 @@ def test_what_cannot_be_read_is_told_at_weight_zero_and_the_rest_is_untouched(tm
     assert all(".tar " in problem and " at byte " in problem for problem in told.values())
     for stream in whole:
         stream.close()
+
+
+def test_in_a_long_run_few_buffers_serve_all_steps(tmp_path: Path) -> None:
+    producer, run = make_run(tmp_path, dtype="float32")
+    stream = Stream(run.ledger, rank=0, world=1, compute_dtype=torch.float32)
+    places: set[int] = set()
+    for step in range(STEPS):
+        batch = stream.get(step)
+        check(batch, run, producer, torch.float32)
+        places |= {micro.latents.untyped_storage().data_ptr() for micro in batch.micro_batches}
+    stream.close()
+    assert len(places) < STEPS / 2
+
+
+@pytest.mark.parametrize(
+    ("stored", "compute", "copied"), [("bfloat16", torch.bfloat16, False), ("float32", torch.bfloat16, True)]
+)
+def test_bytes_are_read_into_the_batch_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, compute: torch.dtype, copied: bool
+) -> None:
+    producer, run = make_run(tmp_path, dtype=stored)
+    read = TarReader.read
+    targets: list[tuple[int, int]] = []
+
+    def spied(self: TarReader, places: Any, out: Any) -> int:
+        targets.extend((part.ctypes.data, part.ctypes.data + part.nbytes) for part in out)
+        return read(self, places, out)
+
+    monkeypatch.setattr(TarReader, "read", spied)
+    stream = Stream(run.ledger, rank=0, world=1, compute_dtype=compute, prefetch=0)
+    batch = stream.get(0)
+    check(batch, run, producer, compute)
+    for micro in batch.micro_batches:
+        for kind in ("latents", "text"):
+            tensor = getattr(micro, kind)
+            low = tensor.data_ptr()
+            inside = [low <= start and end <= low + tensor.nbytes for start, end in targets]
+            assert any(inside) == (kind == "latents" or not copied)
+    stream.close()
