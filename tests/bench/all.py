@@ -18,6 +18,7 @@ HERE: Final = Path(__file__).resolve().parent
 BENCHMARKS: Final = (
     "padding",
     "loader",
+    "data_wait",
     "picture_path",
     "filters",
     "ocr",
