@@ -26,7 +26,7 @@ def part_of(name: str) -> str:
 
 @torch.no_grad()
 def block_norms(engine: Engine) -> dict[str, float]:
-    """`norms/grad/PART` and `norms/param/PART` over all ranks, and of the whole model as `all`. Collective."""
+    """`norms/grad/PART` and `norms/param/PART` over all ranks, and `all`; of trained parameters only. Collective."""
     parts = sorted({part_of(share.name) for share in engine.shares})
     position = {part: index for index, part in enumerate(parts)}
     device = engine.ranks.device

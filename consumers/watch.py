@@ -29,6 +29,7 @@ def evaluate(session: Session, phase: int, *, last: bool) -> dict[str, float]:
     start = session.start.errors if session.start else None
     found: dict[str, float] = {}
     for index, (name, ema) in enumerate(weights_of(session.config, session.ema)):
+        session.hooks.stage(f"held-out losses, {name} weights")
         errors = held_out.errors(session.engine, ema)
         prefix = "eval/" if index == 0 else f"eval/{name}/"
         found |= held_out.metrics(errors, session.resolutions[phase], start, prefix=prefix)
@@ -65,6 +66,7 @@ def draw_grids(session: Session) -> None:
     batch_size = max(1, phase.micro_batch_tokens // (2 * (resolution // 16) ** 2))
     weights = weights_of(session.config, session.ema)
     for index, (name, ema) in enumerate(weights[: 1 if step == 0 else None]):  # at the start they are the same
+        session.hooks.stage(f"sample grid, {name} weights")
         label = "samples" if index == 0 else f"samples-{name}"
         file = session.grids.draw(
             session.engine, ema, step=step, suffix=label[7:], resolution=resolution, batch_size=batch_size
