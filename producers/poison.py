@@ -4,12 +4,14 @@ Place in the flow: when a task's process died (or ran out of memory, or never an
 `careful`. A careful task opens one picture at a time and writes its row into a small file first, the trail. The trail
 survives the process: whoever tries next reads which row was open when it died. A row that was open at two such deaths
 is poison, and is left out from then on. Only a process with one open picture is believed, so several decoding threads
-cannot put the blame on a neighbour, and one kill from outside condemns nobody.
+cannot put the blame on a neighbour, and one kill from outside condemns nobody. A death counts only where the pool saw
+the process alone die (`why`): not where its machine went, nor where the whole run was ended.
 
 The verdict of a careful encode is a further `scan` part, that of a careful scan stands in its first: fault `poison`,
-durable, read by every later run. Where more rows than `cluster.max_poison_rows` of one unit seem to kill, the pictures
-are not to blame (a broken library, too little memory): nothing is recorded and `PoisonError` says so. Crashes after
-the pictures were opened (in the encoders) leave no trail and count as failures of the unit.
+durable, read by every later run until `data repair --lift-poison`. Where more rows than `cluster.max_poison_rows` of
+one unit seem to kill, the pictures are not to blame (a broken library, too little memory): nothing is recorded and
+`PoisonError` says so. Crashes after the pictures were opened (in the encoders) leave no trail and count as failures of
+the unit.
 """
 
 from __future__ import annotations
@@ -32,7 +34,6 @@ POISON: Final = "poison"
 _FOLDER: Final = ".suspects"
 _DEATHS: Final = 2
 """So many processes must have died with the row as the only open one."""
-_UNKNOWN: Final = "the run ended"
 
 
 class PoisonError(RuntimeError):
@@ -70,7 +71,8 @@ def read_trail(file: Path) -> Trail | None:
 
 
 class Watch:
-    """Keeps the trail of one careful try. Use as a context manager around the openings.
+    """Keeps the trail of one careful try. Use as a context manager around the openings. `why`: how the process before
+    died with its task; empty where that says nothing about the row that was open.
 
     Raises `PoisonError`, and forgets the trail, if the unit has more poison than can be the pictures' fault.
     """
@@ -79,11 +81,11 @@ class Watch:
         self._file = trail_file(root, kind, unit)
         before = read_trail(self._file) or Trail()
         self._deaths, self._poison = dict(before.deaths), dict(before.poison)
-        if before.opening is not None:
+        if before.opening is not None and why:
             row = before.opening
             self._deaths[row] = self._deaths.get(row, 0) + 1
             if self._deaths[row] >= _DEATHS:
-                self._poison[row] = f"{_DEATHS} producers ended while it alone was open, the last so: {why or _UNKNOWN}"
+                self._poison[row] = f"{_DEATHS} producers ended while it alone was open, the last so: {why}"
         if len(self._poison) > limit:
             self.forget()
             rows = ", ".join(str(row) for row in sorted(self._poison)[:5])

@@ -241,7 +241,9 @@ class RayWorkers:
                 f"unit {task.unit}: {task.kind} failed {failures} times, last: {why}; what is committed is kept. Set "
                 "cluster.unit_retries to try more often"
             )
-        self._retry.append(replace(task, careful=task.careful or careful, why=why.partition(" [")[0]))
+        self._retry.append(
+            replace(task, careful=task.careful or careful, why=why.partition(" [")[0] if careful else "")
+        )
 
     def _trail(self, task: Task) -> Trail | None:
         return read_trail(trail_file(Path(self._job.data_path), task.kind, task.unit))

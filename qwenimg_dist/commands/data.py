@@ -45,6 +45,7 @@ def run(args: list[str]) -> int:
     verb, rest = args[0], args[1:]
     as_json, rest = _take_flag(rest, "--json", verb == "stats")
     check, rest = _take_value(rest, "--check", verb == "freeze")
+    lift, rest = _take_flag(rest, "--lift-poison", verb == "repair")
     config = load_config(rest)
     dataset = Dataset.open(required(config.data.path, "data.path"))
     if verb == "inspect":
@@ -53,6 +54,10 @@ def run(args: list[str]) -> int:
         from qwenimg_dist.commands.data_verify import verify
 
         return verify(dataset, console())
+    if verb == "repair" and lift:
+        from qwenimg_dist.commands.data_lift import lift_poison
+
+        return lift_poison(dataset, console())
     if verb == "repair":
         from qwenimg_dist.commands.data_repair import repair
 

@@ -20,6 +20,7 @@ from producers.poison import POISON, PoisonError, Trail, Watch, read_trail, trai
 from producers.unit import produce_unit
 from producers.workers import Task, run_task
 from qwenimg_dist.commands.data_verify import Tally, problems
+from qwenimg_dist.commands.main import main
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.schema import ROWS, SCAN
 
@@ -127,6 +128,26 @@ def test_two_culprits_in_one_unit_cost_two_deaths_each_and_the_rest_is_kept(
     assert produce_here(source, dataset, PLAN, FakeEncoders()) == []  # for every later run, too
 
 
+def test_a_verdict_can_be_lifted(
+    source: Path, dataset: Dataset, crash_on: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crash_on(2, 5)
+    until_done(dataset, source, Task(kind="encode", unit=0))
+    for mark in (tmp_path / "marks").iterdir():
+        mark.unlink()  # whatever it was, it is mended
+    assert main(["data", "repair", "--lift-poison", f"data.path={dataset.root}"]) == 0
+    assert "unit 0: row 2, 5: no poison any more" in capsys.readouterr().out
+    assert list(problems(dataset, Tally())) == []
+    encoders = FakeEncoders()
+    produce_here(source, dataset, PLAN, encoders)
+    assert {entry["status"] for entry in rows_of(dataset, ROWS).values()} == {"kept"}
+    assert encoders.num_pictures == 4  # the two, at two classes
+    assert list(problems(dataset, Tally())) == []
+    assert main(["data", "repair", "--lift-poison", f"data.path={dataset.root}"]) == 0
+    assert "there is no poison" in capsys.readouterr().out
+    assert produce_here(source, dataset, PLAN, FakeEncoders()) == []
+
+
 def test_a_scan_that_crashes_goes_on_without_the_file(
     source: Path, tmp_path: Path, crash_on: Callable[..., None]
 ) -> None:
@@ -158,8 +179,8 @@ def test_where_everything_crashes_nothing_is_recorded(
 
 
 def test_one_kill_from_outside_condemns_nobody(tmp_path: Path) -> None:
-    def opened(*rows: int) -> None:
-        with Watch(tmp_path, "encode", 0, why="", limit=8) as watch:
+    def opened(*rows: int, why: str = "") -> None:
+        with Watch(tmp_path, "encode", 0, why=why, limit=8) as watch:
             for row in rows:
                 watch.opening(row)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -167,9 +188,12 @@ def test_one_kill_from_outside_condemns_nobody(tmp_path: Path) -> None:
     file = trail_file(tmp_path, "encode", 0)
     assert in_a_process(lambda: opened(0, 1, 2)) == -signal.SIGKILL
     assert read_trail(file) == Trail(opening=2)
-    assert in_a_process(lambda: opened(0, 1)) == -signal.SIGKILL
+    # The next one does not know that a process died alone: the run was ended, or the machine went.
+    assert in_a_process(lambda: opened(0, 1, 2)) == -signal.SIGKILL
+    assert read_trail(file) == Trail(opening=2)
+    assert in_a_process(lambda: opened(0, 1, why="it crashed")) == -signal.SIGKILL
     assert read_trail(file) == Trail(opening=1, deaths={2: 1})
-    watch = Watch(tmp_path, "encode", 0, why="", limit=8)
+    watch = Watch(tmp_path, "encode", 0, why="it crashed", limit=8)
     assert watch.poison == {}
     with contextlib.suppress(MemoryError), watch:
         watch.opening(2)
