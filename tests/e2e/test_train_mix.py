@@ -28,9 +28,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(root: Path, run: str, *extra: str) -> list[str]:
-    mix = f"data.mix={{photos: {{path: {root / 'data'}, weight: 3}}, text: {{path: {root / 'text'}, weight: 1}}}}"
+    mix = f"data.mix={{photos: {{path: {root / 'data'}, weight: 1}}, text: {{path: {root / 'text'}, weight: 1}}}}"
     high = "curriculum.phases.high.mix={text: 3}"
-    return ["-m", "consumers", *overrides(root, run, "engine.precision=fp32", mix, high, *extra)]
+    return ["-m", "consumers", *overrides(root, run, "engine.precision=fp32", "data.held_out=0.3", mix, high, *extra)]
 
 
 @pytest.mark.slow
