@@ -344,7 +344,8 @@ class DataConfig(Section):
     path and weight, for example `data.mix={photos: {path: /a, weight: 3}, text: {path: /b, weight: 1}}`, or one by one
     `+data.mix.photos.path=/a +data.mix.photos.weight=3`. All else in this section, and a phase's `where`, holds for
     every one of them: expressions may name the column `dataset`, and a score that a data set does not have is missing
-    there. Each holds out rows of its own. Keys in logs begin with `NAME/`. Costs nothing per step."""
+    there. Each holds out rows of its own, and `evaluate.num_samples` is
+    shared evenly. Keys in logs begin with `NAME/`. Costs what `weights` cost."""
     unit_size: PositiveInt = 512
     """Rows per unit, the grain of work, retry and commit. Fixed when the data set is made."""
     max_shard_bytes: PositiveInt = 1024**3
