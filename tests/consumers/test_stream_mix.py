@@ -26,7 +26,7 @@ def check(batch: RankBatch, run: Generations, producers: dict[str, FakeProducer]
     for _, where, places in run.ledger.catalogs.text_places(batch.batch.texts):
         texts.update(zip(batch.batch.texts[where].tolist(), (captions[k.decode()] for k in places.keys), strict=True))
     seen: Slots = {}
-    for micro in batch.micro_batches:
+    for micro in (one.to("cpu") for one in batch.micro_batches):
         for i, slot in enumerate(micro.slots.tolist()):
             at = min(slot, len(batch.keys) - 1)
             key, text = batch.keys[at], texts[int(batch.batch.texts[at])]
