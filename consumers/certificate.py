@@ -172,13 +172,14 @@ def data_facts(run_dir: Path) -> dict[str, Any]:
     """What the run has trained on or may: a digest over all pinned parts, and how much that is."""
     lines, _ = read_lines(run_dir / GENERATIONS_FILE)
     digests = [line.digest for line in lines]
+    facets = lines[-1].facets if lines else {}
     # One generation (no `follow`): its own digest, which runs over the same data share.
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return {
         "fingerprint": digest[:_DIGITS],
         "generations": len(lines),
         "rows": sum(line.num_rows for line in lines if line.phase in (None, 0) and line.epoch == 0),
-        "facets": lines[-1].facets if lines else {},
+        "facets": {line.dataset: line.facets for line in lines} if any(one.dataset for one in lines) else facets,
     }
 
 

@@ -86,11 +86,9 @@ def run_sections(run_dir: Path, data: Sequence[Path] = ()) -> list[Section]:
 
 
 def data_paths(config: Any) -> list[Path]:
-    """The data sets that a run's config names, each once."""
-    found = [OmegaConf.select(config, "data.path")]
-    named = OmegaConf.select(config, "data.mix")
-    for one in (named.values() if OmegaConf.is_dict(named) else named) or ():
-        found.append(OmegaConf.select(one, "path"))
+    """The data sets that a run reads: those of `data.mix`, else `data.path`; each once."""
+    mix = OmegaConf.select(config, "data.mix") or {}
+    found = [one.get("path") for one in mix.values()] or [OmegaConf.select(config, "data.path")]
     return list(dict.fromkeys(Path(str(path)) for path in found if path))
 
 

@@ -34,7 +34,7 @@ from qwenimg_dist.schema import latents_facet, text_facet
 
 BATCH: Final = 16
 HEADROOM: Final = 1.2
-STEP_S: Final = 0.1
+STEP_S: Final = 0.3
 EPOCHS: Final = 50
 WAIT, RESUME = (1024, 3584), (64, 32)
 """Resolution class and text width of the two data sets: real sizes, and many small rows."""
@@ -122,7 +122,7 @@ def main() -> int:
         many = make(folder / "resume", RESUME, 2_048 if args.quick else 20_480, 512)
         deep = (EPOCHS - 1) * many.num_rows // BATCH + many.num_rows // BATCH // 2
         variants: dict[str, Any] = {
-            "wait": partial(wait_share, folder / "wait", wait, 20 if args.quick else 60),
+            "wait": partial(wait_share, folder / "wait", wait, 20 if args.quick else 40),
             "resume at step 0": partial(first_batch, folder / "resume", many, 0),
             f"resume at step {deep}": partial(first_batch, folder / "resume", many, deep),
         }

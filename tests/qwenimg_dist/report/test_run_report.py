@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure as Figure_
+from omegaconf import OmegaConf
 from PIL import Image
 
 from qwenimg_dist.commands.main import main
@@ -18,7 +19,7 @@ from qwenimg_dist.report.metrics_file import read_metrics
 from qwenimg_dist.report.page import Figure, KeyFigures, Paragraph, Pictures, Section, report_html
 from qwenimg_dist.report.run_curves import class_lines, held_out_lines, phase_marks
 from qwenimg_dist.report.run_events import checkpoints
-from qwenimg_dist.report.run_report import data_sections, run_sections, write_run_report
+from qwenimg_dist.report.run_report import data_paths, data_sections, run_sections, write_run_report
 from qwenimg_dist.report.table import Table
 from tests.helpers.picture_dataset import make_picture_dataset
 
@@ -269,6 +270,13 @@ def test_data_are_counted_anew_only_when_they_changed(tmp_path: Path, monkeypatc
     gone = data_sections([tmp_path / "nowhere"], cache)[0].pieces[0]
     assert isinstance(gone, Paragraph)
     assert "could not be read" in gone.text
+
+
+def test_the_data_sets_of_a_mix_are_those_that_are_shown() -> None:
+    assert data_paths(OmegaConf.create({"data": {"path": "/a", "mix": {}}})) == [Path("/a")]
+    mix = {"photos": {"path": "/p", "weight": 3}, "text": {"path": "/t", "weight": 1}, "again": {"path": "/p"}}
+    assert data_paths(OmegaConf.create({"data": {"path": None, "mix": mix}})) == [Path("/p"), Path("/t")]
+    assert data_paths(OmegaConf.create({})) == []
 
 
 def test_the_command_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
