@@ -128,11 +128,11 @@ def _loop(session: Session) -> Outcome:
     return "complete" if progress.step >= last_step else "stopped"
 
 
-def _accumulate(session: Session, batch: RankBatch) -> dict[str, float] | None:
+def _accumulate(session: Session, batch: RankBatch) -> dict[str, torch.Tensor] | None:
     """Backward of every micro-batch. Sums of loss and metrics on this rank; None, agreed by all, if not finite."""
     ranks, engine = session.ranks, session.engine
     scale = ranks.world_size / batch.num_real  # the engine averages over ranks
-    sums: dict[str, float] = {}
+    sums: dict[str, torch.Tensor] = {}  # left on the device: to read one would wait for the backward
     for index, micro in enumerate(batch.micro_batches):
         session.hooks.stage("forward and backward")
         output = session.objective.loss(engine.predict, micro.to(ranks.device), step=session.progress.step)
@@ -147,7 +147,7 @@ def _accumulate(session: Session, batch: RankBatch) -> dict[str, float] | None:
             return None
         engine.backward(output.loss * scale, last=index + 1 == len(batch.micro_batches))
         for name, value in {"loss": output.loss, **output.metrics}.items():
-            sums[name] = sums.get(name, 0.0) + float(value.detach())
+            sums[name] = value.detach().double() + sums.get(name, 0.0)
     return sums
 
 
@@ -172,7 +172,7 @@ def _count_skip(session: Session, batch: RankBatch, result: StepResult) -> None:
 def _log(
     session: Session,
     batch: RankBatch,
-    losses: dict[str, float] | None,
+    losses: dict[str, torch.Tensor] | None,
     result: StepResult,
     lr: float,
     norms: dict[str, float],
@@ -187,8 +187,8 @@ def _log(
     due = step % config.train.log_every == 0 or step == 1 or last or result.skipped or bool(extra)
     if not due:
         return
-    names = sorted(losses or {"loss": 0.0})
-    totals = session.ranks.sum([losses[name] if losses else float("nan") for name in names])
+    names = sorted(losses or ["loss"])
+    totals = session.ranks.sum([float(losses[name]) if losses else float("nan") for name in names])
     rates = session.throughput.metrics()
     if session.log is None:
         return
@@ -204,7 +204,7 @@ def _log(
         "train/epoch": batch.batch.epoch,
         **{f"train/dataset_epoch/{name}": epoch for name, epoch in batch.batch.epochs_by_dataset.items()},
         **{
-            f"train/share/{name}": batch.batch.num_by_dataset.get(name, 0) / batch.num_real
+            f"train/share/{name}": batch.batch.num_by_dataset.get(name, 0) / max(1, batch.num_real)
             for name in batch.batch.epochs_by_dataset
         },
         "train/images": session.progress.images,
