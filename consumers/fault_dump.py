@@ -4,6 +4,7 @@ Place in the flow: the trainer calls this on the rank whose loss was NaN or infi
 ranks. `faults/step-00000042-rank-00003/` then holds `batch.json` (keys, bucket, slots, weights, loss and sigma of each
 sample, which inputs were not finite) and `batch.safetensors` (latents, text, text mask, and the objective's own
 per-sample values). A dump is some MB per sample; a run keeps at most `MAX_DUMPS` of them, the first ones.
+Where all losses were finite and the gradient was not, `faults/step-00000042-gradient.json` holds the batch's keys.
 """
 
 from __future__ import annotations
@@ -58,6 +59,23 @@ def dump_micro_batch(
     except OSError as error:
         return f"{blame}; the dump failed ({error})"
     return f"{blame}; dumped to {folder}"
+
+
+def dump_keys(run_dir: Path, *, step: int, batch: RankBatch) -> str:
+    """Write the global batch's keys where losses were finite and the gradient was not: no single sample can be blamed.
+
+    Returns where they are. Never raises for a disk that is full or gone.
+    """
+    file = run_dir / FOLDER / f"step-{step:08d}-gradient.json"
+    record = {"step": step, "bucket": str(batch.batch.bucket), "epoch": batch.batch.epoch, "keys": batch.keys}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if len(list(file.parent.iterdir())) >= MAX_DUMPS:
+            return f"nowhere, {file.parent} holds {MAX_DUMPS} dumps already"
+        file.write_text(json.dumps(record, indent=1))
+    except OSError as error:
+        return f"nowhere ({error})"
+    return str(file)
 
 
 def _samples(keys: list[str], micro: MicroBatch, output: LossOutput) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ belong together. Deliberately left out: a copy of this loop per stage, callbacks
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -24,7 +25,7 @@ from consumers.checkpoint import save_checkpoint
 from consumers.curriculum import lr_at
 from consumers.engine import StepResult, start_distributed, stop_distributed
 from consumers.errors import DegradedError, TrainingError
-from consumers.fault_dump import dump_micro_batch
+from consumers.fault_dump import dump_keys, dump_micro_batch
 from consumers.session import Hooks, Session, Stopped, await_batch, open_session
 from consumers.watch import draw_grids, due_norms, evaluate
 from consumers.watchdog import watched
@@ -156,11 +157,11 @@ def _count_skip(session: Session, batch: RankBatch, result: StepResult) -> None:
     progress.skipped_steps += result.skipped
     progress.consecutive_skips = progress.consecutive_skips + 1 if result.skipped else 0
     if result.skipped and session.ranks.is_first:
-        _warn(
-            session,
-            f"step {progress.step}: not finite, or nothing readable: skipped on all ranks "
-            f"(samples {', '.join(batch.keys[:8])}, ...)",
-        )
+        why = "not finite" if batch.num_real else "nothing of it is readable"
+        keys = f"samples {', '.join(batch.keys[:8])}, ..."
+        if math.isinf(result.grad_norm):  # the losses were finite
+            keys += f"; all keys are in {dump_keys(session.run_dir, step=progress.step, batch=batch)}"
+        _warn(session, f"step {progress.step}: {why}, skipped on all ranks ({keys})")
     if progress.consecutive_skips > allowed:
         raise TrainingError(
             f"{progress.consecutive_skips} steps in a row up to step {progress.step} were not finite, "

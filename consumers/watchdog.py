@@ -36,14 +36,20 @@ _CLOSE_S: Final = 5.0
 @contextlib.contextmanager
 def watched(config: Config, hooks: Hooks) -> Iterator[Hooks]:
     """Watch this process until the end of the block. The hooks it yields tell `stage` and `heartbeat` to the watch."""
-    watch = Watch(
-        rank=int(os.environ.get("RANK", "0")),
-        heartbeat_timeout_s=config.train.heartbeat_timeout_s,
-        stall_timeout_s=config.train.stall_timeout_s,
-        note=Path(config.run.path or ".") / NOTE,
-        log=hooks.log_file,
-        warn=hooks.say,
-    )
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        watch = Watch(
+            rank=rank,
+            heartbeat_timeout_s=config.train.heartbeat_timeout_s,
+            stall_timeout_s=config.train.stall_timeout_s,
+            note=Path(config.run.path or ".") / NOTE,
+            log=hooks.log_file,
+            warn=hooks.say,
+        )
+    except OSError as error:
+        hooks.say(f"warning: the watchdog of rank {rank} does not start ({error}): a rank that hangs goes unnoticed")
+        yield hooks
+        return
 
     def heartbeat(step: int) -> None:
         watch.advance(step)

@@ -16,6 +16,9 @@ import pytest
 from small_run import REPOSITORY
 
 from consumers import watchdog_process
+from consumers.session import Hooks
+from consumers.watchdog import watched
+from qwenimg_dist.compose import load_config
 
 TIMEOUT_S, STALL_S = 3.0, 6.0
 RANK = """
@@ -150,6 +153,16 @@ def test_host_memory_that_ran_out_is_told_from_other_kills(tmp_path: Path) -> No
             said = gorging.log()
     assert "SIGKILL by the kernel, which ran out of host memory (it held " in said
     assert "Fewer ranks per machine" in said
+
+
+def test_a_run_goes_on_where_no_watchdog_can_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere"))
+    with watched(load_config([]), Hooks(say=said.append)) as hooks:
+        hooks.stage("forward")
+        hooks.heartbeat(1)
+    assert len(said) == 1
+    assert "the watchdog of rank 0 does not start" in said[0]
 
 
 def test_little_memory_is_suspected_where_the_kernel_has_counted_nothing() -> None:

@@ -109,9 +109,6 @@ def test_damaged_shards_are_named_or_skipped_and_counted_alike_on_all_ranks(root
     home.mkdir()
     for name in ("pipeline", "data"):
         shutil.copytree(root / name, home / name)
-    cut = sorted((home / "data").glob("latents-64-*/*.tar"))[1]
-    os.truncate(cut, cut.stat().st_size // 2)
-    sorted((home / "data").glob("latents-128-*/*.tar"))[2].unlink()
     # fp32, so that one rank and two are equal within rounding.
     settings = ("data.held_out=0", "evaluate.every=0", "engine.precision=fp32", "train.steps=24")
 
@@ -119,6 +116,14 @@ def test_damaged_shards_are_named_or_skipped_and_counted_alike_on_all_ranks(root
         command = ["-m", "consumers", *overrides(home, run, *settings, *extra)]
         ended = run_gang(command, world, home / f"logs-{run}")
         return ended[0].code, ended[0].output + "".join(end.output for end in ended[1:])
+
+    # A start refuses shards that are damaged already; these are damaged once the run has begun.
+    assert train("whole", 1, "train.stop_after=2")[0] == 0
+    for name in ("strict", "limited", "pieces"):
+        shutil.copytree(home / "whole", home / name)
+    cut = sorted((home / "data").glob("latents-64-*/*.tar"))[1]
+    os.truncate(cut, cut.stat().st_size // 2)
+    sorted((home / "data").glob("latents-128-*/*.tar"))[2].unlink()
 
     code, said = train("strict", 2)
     assert code == 2
