@@ -29,13 +29,19 @@ def small_input(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def gang_out(small_input: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def gang_out(small_input: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the two-rank gang left its results."""
-    out = tmp_path_factory.mktemp("gang")
+    return run_checks(small_input, tmp_path_factory.mktemp("gang"), CHECKS)
+
+
+@pytest.fixture(scope="session")
+def damage_out(small_input: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where another gang left those of damaged checkpoints and full disks."""
+    out = tmp_path_factory.mktemp("damage")
     weights = small_input / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
     # Two and a half checkpoints: masters and two moments are three times the fp32 weights.
     with small_disk(out / "small", round(2.5 * 3 * weights.stat().st_size)):
-        yield run_checks(small_input, out, (*CHECKS, *DAMAGE_CHECKS))
+        yield run_checks(small_input, out, DAMAGE_CHECKS)
 
 
 @contextmanager
@@ -70,6 +76,12 @@ def run_checks(small_input: Path, out: Path, checks: tuple[str, ...]) -> Path:
 def results(gang_out: Path) -> Results:
     """What a check of the gang found; fails where the gang did not come so far."""
     return reader_of(gang_out)
+
+
+@pytest.fixture(scope="session")
+def damage_results(damage_out: Path) -> Results:
+    """As `results`, of the gang with damaged checkpoints."""
+    return reader_of(damage_out)
 
 
 @pytest.fixture(scope="session")

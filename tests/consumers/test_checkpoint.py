@@ -47,8 +47,8 @@ def test_a_rank_that_cannot_write_fails_all_and_shows_nothing(results: Results) 
     assert found["visible"] == [f"step-{step:08d}" for step in (1, 2, 3, 4)]
 
 
-def test_each_kind_of_damage_on_each_kind_of_file_is_found_and_said(results: Results) -> None:
-    found = results("each_damage")
+def test_each_kind_of_damage_on_each_kind_of_file_is_found_and_said(damage_results: Results) -> None:
+    found = damage_results("each_damage")
     assert found.pop("restored") == [2]
     ranks = {f"rank-0000{rank}-of-00002.safetensors" for rank in (0, 1)}
     damages = {"missing", "empty", "cut", "longer", "flipped", "torn"}
@@ -75,15 +75,15 @@ def test_no_flipped_bit_of_a_manifest_goes_unnoticed(results: Results, gang_out:
             assert json.loads(bytes(damaged)) == sound
 
 
-def test_a_full_disk_is_survived(results: Results, gang_out: Path) -> None:
-    found = results("full_disk")
+def test_a_full_disk_is_survived(damage_results: Results, damage_out: Path) -> None:
+    found = damage_results("full_disk")
     if not found["mounted"]:
         pytest.skip("no small file system can be mounted here")
     assert found["first"] is None
     for words in ("step 2 was not committed", "No space left on device", "GB in", "Make room"):
         assert words in found["filled_while_writing"]
     assert found["after_filling"] == ["step-00000001"]
-    for words in ("step 2 was not begun", "the disk is too full", "GB are free", str(gang_out / "small" / "run")):
+    for words in ("step 2 was not begun", "the disk is too full", "GB are free", str(damage_out / "small" / "run")):
         assert words in found["full_before"]
     assert found["unchanged"]
     assert found["loaded"] == [1]
@@ -91,12 +91,12 @@ def test_a_full_disk_is_survived(results: Results, gang_out: Path) -> None:
     assert found["left"] == [[3, None]]
 
 
-def test_the_last_ones_are_kept_and_every_third_for_good(results: Results) -> None:
-    assert results("retention")["kept"] == [3, 6, 7, 8]
+def test_the_last_ones_are_kept_and_every_third_for_good(damage_results: Results) -> None:
+    assert damage_results("retention")["kept"] == [3, 6, 7, 8]
 
 
-def test_groups_are_those_of_the_names(results: Results) -> None:
-    found = results("retention")
+def test_groups_are_those_of_the_names(damage_results: Results) -> None:
+    found = damage_results("retention")
     assert found["decays"] == {name: {"decay": 0.1, "no_decay": 0.0}[group] for name, group in found["groups"].items()}
     assert set(found["groups"].values()) == {"decay", "no_decay"}
 
