@@ -30,7 +30,7 @@ from qwenimg_dist.config import Config
 
 NOTE: Final = ".last-death"
 _BEAT_S: Final = 1.0
-_CLOSE_S: Final = 5.0
+_CLOSE_S: Final = 1.0
 
 
 @contextlib.contextmanager

@@ -115,7 +115,8 @@ def test_damaged_shards_are_named_or_skipped_and_counted_alike_on_all_ranks(root
     def train(run: str, world: int, *extra: str) -> tuple[int, str]:
         command = ["-m", "consumers", *overrides(home, run, *settings, *extra)]
         ended = run_gang(command, world, home / f"logs-{run}")
-        return ended[0].code, ended[0].output + "".join(end.output for end in ended[1:])
+        codes = [end.code for end in ended]  # a rank that is slow to leave after another's refusal is killed
+        return max(codes) or min(codes), ended[0].output + "".join(end.output for end in ended[1:])
 
     # A start refuses shards that are damaged already; these are damaged once the run has begun.
     assert train("whole", 1, "train.stop_after=2")[0] == 0
