@@ -148,8 +148,9 @@ def test_data_sets_of_a_mix_are_added_changed_and_dropped_one_by_one() -> None:
 def test_without_a_checkout_the_packaged_copy_is_used(tmp_path: Path) -> None:
     package = tmp_path / "qwenimg_dist"
     package.mkdir()
-    for name in ("__init__.py", "compose.py", "config.py"):
+    for name in ("__init__.py", "compose.py"):
         shutil.copy(Path(compose.__file__).parent / name, package / name)
+    shutil.copytree(Path(compose.__file__).parent / "config", package / "config")
     shutil.copytree(conf_dir(), package / "conf")  # as the wheel lays it out
     program = "from qwenimg_dist.compose import conf_dir, load_config; load_config([]); print(conf_dir())"
     command = [sys.executable, "-c", program]

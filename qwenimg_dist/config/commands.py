@@ -1,0 +1,112 @@
+"""Where a command runs and where it writes: cluster, logger, directories, and the commands' own settings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from qwenimg_dist.config.section import Section
+
+
+class LoggerConfig(Section):
+    """`metrics.jsonl` is always written; W&B besides."""
+
+    wandb: Literal["online", "offline", "off"] = "off"
+    project: str = "qwenimg-dist"
+    group: str | None = None
+    name: str | None = None
+
+
+class ClusterConfig(Section):
+    ranks: PositiveInt = 1
+    """ZeRO-3 ranks of `train`."""
+    producers: PositiveInt = 1
+    """Producer actors of `produce`."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    cpus_per_rank: PositiveFloat = 1
+    cpus_per_producer: PositiveFloat = 1
+    gpus_per_producer: NonNegativeFloat = 0
+    address: str | None = None
+    """Ray address (`auto` inside a submitted job); `None` starts a local Ray on 127.0.0.1."""
+    unit_retries: NonNegativeInt = 3
+    """Tries of one unit after its actor died."""
+    unit_timeout_s: PositiveFloat = 3600
+    """An actor that has not answered for so long is replaced."""
+    max_poison_rows: NonNegativeInt = 8
+    """Pictures of one unit that may kill the process which opens them; more, and `produce` stops and says so."""
+    max_restarts: NonNegativeInt = 3
+    """Restarts of the training gang after a rank died."""
+    peak_tflops: PositiveFloat | None = None
+    """Dense bf16 TFLOP/s of one rank's device, what `train/mfu` is measured by; `None` takes the data sheet's of GPUs
+    that are known by name. Costs nothing; a measured matrix rate instead gives the share of what can be reached."""
+
+
+class RunConfig(Section):
+    path: str | None = None
+
+
+class ExportConfig(Section):
+    path: str | None = None
+    weights: Literal["ema", "raw"] = "ema"
+    step: PositiveInt | None = None
+    """Checkpoint to export; `None` is the newest valid one."""
+    max_shard_bytes: PositiveInt = 5 * 1000**3
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class SampleConfig(Section):
+    """Pictures from a pipeline directory or a checkpoint."""
+
+    path: str | None = None
+    """A pipeline directory; `None` takes `export.path`, else the newest valid checkpoint of `run.path`."""
+    prompts: tuple[str, ...]
+    prompts_file: str | None = None
+    """One prompt per line; besides `prompts`."""
+    out: str
+    """The grid, a PNG file."""
+    cells: str | None = None
+    """Folder for the single pictures; `None` writes the grid only."""
+    seeds: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    """Every prompt is drawn once per seed."""
+    height: PositiveInt | None = None
+    """px; `None` is the highest resolution class of the curriculum."""
+    width: PositiveInt | None = None
+    num_steps: PositiveInt
+    guidance: PositiveFloat
+    negative_prompt: str
+    enhance: bool = False
+    """Rewrite the prompts by `models/prompt_enhance.py`, and take its recommended negative prompt where none is given.
+    The grid keeps the prompts as they were written."""
+    columns: PositiveInt
+
+
+class DemoConfig(Section):
+    """The demo's own sizes; all else stands in `stage=demo`."""
+
+    path: str
+    """Folder for everything the demo makes."""
+    num_images: PositiveInt
+    """Good pictures in the generated folder; the junk comes besides."""
+    seed: NonNegativeInt
+
+
+class InspectConfig(Section):
+    """The contact sheet of `data inspect`. Its counts and histograms are of all rows; these say which get pictures."""
+
+    out: str | None = None
+    """HTML file; `None` is `inspect.html` in the data set."""
+    max_rows: PositiveInt = 2000
+    """More rows than this are sampled: half kept ones, half of the others, spread over their reasons."""
+    where: str | None = None
+    """Only rows that this expression selects, written as `data.where`; `status` and `reason` may be named too."""
+    reason: str | None = None
+    """Only rows that were rejected for this reason."""
+    page: PositiveInt | None = None
+    """Instead of a sample: this page of `max_rows` rows, in order of rows."""
+    thumbnail: PositiveInt = 192
+    """Longer side of a thumbnail (px)."""
+    decode: bool = False
+    """Show cached latents beside the originals, decoded by the VAE of `model`."""
+    clusters: NonNegativeInt = 24
+    """Clusters of duplicates that are shown side by side, the largest of each kind."""

@@ -1,0 +1,353 @@
+"""What a training run is: curriculum, objective, optimiser, engine, checkpoints, evaluation.
+
+Options of other trainers that are left out on purpose are named with a reason where people would look for them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from qwenimg_dist.config.data import Amount, RowWeights
+from qwenimg_dist.config.section import Section
+
+
+class Phase(Section):
+    """One stretch of the curriculum.
+
+    Beside what stands here nothing can change between phases: precision, gathering and the optimiser's state are built
+    once. Its length is a `share`, `steps` or `images`, in the same unit for all phases.
+    """
+
+    name: str = ""
+    resolutions: dict[PositiveInt, PositiveFloat] = Field(min_length=1)
+    """Resolution class -> weight of its draws; exact in proportion, one class per step."""
+    share: PositiveFloat | None = None
+    """Share of `train.steps`, in proportion to the other phases' shares."""
+    steps: PositiveInt | None = None
+    """Optimiser steps; all phases' together are `train.steps`, which may be null then."""
+    images: PositiveInt | None = None
+    """Pictures to draw, repeats counted: `images / global_batch` steps, rounded up. Slots that only fill a bucket's
+    last batch count as drawn, so that the length depends on the config alone; the printed plan says how many there are.
+    All phases' steps together are `train.steps`, which may be null then."""
+    global_batch: PositiveInt
+    """Samples per optimiser step, over all ranks. Larger is steadier and needs fewer updates per epoch; small buckets
+    then have more fill slots."""
+    micro_batch_tokens: PositiveInt
+    """Token budget (image and text) of one forward pass on one rank; at least one sample is always taken. More is
+    faster until memory is full; it changes rounding only."""
+    lr_scale: PositiveFloat = 1.0
+    """Multiplies the learning rate in this phase."""
+    lr: PositiveFloat | None = None
+    """Learning rate of this phase in the place of `optim.lr`; `optim.schedule` works on it as on that. Not with an
+    `lr_scale`."""
+    warmup_steps: NonNegativeInt = 0
+    """First steps of the phase in which its rate rises linearly from near 0. Worth it where the resolution changes:
+    AdamW's moments are of the old one then. The start of the run has `optim.warmup_steps`."""
+    activation_checkpointing: bool | None = None
+    """`engine.activation_checkpointing` of this phase: a step costs 4/3 with it, activations a small part. Low
+    resolutions rarely need it. `None` takes the engine's. May be changed on resume."""
+    where: str | None = None
+    """Narrows `data.where` in this phase, for example `text_level <= 1`."""
+    weights: RowWeights = Field(default_factory=dict)
+    """Joins `data.weights` in this phase; an expression that stands in both counts as here. 0 keeps its rows out."""
+    mix: dict[str, Amount] | None = None
+    """Data set of `data.mix` -> its weight (or repeats) in this phase, where it differs; 0 leaves it out."""
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Phase:
+        if self.lr is not None and self.lr_scale != 1.0:
+            raise ValueError("give a phase `lr` or `lr_scale`, not both")
+        return self
+
+    @property
+    def own_steps(self) -> int | None:
+        """Steps that the phase itself says; None where it has a share."""
+        return self.steps if self.images is None else -(-self.images // self.global_batch)
+
+
+class CurriculumConfig(Section):
+    """Phases in order. YAML may name them (`curriculum.phases.low.steps=100` then overrides one), or list them."""
+
+    phases: tuple[Phase, ...] = Field(min_length=1)
+
+    @field_validator("phases", mode="before")
+    @classmethod
+    def _named_phases(cls, phases: Any) -> Any:
+        if isinstance(phases, dict):
+            return [{**phase, "name": str(name)} for name, phase in phases.items() if phase is not None]
+        return phases
+
+    @model_validator(mode="after")
+    def _one_unit_of_length(self) -> CurriculumConfig:
+        units = [[unit for unit in LENGTHS if getattr(phase, unit) is not None] for phase in self.phases]
+        if any(len(given) != 1 for given in units) or len({given[0] for given in units}) > 1:
+            there = "; ".join(
+                f"{phase.name or number} has {' and '.join(given) or 'none'}"
+                for number, (phase, given) in enumerate(zip(self.phases, units, strict=True))
+            )
+            raise ValueError(f"give every phase a `share`, or every phase `steps`, or every phase `images` ({there})")
+        if self.phases[0].warmup_steps:
+            raise ValueError("the first phase is warmed up by `optim.warmup_steps`: set its own `warmup_steps` to 0")
+        return self
+
+    @property
+    def own_steps(self) -> int | None:
+        """Steps that the phases come to by themselves; None where they have shares."""
+        steps = [phase.own_steps for phase in self.phases]
+        return None if None in steps else sum(number for number in steps if number is not None)
+
+
+LENGTHS: Final = ("share", "steps", "images")
+"""The units that a phase's length may be given in."""
+
+
+class FlowMatchingConfig(Section):
+    """Flow matching on velocity = noise - x0 (sigma = 1 is noise)."""
+
+    kind: Literal["flow_matching"]
+    sigma_density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
+    """How often each sigma is trained, before the shift. `logit_normal`: most in the middle, hardly at the ends, as the
+    report trained; `uniform`: every sigma alike, which spends steps where little is to be learnt; `mode`: SD3's, in the
+    middle more often and yet not rarely at the ends. Costs nothing."""
+    sigma_mean: float = 0.0
+    """Of the normal under the sigmoid of `logit_normal`; above 0 trains noisier sigmas."""
+    sigma_std: PositiveFloat = 1.0
+    """Of the normal under the sigmoid of `logit_normal`; smaller trains the ends less."""
+    sigma_mode_scale: float = Field(default=1.29, ge=-1, le=2 / (math.pi - 2))
+    """s of `sigma_density=mode`: 0 is uniform, above 0 the middle comes more often (1.29: SD3's best), below 0 the ends
+    do."""
+    sigma_stratified: bool = False
+    """The slots of each global batch share the density's quantiles evenly, one in each part, dealt anew every step: the
+    loss scatters less from step to step, most with small batches. Each single draw keeps its density; costs nothing."""
+    shift: Literal["resolution", "constant", "none"] = "resolution"
+    """Moves sigmas towards noise, of which larger pictures need more to lose their structure. `resolution` is the
+    scheduler's own exponential shift by image tokens, which sampling uses too; `none` trains large pictures at sigmas
+    that sampling hardly visits."""
+    shift_constant: PositiveFloat = 2.2
+    """e^mu, used with `shift=constant`."""
+    weighting: Literal["none", "bell"] = "none"
+    """Weight of a sample's loss by its shifted sigma. `bell`: exp(-2 (sigma - 1/2)^2) - exp(-1/2), divided by its mean
+    over the sampled density, so that the mean weight is 1 and `optim.lr` keeps its meaning: 0 at both ends, as common
+    trainers weigh uniform sigmas. On top of `logit_normal` it hardly trains the ends. `train/loss` is then weighted;
+    `train/loss_unweighted` stands beside it."""
+    posterior: Literal["mode", "sample"] = "mode"
+    """Latents are the VAE posterior's mode, or a new sample of it each time. `sample` is what the VAE was trained to
+    decode and a slight augmentation; it needs a data set made with `encode.posterior=mean_logvar`, whose latents are
+    twice the size, and reads twice the bytes. Validation uses the mode."""
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Share of captions replaced by the empty prompt; decided in the ledger."""
+
+
+def _expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_expression)]
+
+
+class ParameterGroupConfig(Section):
+    """Parameters with a learning rate and weight decay of their own."""
+
+    pattern: Pattern
+    """Regular expression, searched in the parameters' names."""
+    lr_scale: PositiveFloat = 1.0
+    """The learning rate of every step, times this. To train a group not at all, freeze it."""
+    weight_decay: NonNegativeFloat | None = None
+    """Of the group's matrices, in place of `optim.weight_decay`; norms and biases never decay."""
+
+
+class OptimConfig(Section):
+    """AdamW with fp32 masters, by torch's fused kernel.
+
+    Left out: Adafactor and 8-bit states. The states of full finetuning are divided over the ranks already (5.7 GB per
+    GPU on 64 with AdamW in fp32) and both change what is learnt; for few GPUs there are `freeze` and
+    `engine.offload_optimizer`.
+    """
+
+    lr: PositiveFloat
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    cooldown_steps: NonNegativeInt = 0
+    """Last steps of a run with `schedule=constant` in which the rate falls linearly to `min_lr_ratio`."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    train: tuple[Pattern, ...] = ()
+    """Regular expressions, searched in the parameters' names: what none of them finds is frozen; empty trains all. A
+    frozen parameter saves 16 of its 18 bytes over all ranks (bf16; with EMA 20 of 22), and the time of its gradient and
+    its reduction; what is trained then has less to move with."""
+    freeze: tuple[Pattern, ...] = ()
+    """What these find is frozen, even where `train` finds it too."""
+    groups: dict[str, ParameterGroupConfig] = Field(default_factory=dict)
+    """Name -> pattern, `lr_scale` and `weight_decay`. The first group in the order written that finds a parameter takes
+    it; what none finds has `optim.lr` and `optim.weight_decay`. Sizes are printed at the start, and names stand in
+    `parameter_groups.json` of the run. Clipping is over all groups together."""
+    clip_grad_norm: NonNegativeFloat = 1.0
+    """0 turns clipping off."""
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    """0 turns the EMA off."""
+
+    @field_validator("groups", mode="before")
+    @classmethod
+    def _no_groups(cls, groups: Any) -> Any:
+        return {} if groups is None else groups
+
+    @model_validator(mode="after")
+    def _one_way_down(self) -> OptimConfig:
+        if self.schedule == "cosine" and self.cooldown_steps:
+            raise ValueError("`cooldown_steps` belongs to `schedule=constant`: a cosine comes down by itself")
+        return self
+
+
+ZeroSize = Literal[
+    "reduce_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "sub_group_size",
+]
+
+
+class EngineConfig(Section):
+    """ZeRO-3 by DeepSpeed, its sizes derived from the model.
+
+    Left out: MiCS, which shards states over few ranks only and so takes the memory that full finetuning lacks (hpZ is
+    the part of it that spares traffic); FP8, whose scaling needs other layers than the stock model's; offload of
+    parameters and to NVMe, since 20 B parameters fit into the GPUs' or the host's memory.
+    """
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of the gathered weights and the forward pass; masters, reduce-scatter and loss are always fp32."""
+    activation_checkpointing: bool = False
+    gather: Literal["block", "layer"] = "block"
+    """What forward and backward gather at once: `block` is faster, `layer` needs the least memory."""
+    compile: bool = False
+    """Compile the transformer block, which all blocks share, by `torch.compile`; needs `gather=block` and a C++ or
+    Triton compiler on every node. Costs a minute or more before the first step and at shapes of a new kind."""
+    attention: Literal["native", "flash", "cudnn", "efficient", "math"] = "native"
+    """Which kernel of PyTorch computes the attention: `native` lets PyTorch choose by what the inputs allow; `flash`
+    cannot take the text mask of batches with unequal captions, and is refused at the first such batch."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """`cpu` keeps masters, moments, gradients and EMA in host memory: 16 of 18 bytes per parameter (20 of 22 with EMA)
+    leave the GPUs. It costs time: gradients cross PCIe at every micro-batch, weights at every step, and torch's fused
+    AdamW updates on the rank's cores (give it some: `cluster.cpus_per_rank`). Nothing is compiled for it, which
+    DeepSpeed's own CPU Adam would need. With `cluster.device=cpu` all is in host memory anyway."""
+    hpz_partition: PositiveInt = 1
+    """ZeRO++'s hpZ: each group of so many ranks (the GPUs of a node) holds a second partition of the weights, so that
+    after the first forward pass of a step all gathering stays within the node. Spares the network between nodes a
+    quarter of a micro-batch's bytes, of a step's further micro-batches half; costs 2 x parameters / hpz_partition bytes
+    per GPU in bf16 (20 B over 8: 5.1 GB). Must divide the ranks; 1 is off."""
+    zero: dict[ZeroSize, PositiveInt] = Field(default_factory=dict)
+    """DeepSpeed's sizes in elements, in place of those derived from the model: larger buckets are fewer collectives,
+    smaller ones less memory."""
+    max_skipped_steps: NonNegativeInt = 3
+    """Consecutive steps with a non-finite loss or gradient after which the run stops."""
+
+    @field_validator("zero", mode="before")
+    @classmethod
+    def _no_sizes(cls, sizes: Any) -> Any:
+        return {} if sizes is None else sizes
+
+    @model_validator(mode="after")
+    def _compiled_whole(self) -> EngineConfig:
+        if self.compile and self.gather != "block":
+            raise ValueError("`compile=true` needs `gather=block`: a block that is gathered by layers has breaks in it")
+        return self
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt = 500
+    keep: PositiveInt = 3
+    """Newest checkpoints kept; older ones are removed after a new one is committed. Each takes 16 bytes per parameter
+    on disk (12 without EMA), and while one is written there is one more than this."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints of steps that are multiples of this stay for good, whatever `keep` says; 0 keeps none so. The disk
+    they fill is never given back by the run."""
+    certify: Literal["start", "save", "off"] = "start"
+    """When the run's call of the transformer is compared with stock diffusers' on the same weights: at each start, also
+    before each `save`, or never. The result stands in every checkpoint's certificate; a difference beyond rounding
+    stops the run. Costs seven forwards of 60 image tokens: at 20 B mostly seven gathers of the weights."""
+    certify_independent: NonNegativeInt = 200_000_000
+    """Models of at most so many parameters are also compared with a stock module loaded for it, which rank 0 holds for
+    a moment (4 bytes per parameter in fp32); larger ones only with the stock pipeline's call of the run's engine."""
+
+
+class TrainConfig(Section):
+    steps: PositiveInt
+    """Optimiser steps of the run, fixed for its whole life. `null` takes what the curriculum's phases come to, if they
+    have `steps` or `images`; a number must agree with them, and is needed where they have shares."""
+    seed: NonNegativeInt = 0
+    stop_after: PositiveInt | None = None
+    """End (saved, exit 0) after this step without changing the schedule."""
+    log_samples: bool = False
+    """Write `samples.jsonl`: step, bucket and the keys of the global batch in order."""
+    log_every: PositiveInt = 10
+    report: Literal["checkpoints", "end", "off"] = "checkpoints"
+    """When `report.html` is written into the run directory: after checkpoints and at the end, at the end, or only by
+    `qwenimg-dist report`. A process of its own on rank 0's node does it in seconds; no step waits."""
+    norms_every: NonNegativeInt = 0
+    """Steps between norms of gradients and parameters per block (`norms/...`); 0 turns them off. Costs one pass over a
+    rank's gradients and masters and one small all-reduce."""
+    heartbeat_timeout_s: PositiveFloat = 120
+    """A rank whose process gives no sign of life for so long (stopped, frozen, its machine starved) is ended by the
+    watchdog beside it, and the gang starts anew. Signs come from a thread every second, whatever the rank works on:
+    long loading, compiling, saving or evaluating does not matter here."""
+    stall_timeout_s: PositiveFloat = 3600
+    """A rank that lives but has not come from one stage or micro-batch to the next for so long is ended likewise. Must
+    exceed the longest single stage: loading the weights, compiling, one save, one evaluation."""
+    fresh: bool = False
+    """Start from step 0 even if the run directory holds checkpoints; they are moved aside."""
+    dry_run: bool = False
+    """Check the input, print the plan (steps, images, epochs, buckets, fill slots of every phase) and end: no ranks are
+    started, nothing is written. Costs one pass over the index."""
+
+
+class EvaluateConfig(Section):
+    every: NonNegativeInt = 500
+    """Steps between held-out losses; 0 turns them off."""
+    sigma_quantiles: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    num_samples: PositiveInt = 64
+    """Held-out samples per resolution class, at most `data.max_held_out`. Each costs a forward per quantile and class
+    at every evaluation, and stays in the memory of one rank."""
+    resolutions: tuple[PositiveInt, ...] | None = None
+    """Classes that are evaluated, trained or not. `None` takes all that the data set has latents of, so that forgetting
+    at a class that is not trained shows; fewer cost less. Fixed when a run starts, but for leaving some out."""
+    weights: Literal["ema", "raw", "both"] = "ema"
+    """Which weights losses and grids are of; without an EMA, the raw ones. `both` shows whether the EMA lags or helps
+    (raw ones as `eval/raw/...` and `step-...-raw.png`) and costs twice the time."""
+    guard: Literal["warn", "stop", "off"] = "warn"
+    """What happens when the model has become worse than the one it started from, at any class: a line in the log, or
+    the end of the run (saved, exit code 1). Costs nothing beyond the evaluation."""
+    guard_tolerance: NonNegativeFloat = 0.02
+    """Relative: 0.02 lets a loss be 2 % above the starting model's. A smaller one speaks sooner, and sooner in vain."""
+    guard_patience: PositiveInt = 2
+    """Evaluations in a row that must be worse before the guard acts."""
+    grid_every: NonNegativeInt = 0
+    """Steps between sample grids; 0 turns them off."""
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str = ""
+    """The empty prompt, as dropped captions in training."""
+    num_steps: PositiveInt = 20
+    guidance: PositiveFloat = 4.0
+    height: PositiveInt | None = None
+    """px; `None` is the square bucket of the phase."""
+    width: PositiveInt | None = None
+    seed: NonNegativeInt = 0
