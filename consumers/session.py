@@ -259,7 +259,7 @@ def _open_data(
         time.sleep(_POLL_S)
     datasets = {name: Dataset.open(folder) for name, folder in dirs.items()}
     generations = Generations(prepared.run_dir, datasets, prepared.facets, prepared.ledger, follow=config.follow)
-    _on_first(ranks, lambda: _check_generations(generations, known, prepared.run_dir))
+    _on_first(ranks, lambda: _check_generations(config, generations, known, prepared.run_dir))
     await_batch(generations, ranks, hooks, min(step, config.train.steps - 1))
     if note := _on_first(ranks, lambda: generations.not_yet_taken_down):
         _say(ranks, hooks, f"warning: {note}")
@@ -286,8 +286,8 @@ def _tell_plan(config: Config, generations: Generations, ranks: Ranks, hooks: Ho
         hooks.say(line)
 
 
-def _check_generations(generations: Generations, known: int, run_dir: Path) -> None:
-    generations.verify()
+def _check_generations(config: Config, generations: Generations, known: int, run_dir: Path) -> None:
+    generations.verify(tars=config.data.max_bad_samples == 0)
     recorded = len(read_lines(run_dir / GENERATIONS_FILE)[0])
     if recorded < known:
         raise ValueError(

@@ -158,8 +158,9 @@ class Generations:
             return None  # catalogs from before it was written down
         return unmatched_note(recorded(self.run, newest), (at for head in heads for at in head["taken_down"]))
 
-    def verify(self) -> None:
-        """Rank 0, once at start: every pinned file is as it was; catalogs that are gone are compiled again.
+    def verify(self, *, tars: bool = True) -> None:
+        """Rank 0, once at start: every pinned file is as it was; catalogs that are gone are compiled again. Without
+        `tars`, shards are left to the reader, which tells what it cannot read.
 
         Raises `DataError` naming the file, or if the run had a takedown list that the config no longer gives.
         """
@@ -187,8 +188,8 @@ class Generations:
                     "replaced; restore them, or start a new run directory"
                 )
             pins = [pin_from_json(entry) for entry in json.loads((folder / PARTS).read_text())]
-            tars = json.loads((folder / "catalog.json").read_text())["tars"]
-            check_pins(dataset, pins, [(facet, name, size) for facet, name, size in tars])
+            listed = json.loads((folder / "catalog.json").read_text())["tars"] if tars else []
+            check_pins(dataset, pins, [(facet, name, size) for facet, name, size in listed])
 
     def advance(self, step: int) -> Literal["ready", "wait"]:
         """Rank 0: make sure that `ledger.batch(step)` can be given, recording further generations if needed.

@@ -118,7 +118,7 @@ def test_damaged_shards_are_named_or_skipped_and_counted_alike_on_all_ranks(root
         codes = [end.code for end in ended]  # a rank that is slow to leave after another's refusal is killed
         return max(codes) or min(codes), ended[0].output + "".join(end.output for end in ended[1:])
 
-    # A start refuses shards that are damaged already; these are damaged once the run has begun.
+    # A first start refuses shards that are damaged already; these are damaged once the run has begun.
     assert train("whole", 1, "train.stop_after=2")[0] == 0
     for name in ("strict", "limited", "pieces"):
         shutil.copytree(home / "whole", home / name)
@@ -129,13 +129,13 @@ def test_damaged_shards_are_named_or_skipped_and_counted_alike_on_all_ranks(root
     code, said = train("strict", 2)
     assert code == 2
     assert str(cut) in said or "latents-128" in said
-    for words in ("reading sample ", " at byte ", "data verify", "data repair", "data.max_bad_samples"):
-        assert words in said
+    assert "data verify" in said  # found by the check at each start, which tolerance leaves out
 
     code, said = train("limited", 1, "data.max_bad_samples=2")
     assert code == 2
     assert "data.max_bad_samples=2" in said
-    assert "bad_samples.jsonl" in said
+    for words in ("bad_samples.jsonl", "reading sample ", " at byte ", "data repair"):
+        assert words in said
 
     assert train("whole", 1, "data.max_bad_samples=40")[0] == 0
     # In two pieces, on two ranks and then on one: the count goes on.
