@@ -77,7 +77,7 @@ def check(found: dict[int, HeldOutClass], rows: list[FakeRow], names: dict[str, 
                 bucket = bucket_of(row, resolution)
                 assert bucket == micro.bucket
                 assert str(bucket) == one.buckets[slot]
-                assert np.array_equal(micro.latents[index].numpy(), fake_latents(row.key, micro.bucket))
+                assert np.array_equal(micro.latents[index].float().numpy(), fake_latents(row.key, micro.bucket))
                 text = fake_features(row.captions[0])
                 assert one.tokens[slot] == len(text)
                 assert np.array_equal(micro.text[index, : len(text)].numpy(), text)
