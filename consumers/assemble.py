@@ -96,16 +96,17 @@ class Assembler:
         resolution: int,
         bucket: Bucket,
         sizes: Sequence[int],
-        logvar: bool = False,
+        further: Sequence[str] = (),
         tolerant: bool = False,
     ) -> list[MicroBatch]:
-        """Read n samples, with their log-variances if asked, and cut them into micro-batches of the given sizes.
+        """Read n samples, with their `further` tensors (`logvar`, `rejected`), cut into micro-batches of these sizes.
 
         Raises `DataError` for what cannot be read; if `tolerant`, zeros at weight zero stand there instead.
         """
         self.problems = {}
         self._tolerant = tolerant
-        latents = self._latents(rows, resolution, bucket, logvar)
+        latents = dict(zip(("mean", *further), self._latents(rows, resolution, bucket, further), strict=True))
+        numbers = self._catalogs.numbers(rows) if "rejected" in latents else None
         padded = self._texts(texts, sizes)
         weights = weights.copy()
         weights[list(self.problems)] = 0.0
@@ -114,23 +115,25 @@ class Assembler:
             part = slice(begin, begin + size)
             made.append(
                 MicroBatch(
-                    latents=latents[0, part],
-                    logvar=latents[1, part] if logvar else None,
+                    latents=latents["mean"][part],
+                    logvar=latents["logvar"][part] if "logvar" in latents else None,
                     text=text,
                     text_mask=mask,
                     weights=torch.from_numpy(weights[part].copy()),
                     slots=torch.from_numpy(slots[part].copy()),
                     num_slots=num_slots,
                     bucket=bucket,
+                    rejected=latents["rejected"][part] if "rejected" in latents else None,
+                    numbers=None if numbers is None else torch.from_numpy(numbers[part]),
                 )
             )
             begin += size
         return made
 
-    def _latents(self, rows: Ints, resolution: int, bucket: Bucket, logvar: bool) -> torch.Tensor:
-        """(1 or 2, n, 16, h, w) as stored, fp32 where catalogs differ: means, then log-variances if asked."""
-        num = 1 + logvar
-        groups = list(self._catalogs.latents_places(rows, resolution, bucket, logvar=logvar))
+    def _latents(self, rows: Ints, resolution: int, bucket: Bucket, further: Sequence[str]) -> torch.Tensor:
+        """(1 + further, n, 16, h, w) as stored, fp32 where catalogs differ: means, then the others in their order."""
+        num = 1 + len(further)
+        groups = list(self._catalogs.latents_places(rows, resolution, bucket, further=further))
         indexes = [catalog.latents[resolution] for catalog, _, _ in groups]
         stored = {index.dtype for index in indexes}
         dtype = _TORCH[stored.pop()] if len(stored) == 1 else torch.float32

@@ -33,6 +33,18 @@ class MicroBatch:
     num_slots: int
     """Slots of the whole global batch (held-out: of the held-out set's bucket)."""
     bucket: Bucket
+    rejected: torch.Tensor | None = None
+    """As `latents`: the other picture of a preference pair, of which `latents` are the chosen one's."""
+    numbers: torch.Tensor | None = None
+    """(b,) int64 numbers in the listing, of pairs: what stays the same whenever a pair comes, on the host."""
+    reference: torch.Tensor | None = None
+    """(b, K, 2) fp32 errors of the reference for chosen and rejected at each of a pair's K draws, where they were
+    computed beforehand (`reference.py`)."""
+
+    @property
+    def pictures_per_row(self) -> int:
+        """How many pictures a forward of one row computes."""
+        return 1 if self.rejected is None else 2
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """On a device, latents in fp32 (made there, so that half as much travels); pinned memory does not block."""
@@ -45,6 +57,9 @@ class MicroBatch:
             slots=self.slots.to(device, non_blocking=True),
             num_slots=self.num_slots,
             bucket=self.bucket,
+            rejected=None if self.rejected is None else self.rejected.to(device, non_blocking=True).float(),
+            numbers=self.numbers,
+            reference=None if self.reference is None else self.reference.to(device, non_blocking=True),
         )
 
 

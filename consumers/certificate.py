@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,11 +25,12 @@ from consumers.engine import Engine, Share
 from consumers.errors import TrainingError
 from consumers.objectives.flow_matching import shift_mu
 from consumers.run_directory import Prepared
+from consumers.start_from import parent_of_pipeline
 from qwenimg_dist.config import Config, stable_hash, training_identity
 from qwenimg_dist.data.generation_log import FILE as GENERATIONS_FILE
 from qwenimg_dist.data.generation_log import read_lines
 from qwenimg_dist.models import parity
-from qwenimg_dist.models.pipeline import CERTIFICATE, PROVENANCE, fingerprint_component
+from qwenimg_dist.models.pipeline import fingerprint_component
 from qwenimg_dist.models.template import DROP, TEMPLATE
 from qwenimg_dist.models.transformer import assemble_transformer
 from qwenimg_dist.versions import git_commit, package_versions
@@ -142,7 +142,7 @@ class Certifier:
         return ranks.together(lambda: answers() if ranks.is_first else None)
 
     def _constant_facts(self) -> dict[str, Any]:
-        config, pipeline = self._config, self._prepared.pipeline
+        config, pipeline, start = self._config, self._prepared.pipeline, self._prepared.start
         return {
             "conditioning": {
                 "template_sha256": hashlib.sha256(TEMPLATE.encode()).hexdigest(),
@@ -156,7 +156,7 @@ class Certifier:
                 "path": str(pipeline),
                 "revision": config.model.revision,
                 "fingerprint": self._prepared.model_fingerprint,
-                "parent": _parent(pipeline),
+                "parent": start.record["parent"] if start else parent_of_pipeline(pipeline),
             },
             "run": {
                 "path": str(self._prepared.run_dir),
@@ -193,24 +193,6 @@ def _sigma_facts(config: Config, pipeline: Path) -> dict[str, Any]:
         "shift_of_square_bucket": shifts,
         "scheduler": fingerprint_component(pipeline / "scheduler"),
     }
-
-
-def _parent(pipeline: Path) -> dict[str, Any] | None:
-    """Where an exported pipeline comes from, and where that came from; None for a model that is no export of ours."""
-    file = pipeline / PROVENANCE
-    if not file.is_file():
-        return None
-    try:
-        parent: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        certificate = pipeline / CERTIFICATE
-        if certificate.is_file():
-            theirs = json.loads(certificate.read_text(encoding="utf-8"))
-            parent |= {"data": theirs["data"]["fingerprint"], "lineage": theirs["lineage"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{pipeline} is an export whose {PROVENANCE} or certificate.json is damaged: {error}"
-        ) from error
-    return parent
 
 
 def _whole(engine: Engine, share: Share) -> torch.Tensor:

@@ -61,6 +61,7 @@ __all__ = [
     "load_newest",
     "open_checkpoint",
     "save_checkpoint",
+    "share_of_faults",
     "verify_checkpoint",
 ]
 
@@ -152,7 +153,7 @@ def load_newest(engine: Engine, ema: Ema | None, run_dir: Path) -> Loaded | None
     skipped: list[str] = []
     for step, fault in reversed(found):
         path = checkpoints_dir(run_dir) / step_name(step)
-        problem = fault or _share_of_faults(path, ranks)
+        problem = fault or share_of_faults(path, ranks)
         if problem is None:
             reader = CheckpointReader(path)
             _restore(engine, ema, reader)
@@ -177,8 +178,8 @@ def _agree(error: Exception | None, engine: Engine, ema: Ema | None, temporary: 
     ) from error
 
 
-def _share_of_faults(path: Path, ranks: Ranks) -> str | None:
-    """Hash the checkpoint's files, each on one rank; the first problem, or None, on every rank."""
+def share_of_faults(path: Path, ranks: Ranks) -> str | None:
+    """Hash the checkpoint's files, each on one rank; the first problem, or None, on every rank. Collective."""
     problem = ""
     try:
         _, records = read_manifest(path)

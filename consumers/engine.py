@@ -423,7 +423,7 @@ def _check_source(source: WeightSource, shapes: Mapping[str, tuple[int, ...]]) -
     if missing or unexpected:
         raise ValueError(
             f"the weights do not belong to this transformer: {len(missing)} tensors missing (first {missing[:3]}), "
-            f"{len(unexpected)} unexpected (first {unexpected[:3]}); check model.path"
+            f"{len(unexpected)} unexpected (first {unexpected[:3]}); check model.path and start_from"
         )
     for name, shape in shapes.items():
         if tuple(source.shape(name)) != shape:

@@ -25,7 +25,9 @@ import yaml
 from consumers.checkpoint_files import list_checkpoints, no_valid_checkpoint, space_fault
 from consumers.curriculum import plan
 from consumers.data_sets import check_ready, data_dirs, ledger_config
+from consumers.objectives import sample_kind
 from consumers.parameter_groups import FROZEN, parameter_groups
+from consumers.start_from import START_FROM, StartWeights, find_start, read_record
 from qwenimg_dist.compose import validate
 from qwenimg_dist.config import Config, training_identity
 from qwenimg_dist.data.catalog import RunFacets
@@ -36,15 +38,18 @@ from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
 from qwenimg_dist.models.pipeline import fingerprint_component, pipeline_dir
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 from qwenimg_dist.models.transformer import load_transformer_config
+from qwenimg_dist.schema import IMAGE, PREFERENCE, Kind
 from qwenimg_dist.versions import git_commit, package_versions
 
 STARTS: Final = "starts.jsonl"
 """One line per start of the gang, for `report.html`."""
 _LOCK_WAIT_S: Final = 60.0
 _EXTEND: Final = (
-    ". The number of steps is fixed per run, since the schedule follows it: to train its result further, export it and "
-    "give the export as model.path of a new run"
+    ". The number of steps is fixed per run, since the schedule follows it: to train its result further, give it as "
+    "start_from of a new run"
 )
+FURTHER_OF_KIND: Final[dict[Kind, tuple[str, ...]]] = {IMAGE: (), PREFERENCE: ("rejected",)}
+"""Tensors of a sample that are read besides its latents."""
 _MOVED_BY_FRESH: Final = (
     "checkpoints",
     "metrics.jsonl",
@@ -57,6 +62,7 @@ _MOVED_BY_FRESH: Final = (
     "takedown",
     "samples",
     "start_loss.json",
+    START_FROM,
     "config.yaml",
     STARTS,
     "report.html",
@@ -79,6 +85,8 @@ class Prepared:
     ledger: LedgerConfig
     model_fingerprint: str
     """12 hex digits of the transformer that the run starts from."""
+    start: StartWeights | None = None
+    """What it starts from, if not the pipeline's own transformer."""
 
 
 def preflight(config: Config) -> Prepared:
@@ -100,29 +108,33 @@ def preflight(config: Config) -> Prepared:
     frozen = sizes.get(FROZEN, 0)
     if fault := space_fault(run_dir, sum(sizes.values()), ema=config.optim.ema_decay > 0, num_frozen=frozen):
         raise ValueError(fault)
+    start = find_start(config, run_dir, pipeline, recorded=None if config.train.fresh else read_record(run_dir))
     return Prepared(
         run_dir=run_dir,
         data_dirs=dirs,
         pipeline=pipeline,
         facets=facets,
         ledger=ledger_config(config, phases),
-        model_fingerprint=fingerprint_component(pipeline / "transformer"),
+        model_fingerprint=start.fingerprint if start else fingerprint_component(pipeline / "transformer"),
+        start=start,
     )
 
 
 def facets_of(config: Config, pipeline: Path) -> RunFacets:
     """The facets that the curriculum reads, for this model."""
-    latents = latents_facet_names(pipeline, config)
+    latents = latents_facet_names(pipeline, config, sample_kind(config))
     wanted = {resolution for phase in config.curriculum.phases for resolution in phase.resolutions}
     missing = sorted(wanted - set(latents))
     if missing:
         raise ValueError(
             f"the curriculum trains at {missing} px, encode.resolutions lacks it: add it and produce again"
         )
+    kind = sample_kind(config)
     return RunFacets(
-        text=text_facet_name(pipeline, config),
+        text=text_facet_name(pipeline, config, kind),
         latents={r: latents[r] for r in sorted(wanted)},
-        logvar=config.objective.posterior == "sample",
+        further=FURTHER_OF_KIND[kind] + (("logvar",) if config.objective.posterior == "sample" else ()),
+        kind=kind,
     )
 
 

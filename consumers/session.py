@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -19,7 +19,7 @@ import torch
 
 from consumers.baseline import baseline
 from consumers.certificate import Certifier
-from consumers.checkpoint import Loaded, load_newest
+from consumers.checkpoint import Loaded, load_newest, share_of_faults
 from consumers.ema import Ema
 from consumers.engine import Engine, build_engine
 from consumers.evaluate import HeldOut
@@ -32,6 +32,7 @@ from consumers.ranks import Ranks
 from consumers.reporting import ReportWriter
 from consumers.run_directory import Prepared, move_aside, preflight, run_lock, write_descriptions
 from consumers.run_plan import make_plan, write_plan
+from consumers.start_from import StartWeights, agree
 from consumers.stream import Stream
 from consumers.throughput import Throughput
 from qwenimg_dist.config import Config, training_identity
@@ -146,12 +147,15 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         _on_first(ranks, lambda: stack.enter_context(run_lock(prepared.run_dir)))
         if config.train.fresh and (aside := _on_first(ranks, lambda: _moved(prepared.run_dir, hooks.command_id))):
             _say(ranks, hooks, f"train.fresh: earlier results were moved to {aside}")
+        if weights := agree(config, prepared.run_dir, prepared.pipeline, prepared.start, ranks):
+            prepared = replace(prepared, start=weights, model_fingerprint=weights.fingerprint)
         grids = _grids(config, prepared, ranks)
 
         hooks.stage("loading the weights")
         transformer = prepared.pipeline / "transformer"
         model = load_transformer_config(transformer)
-        engine = build_engine(model, config, ranks, SafetensorsDirectory(transformer))
+        source = weights.source if weights else None
+        engine = build_engine(model, config, ranks, source or SafetensorsDirectory(transformer))
         stack.callback(engine.close)
         for line in describe(engine.groups):
             _say(ranks, hooks, line)
@@ -159,6 +163,8 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         ema = Ema(engine, config.optim.ema_decay) if config.optim.ema_decay else None
         hooks.stage("loading a checkpoint")
         loaded = load_newest(engine, ema, prepared.run_dir)
+        if loaded is None and weights:
+            _check_start(weights, ranks)
         progress = _progress(loaded, prepared, ranks, hooks)
         certifier = Certifier(engine, config, model, prepared, loaded.step if loaded else None)
         if config.checkpoint.certify != "off":
@@ -207,6 +213,12 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             progress=progress,
             resolutions=batches,
         )
+
+
+def _check_start(start: StartWeights, ranks: Ranks) -> None:
+    """Before the first step: whether the weights are the bytes that were committed. Each file is hashed by one rank."""
+    if start.checkpoint is not None and (fault := share_of_faults(start.checkpoint, ranks)):
+        raise ValueError(f"start_from: {start.checkpoint}: {fault}; start_from.step takes an earlier checkpoint")
 
 
 def _grids(config: Config, prepared: Prepared, ranks: Ranks) -> Grids | None:
@@ -271,7 +283,7 @@ def _open_data(
         world=ranks.world_size,
         compute_dtype=torch.bfloat16 if config.engine.precision == "bf16" else torch.float32,
         pin_memory=ranks.device.type == "cuda",
-        logvar=prepared.facets.logvar,
+        further=prepared.facets.further,
         tolerant=config.data.max_bad_samples > 0,
     )
     stack.callback(stream.close)
@@ -308,14 +320,16 @@ def _describe(run_dir: Path, config: Config, ranks: Ranks, loaded: Loaded | None
 
 def _progress(loaded: Loaded | None, prepared: Prepared, ranks: Ranks, hooks: Hooks) -> Progress:
     if loaded is None:
-        _say(ranks, hooks, f"{prepared.run_dir} has no checkpoint: starting fresh from {prepared.pipeline}")
+        begun = f"{prepared.run_dir} has no checkpoint: starting fresh from "
+        _say(ranks, hooks, begun + (prepared.start.told if prepared.start else str(prepared.pipeline)))
         return Progress()
     for line in loaded.skipped:
         _say(ranks, hooks, f"warning: skipped an invalid checkpoint, {line}")
     if loaded.state.get("model") != prepared.model_fingerprint:
         raise ValueError(
             f"the checkpoints in {prepared.run_dir} belong to a run that started from another transformer than "
-            f"{prepared.pipeline}: restore model.path, or choose another run.path"
+            f"{prepared.start.told if prepared.start else prepared.pipeline}: restore model.path or start_from, or "
+            "choose another run.path"
         )
     _say(ranks, hooks, f"resuming from step {loaded.step} ({loaded.state['num_ranks']} ranks wrote it)")
     return Progress(

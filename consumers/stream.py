@@ -46,11 +46,16 @@ class Cut:
     """Micro-batches, in order; they sum to n."""
 
 
-def cut_for(num_slots: int, image_tokens: int, max_text_tokens: int, budget: int, *, rank: int, world: int) -> Cut:
-    """Rank's share of `num_slots`, and its micro-batches under a budget of tokens each (at least one sample)."""
+def cut_for(
+    num_slots: int, image_tokens: int, max_text_tokens: int, budget: int, *, rank: int, world: int, pictures: int = 1
+) -> Cut:
+    """Rank's share of `num_slots`, and its micro-batches under a budget of tokens each (at least one sample).
+
+    `pictures` of a sample are computed at once, each with the text: 2 of a preference pair.
+    """
     per_rank = -(-num_slots // world)
     slots = np.arange(rank * per_rank, (rank + 1) * per_rank, dtype=np.int64)
-    largest = max(1, budget // (image_tokens + max_text_tokens))
+    largest = max(1, budget // (pictures * (image_tokens + max_text_tokens)))
     num = -(-per_rank // largest)
     # As even as can be: the same number of micro-batches with the smallest peak memory.
     sizes = [per_rank // num + (index < per_rank % num) for index in range(num)]
@@ -58,12 +63,18 @@ def cut_for(num_slots: int, image_tokens: int, max_text_tokens: int, budget: int
 
 
 def cut_batch(
-    batch: GlobalBatch, tokens: Ints, budget: int, *, rank: int, world: int
+    batch: GlobalBatch, tokens: Ints, budget: int, *, rank: int, world: int, pictures: int = 1
 ) -> tuple[Cut, npt.NDArray[np.float32]]:
     """A rank's share of a global batch with texts of `tokens`, and the weights of its slots."""
     longest = int(tokens.max())
-    cut = cut_for(len(batch.rows), batch.bucket.image_tokens, longest, budget, rank=rank, world=world)
+    image_tokens = batch.bucket.image_tokens
+    cut = cut_for(len(batch.rows), image_tokens, longest, budget, rank=rank, world=world, pictures=pictures)
     return cut, np.where(cut.slots < len(batch.rows), batch.weights[cut.source], np.float32(0))
+
+
+def pictures_of(further: Sequence[str]) -> int:
+    """Pictures of a sample that a forward computes, where these tensors are read besides its latents."""
+    return 1 + ("rejected" in further)
 
 
 class Stream:
@@ -78,17 +89,20 @@ class Stream:
         compute_dtype: torch.dtype,
         pin_memory: bool = False,
         prefetch: int = PREFETCH,
-        logvar: bool = False,
+        further: Sequence[str] = (),
         tolerant: bool = False,
     ) -> None:
-        """With `tolerant`, what cannot be read of a training batch is told in `RankBatch.bad` instead of raised."""
+        """`further` tensors of a sample are read besides its latents: `logvar`, `rejected`.
+
+        With `tolerant`, what cannot be read of a training batch is told in `RankBatch.bad` instead of raised.
+        """
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
         self._ledger = ledger
         self._rank = rank
         self._world = world
         self._prefetch = prefetch
-        self._logvar = logvar
+        self._further = tuple(further)
         self._tolerant = tolerant
         self._assembler = Assembler(ledger.catalogs, compute_dtype=compute_dtype, pin_memory=pin_memory)
         self._pending: dict[int, Future[RankBatch | None]] = {}
@@ -173,7 +187,8 @@ class Stream:
         batch = self._ledger.batch(step)
         budget = self._ledger.phases[batch.phase].micro_batch_tokens
         tokens = self._ledger.catalogs.text_tokens(batch.texts)
-        cut, weights = cut_batch(batch, tokens, budget, rank=self._rank, world=self._world)
+        pictures = pictures_of(self._further)
+        cut, weights = cut_batch(batch, tokens, budget, rank=self._rank, world=self._world, pictures=pictures)
         before = self._assembler.read_bytes
         micro_batches = self._assembler.micro_batches(
             rows=batch.rows[cut.source],
@@ -184,7 +199,7 @@ class Stream:
             resolution=batch.resolution,
             bucket=batch.bucket,
             sizes=cut.sizes,
-            logvar=self._logvar,
+            further=self._further,
             tolerant=self._tolerant,
         )
         keys = self._ledger.catalogs.keys(batch.rows)
@@ -216,8 +231,9 @@ def _rank_batch(
     read_bytes: int,
 ) -> RankBatch:
     per_image = batch.bucket.image_tokens
-    computed = sum(len(micro.weights) * (per_image + micro.text.shape[1]) for micro in micro_batches)
-    useful = int(((tokens + per_image) * (weights > 0)).sum())
+    pictures = micro_batches[0].pictures_per_row
+    computed = sum(pictures * len(micro.weights) * (per_image + micro.text.shape[1]) for micro in micro_batches)
+    useful = pictures * int(((tokens + per_image) * (weights > 0)).sum())
     return RankBatch(
         batch=batch,
         micro_batches=micro_batches,
@@ -226,8 +242,8 @@ def _rank_batch(
         wait_s=0.0,
         read_s=read_s,
         read_bytes=read_bytes,
-        image_tokens=len(tokens) * per_image,
-        text_tokens=int(tokens.sum()),
+        image_tokens=pictures * len(tokens) * per_image,
+        text_tokens=pictures * int(tokens.sum()),
         padding=1 - useful / computed,
         bad=bad,
     )

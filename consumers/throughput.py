@@ -66,8 +66,8 @@ class Throughput:
         for micro in batch.micro_batches:
             useful, computed = micro_batch_flops(self._model, micro)
             # A backward costs twice its forward. Recomputation is no useful work and is not counted.
-            self._useful += 3 * self._forwards * useful
-            self._computed += 3 * self._forwards * computed
+            self._useful += 3 * self._forwards * micro.pictures_per_row * useful
+            self._computed += 3 * self._forwards * micro.pictures_per_row * computed
 
     def metrics(self) -> dict[str, float]:
         """Collective. `train/…` values of the steps since the last call."""

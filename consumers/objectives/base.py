@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from consumers.batch import MicroBatch
+from qwenimg_dist.schema import Kind
 
 
 class Predict(Protocol):
@@ -39,8 +40,8 @@ class LossOutput:
 class Objective(Protocol):
     """See the module's docstring."""
 
-    sample_kind: str
-    """Kind of samples in the data set: `image`, `preference`, `prompt`."""
+    sample_kind: Kind
+    """Kind of samples in the data set."""
     forwards_per_batch: int
     """Forwards of the trained model per micro-batch."""
 

@@ -19,6 +19,7 @@ from consumers.objectives.base import LossOutput, Predict
 from qwenimg_dist.config import FlowMatchingConfig
 from qwenimg_dist.flow.path import interpolate, velocity_target
 from qwenimg_dist.flow.sigmas import draw_noise, draw_sigma, resolution_mu, sigma_at_quantiles
+from qwenimg_dist.schema import IMAGE, Kind
 
 _QUADRATURE = 4096
 
@@ -26,7 +27,7 @@ _QUADRATURE = 4096
 class FlowMatching:
     """Mean squared error of the velocity, per sample averaged over its elements."""
 
-    sample_kind = "image"
+    sample_kind: Kind = IMAGE
     forwards_per_batch = 1
 
     def __init__(self, config: FlowMatchingConfig, *, seed: int) -> None:

@@ -19,6 +19,7 @@ _IDENTITY_SECTIONS = ("stage", "curriculum", "objective", "optim")
 _IDENTITY_KEYS = {
     "data": ("where", "held_out", "max_held_out", "weights", "caption_weights", "mix"),
     "engine": ("precision",),
+    "start_from": ("weights",),
     "train": ("steps", "seed"),
 }
 

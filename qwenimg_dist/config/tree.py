@@ -16,6 +16,7 @@ from qwenimg_dist.config.commands import (
     SampleConfig,
 )
 from qwenimg_dist.config.data import CaptionsConfig, DataConfig, DedupConfig, EncodeConfig
+from qwenimg_dist.config.post_training import StartFrom, StartFromConfig
 from qwenimg_dist.config.section import Section
 from qwenimg_dist.config.sources import SourceConfig
 from qwenimg_dist.config.training import (
@@ -63,6 +64,7 @@ class Config(Section):
     logger: LoggerConfig
     cluster: ClusterConfig
     run: RunConfig = RunConfig()
+    start_from: StartFrom = StartFromConfig()
     export: ExportConfig = ExportConfig()
     sample: SampleConfig
     demo: DemoConfig

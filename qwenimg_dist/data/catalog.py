@@ -14,7 +14,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from qwenimg_dist.data.columns import Columns
 from qwenimg_dist.data.facets import DataError
-from qwenimg_dist.schema import Bucket
+from qwenimg_dist.schema import IMAGE, Bucket, Kind
 
 CATALOG_VERSION: Final = 2
 """2: captions have kinds."""
@@ -42,8 +42,10 @@ class RunFacets:
     text: str
     latents: dict[int, str]
     """Resolution class (px) -> facet."""
-    logvar: bool = False
-    """Read the posterior's log-variances too, which not every facet holds."""
+    further: tuple[str, ...] = ()
+    """A sample's other tensors that are read besides (`logvar`, `rejected`), which not every facet holds."""
+    kind: Kind = IMAGE
+    """Of the samples; a data set of another kind is refused."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,8 +84,9 @@ class LatentsIndex:
     """(rows,) index into `buckets`; -1 where the picture is too small for this class."""
     tar: npt.NDArray[np.int32]
     offset: Ints
-    logvar_offset: Ints | None = None
-    """Of the log-variance, of the latents' shape and type and in their tar; None where the run did not ask for it."""
+    further: Mapping[str, Ints] = field(default_factory=dict)
+    """Offsets of the sample's other tensors, which are of the latents' shape and type and in their tar; those that the
+    run asked for."""
 
     def shape(self, bucket: Bucket) -> tuple[int, int, int]:
         """(channels, height / 8, width / 8) of every sample of a bucket."""
@@ -162,7 +165,7 @@ class Catalog:
                     channels=entry["channels"],
                     buckets=tuple(Bucket(height=h, width=w) for h, w in entry["buckets"]),
                     **{name: load(f"latents-{resolution}-{name}") for name in LATENTS_ARRAYS},
-                    logvar_offset=load(f"latents-{resolution}-{LOGVAR_OFFSET}") if entry.get("logvar") else None,
+                    further={name: load(further_array(int(resolution), name)) for name in further_names(entry)},
                 )
                 for resolution, entry in head["latents"].items()
             },
@@ -174,7 +177,17 @@ class Catalog:
 ROW_ARRAYS: Final = ("keys", "rows", "units", "key_hash", "caption_start", "caption_text", "caption_kind")
 TEXT_ARRAYS: Final = ("text_keys", "text_tokens", "text_tar", "text_offset")
 LATENTS_ARRAYS: Final = ("bucket", "tar", "offset")
-LOGVAR_OFFSET: Final = "logvar_offset"
+
+
+def further_array(resolution: int, name: str) -> str:
+    """Name of the array with the offsets of the tensors `name`."""
+    return f"latents-{resolution}-{name}_offset"
+
+
+def further_names(entry: Mapping[str, Any]) -> Sequence[str]:
+    """What an entry of the head says; catalogs from before there were others than log-variances said it so."""
+    names: Sequence[str] = entry["further"] if "further" in entry else ["logvar"] if entry.get("logvar") else []
+    return names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +280,13 @@ class Catalogs:
             keys[where] = [prefix + key.decode() for key in self[index].keys[local]]
         return list(keys)
 
+    def numbers(self, rows: Ints) -> Ints:
+        """(n,) numbers in the listing of row positions: what never changes, so that draws may be keyed by it."""
+        numbers = np.empty(len(rows), dtype=np.int64)
+        for catalog, local, where in self._split(rows, self._row_base):
+            numbers[where] = catalog.rows[local]
+        return numbers
+
     def text_tokens(self, texts: Ints) -> Ints:
         """(n,) tokens of text positions."""
         tokens = np.empty(len(texts), dtype=np.int64)
@@ -291,18 +311,18 @@ class Catalogs:
             )
 
     def latents_places(
-        self, rows: Ints, resolution: int, bucket: Bucket, *, logvar: bool = False
+        self, rows: Ints, resolution: int, bucket: Bucket, *, further: Sequence[str] = ()
     ) -> Iterator[tuple[Catalog, Ints, Places]]:
-        """Per catalog: the catalog, which of `rows` lie in it, and the places of their latents; with `logvar` those of
-        their log-variances behind them, which lie side by side and are read as one."""
+        """Per catalog: the catalog, which of `rows` lie in it, and the places of their latents; behind them those of
+        each of their `further` tensors, which lie side by side and are read as one."""
         for catalog, local, where in self._split(rows, self._row_base):
             index = catalog.latents[resolution]
             nbytes = int(np.prod(index.shape(bucket))) * ITEM_BYTES[index.dtype]
             offsets = [index.offset[local]]
-            if logvar:
-                if index.logvar_offset is None:
-                    raise DataError(f"{catalog.folder} was compiled without log-variances: remove it, it is made again")
-                offsets.append(index.logvar_offset[local])
+            for name in further:
+                if name not in index.further:
+                    raise DataError(f"{catalog.folder} was compiled without {name!r}: remove it, it is made again")
+                offsets.append(index.further[name][local])
             yield (
                 catalog,
                 where,

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qwenimg_dist.data.catalog import CATALOG_VERSION, HEAD, LOGVAR_OFFSET, CatalogFolder, Ints, RunFacets
+from qwenimg_dist.data.catalog import CATALOG_VERSION, HEAD, CatalogFolder, Ints, RunFacets, further_array
 from qwenimg_dist.data.draws import hash_keys
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.part_tables import (
@@ -77,24 +77,22 @@ def build_catalog(
     facets: RunFacets,
     folder: Path,
     takedown: Takedown = NOTHING,
-    *,
-    kind: Kind = IMAGE,
 ) -> CatalogFolder:
     """Compile and commit to `folder`; an identical catalog that is there already is kept, another one replaced.
 
     Rows that are taken down are left out. Raises `DataError` naming the part, tar or key where the data set contradicts
     itself, or if it holds rows of another kind than the run trains on.
     """
-    loaded = load_facets(dataset, units, further=facets.logvar)
+    loaded = load_facets(dataset, units, further=bool(facets.further))
     out = _Output()
     taken_down = rows_taken_down(dataset, units, takedown)
     kept = _kept_rows(loaded[ROWS], out, taken_down.rows)
     out.head["taken_down"] = list(taken_down.matched)
     _add_columns(loaded, kept, out)
-    _add_kind(loaded, kept, kind, dataset, out)
+    _add_kind(loaded, kept, facets.kind, dataset, out)
     _add_texts(loaded, kept, facets, out)
     out.head["latents"] = {
-        str(resolution): _add_latents(loaded[facet], kept, resolution, out, logvar=facets.logvar)
+        str(resolution): _add_latents(loaded[facet], kept, resolution, out, further=facets.further)
         for resolution, facet in sorted(facets.latents.items())
     }
     parallel(lambda tar: check_tar(dataset, *tar), out.tars)
@@ -299,7 +297,9 @@ def _spread(column: Any, kept: _Kept, listed: Ints, name: str) -> tuple[npt.NDAr
     return (np.repeat(lengths > 0, listed), pc.list_flatten(lists)) if lengths.any() else None
 
 
-def _add_latents(facet: FacetTable, kept: _Kept, resolution: int, out: _Output, *, logvar: bool) -> dict[str, Any]:
+def _add_latents(
+    facet: FacetTable, kept: _Kept, resolution: int, out: _Output, *, further: Sequence[str]
+) -> dict[str, Any]:
     """Bucket and place per kept row; -1 where this class has no latents of it."""
     numbers = out.add_tars(facet)
     shapes = shapes_of(facet, dims=3)
@@ -314,23 +314,27 @@ def _add_latents(facet: FacetTable, kept: _Kept, resolution: int, out: _Output, 
     table = facet.table.select(["row", "offset"])
     table = table.append_column("bucket", pa.array(inverse.astype(np.int16)))
     table = table.append_column("number", pa.array(tar_numbers(facet.table, numbers)))
-    arrays: list[tuple[str, str, type]] = [("bucket", "bucket", np.int16), ("tar", "number", np.int32)]
-    arrays.append(("offset", "offset", np.int64))
-    if logvar:
-        table = table.append_column(LOGVAR_OFFSET, pa.array(further_offsets(facet, "logvar")))
-        arrays.append((LOGVAR_OFFSET, LOGVAR_OFFSET, np.int64))
+    prefix = f"latents-{resolution}-"
+    arrays: list[tuple[str, str, type]] = [
+        (f"{prefix}bucket", "bucket", np.int16),
+        (f"{prefix}tar", "number", np.int32),
+        (f"{prefix}offset", "offset", np.int64),
+    ]
+    for name in further:
+        table = table.append_column(name, pa.array(further_offsets(facet, name)))
+        arrays.append((further_array(resolution, name), name, np.int64))
     table = newest(table)
     at, found = match_rows(facet.name, table, kept.rows)
     at = at[found]
     for name, column, kind in arrays:
         array: npt.NDArray[Any] = np.full(len(kept.rows), -1, dtype=kind)
         array[found] = to_array(table[column], kind)[at]
-        out.arrays[f"latents-{resolution}-{name}"] = array
+        out.arrays[name] = array
     return {
         "facet": facet.name,
         "dtype": dtype,
         "channels": channels,
-        "logvar": logvar,
+        "further": list(further),
         "buckets": [[int(size >> 32), int(size & 0xFFFFFFFF)] for size in sizes],
     }
 

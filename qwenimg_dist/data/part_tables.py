@@ -35,6 +35,7 @@ _COLUMNS: Final = {
 _TEXT_COLUMNS: Final = ("key", "num_tokens", *_PLACE)
 _LATENTS_COLUMNS: Final = ("row", "key", "bucket_height", "bucket_width", *_PLACE)
 FURTHER: Final = "further"
+_MADE_BY: Final = {"logvar": "produce with encode.posterior=mean_logvar", "rejected": "produce from source=pairs"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +175,10 @@ def further_offsets(facet: FacetTable, name: str) -> Ints:
         rows, places = rows[mine], places.filter(pa.array(mine))
         offsets[rows] = to_array(pc.struct_field(places, "offset"), np.int64)
         first = facet.table.select(["nbytes", "dtype"]).take(pa.array(rows))
-        # Bytes and type are equal; the shape then is too, since both are latents of one picture in one bucket.
+        # Bytes and type are equal; the shape then is too, since both are latents in one bucket.
         same[rows] = to_array(pc.equal(pc.struct_field(places, "nbytes"), first["nbytes"]), np.bool_)
         same[rows] &= to_array(pc.equal(pc.struct_field(places, "dtype"), first["dtype"].cast(pa.string())), np.bool_)
-    require(facet, offsets >= 0, f"the sample has no tensor {name!r} (produce with encode.posterior=mean_logvar)")
+    require(facet, offsets >= 0, f"the sample has no tensor {name!r} ({_MADE_BY.get(name, 'produce it')})")
     require(facet, same, f"the tensor {name!r} has other bytes or another type than the latents")
     return offsets
 

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_dataset import WIDTH, FakeProducer, FakeRow, fake_features, fake_latents, fake_logvar, make_rows
+from fake_dataset import (
+    WIDTH,
+    FakeProducer,
+    FakeRow,
+    fake_features,
+    fake_latents,
+    fake_logvar,
+    fake_rejected,
+    make_rows,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,10 +47,12 @@ def make_run(
     follow: bool = False,
     num: int = 30,
     logvar: bool = False,
+    pairs: bool = False,
 ) -> tuple[FakeProducer, Generations]:
     sizes = {"unit_size": 8, "max_shard_bytes": 20_000}
-    producer = FakeProducer(root / "data", resolutions=(32, 64), dtype=dtype, logvar=logvar, **sizes)
-    producer.facets = replace(producer.facets, logvar=logvar)
+    producer = FakeProducer(root / "data", resolutions=(32, 64), dtype=dtype, logvar=logvar, pairs=pairs, **sizes)
+    if logvar:
+        producer.facets = replace(producer.facets, further=("logvar",))
     producer.add(make_rows(num, captions=2, sizes=SIZES))
     producer.produce(complete=not follow)
     phase = PlannedPhase(
@@ -126,7 +137,7 @@ def test_the_ranks_together_are_the_global_batch(tmp_path: Path, world: int, sto
 
 def test_log_variances_come_only_where_they_are_asked_for(tmp_path: Path) -> None:
     producer, run = make_run(tmp_path, logvar=True)
-    stream = Stream(run.ledger, rank=0, world=1, compute_dtype=torch.float32, logvar=True)
+    stream = Stream(run.ledger, rank=0, world=1, compute_dtype=torch.float32, further=["logvar"])
     plain = Stream(run.ledger, rank=0, world=1, compute_dtype=torch.float32)
     for step in range(6):
         batch, without = stream.get(step), plain.get(step)
@@ -145,9 +156,50 @@ def test_log_variances_come_only_where_they_are_asked_for(tmp_path: Path) -> Non
     plain.close()
 
 
+def test_pairs_are_rows_with_two_pictures(tmp_path: Path) -> None:
+    producer, run = make_run(tmp_path, pairs=True)
+    numbers = {row.key: number for number, row in enumerate(producer.rows)}
+    streams = [
+        Stream(run.ledger, rank=rank, world=2, compute_dtype=torch.float32, further=["rejected"]) for rank in range(2)
+    ]
+    for step in range(6):
+        batches = [stream.get(step) for stream in streams]
+        assert len({len(batch.micro_batches) for batch in batches}) == 1
+        seen = [pair for batch in batches for pair in check(batch, run, producer, torch.float32)]
+        assert sum(weight for _, weight in seen) == batches[0].num_real
+        for batch in batches:
+            budget = run.ledger.phases[0].micro_batch_tokens
+            for micro in (one.to("cpu") for one in batch.micro_batches):
+                assert micro.rejected is not None
+                assert micro.numbers is not None
+                keys = [batch.keys[min(slot, len(batch.keys) - 1)] for slot in micro.slots.tolist()]
+                assert micro.numbers.tolist() == [numbers[key] for key in keys]
+                for key, latents in zip(keys, micro.rejected, strict=True):
+                    assert np.array_equal(latents.numpy(), fake_rejected(key, micro.bucket))
+                tokens = 2 * len(keys) * (micro.bucket.image_tokens + micro.text.shape[1])
+                assert tokens <= budget or len(keys) == 1
+            assert batch.image_tokens == 2 * sum(len(m.weights) for m in batch.micro_batches) * (
+                batch.batch.bucket.image_tokens
+            )
+            assert 0 <= batch.padding <= 1
+    for stream in streams:
+        stream.close()
+
+
+def test_pairs_are_no_images_and_images_no_pairs(tmp_path: Path) -> None:
+    producer, _ = make_run(tmp_path, pairs=True)
+    units = ready_units(producer.dataset, producer.facets)
+    with pytest.raises(DataError, match="holds samples of kind preference, this run trains on kind image"):
+        build_catalog(producer.dataset, units, replace(producer.facets, kind="image", further=()), tmp_path / "index")
+    images, _ = make_run(tmp_path / "images")
+    facets = replace(images.facets, kind="preference", further=("rejected",))
+    with pytest.raises(DataError, match="holds samples of kind image, this run trains on kind preference"):
+        build_catalog(images.dataset, ready_units(images.dataset, facets), facets, tmp_path / "index")
+
+
 def test_data_without_log_variances_is_refused(tmp_path: Path) -> None:
     producer, _ = make_run(tmp_path)
-    producer.facets = replace(producer.facets, logvar=True)
+    producer.facets = replace(producer.facets, further=("logvar",))
     with pytest.raises(DataError, match=r"has no tensor 'logvar' \(produce with encode.posterior=mean_logvar\)"):
         build_catalog(
             producer.dataset, ready_units(producer.dataset, producer.facets), producer.facets, tmp_path / "index"

@@ -24,6 +24,7 @@ from qwenimg_dist.schema import (
     LATENTS_COLUMNS,
     LISTING,
     LISTING_COLUMNS,
+    PREFERENCE,
     ROWS,
     ROWS_COLUMNS,
     SCAN,
@@ -86,6 +87,11 @@ def fake_logvar(key: str, bucket: Bucket) -> np.ndarray:
     return fake_latents(key, bucket)[::-1] / 4 - 2
 
 
+def fake_rejected(key: str, bucket: Bucket) -> np.ndarray:
+    """As `fake_latents`: the other picture of a pair."""
+    return fake_latents(f"{key}, rejected", bucket)
+
+
 def fake_features(caption: str) -> np.ndarray:
     """(T, WIDTH) fp32, exact in bf16."""
     seed = int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "little")
@@ -110,13 +116,18 @@ class FakeProducer:
         max_shard_bytes: int = 1 << 20,
         dtype: str = "bfloat16",
         logvar: bool = False,
+        pairs: bool = False,
     ) -> None:
+        """With `pairs` its rows are preferences: chosen ones, each with a rejected picture."""
         self.dataset = Dataset.create(root, unit_size)
         self.facets = facets_for(resolutions, fingerprint)
         self.rows: list[FakeRow] = []
         self.max_shard_bytes = max_shard_bytes
         self.dtype = dtype
         self.logvar = logvar
+        self.pairs = pairs
+        if pairs:
+            self.facets = replace(self.facets, kind=PREFERENCE, further=("rejected",))
 
     def add(self, rows: Sequence[FakeRow]) -> None:
         self.rows.extend(rows)
@@ -162,7 +173,15 @@ class FakeProducer:
         if not changed and known is not None:
             return False
         records = [
-            {"row": n, "key": r.key, "uri": r.uri, "captions": list(r.captions), "caption_fault": None}
+            {
+                "row": n,
+                "key": r.key,
+                "uri": r.uri,
+                "captions": list(r.captions),
+                "caption_fault": None,
+                "kind": PREFERENCE if self.pairs else None,
+                "others": [f"rejected/{r.uri}"] if self.pairs else None,
+            }
             for n, r in changed.items()
         ]
         self._simple(LISTING, unit, _table(LISTING_COLUMNS, records))
@@ -200,6 +219,8 @@ class FakeProducer:
                 row, bucket = kept[n], buckets[n]
                 meta = {"row": n, "uri": row.uri, "captions": list(row.captions)}
                 tensors = {"mean": self._raw(fake_latents(row.key, bucket))}
+                if self.pairs:
+                    tensors["rejected"] = self._raw(fake_rejected(row.key, bucket))
                 if self.logvar:
                     tensors["logvar"] = self._raw(fake_logvar(row.key, bucket))
                 place = writer.write(row.key, meta, tensors)

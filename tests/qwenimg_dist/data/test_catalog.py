@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -286,5 +287,6 @@ def test_kinds_are_a_column_and_others_than_the_run_s_are_refused(tmp_path: Path
     with pytest.raises(DataError, match="holds samples of kind preference, this run trains on kind image: give it"):
         build(producer, tmp_path / "again")
     units = ready_units(producer.dataset, producer.facets)
-    built = build_catalog(producer.dataset, units, producer.facets, tmp_path / "pairs", kind="preference")
+    facets = replace(producer.facets, kind="preference")
+    built = build_catalog(producer.dataset, units, facets, tmp_path / "pairs")
     assert built.num_rows == 3

@@ -1,0 +1,242 @@
+"""The weights that a stage starts from (`start_from`): an earlier run's, raw or averaged, or those of an export.
+
+Place in the flow: `preflight` finds them, before anything is started; the session agrees on rank 0's choice, since a
+run that still trains may have a newer checkpoint for the next rank that looks, and writes it into `start_from.json`;
+the engine reads its partitions from them, range by range, whatever number of ranks wrote them. A run that goes on
+keeps to what is recorded there: the fingerprint stands for the starting model, so that the path may change, and once
+the run has a checkpoint of its own the source may go. Architecture, text encoder and VAE stay those of `model.path`.
+Refuses a source of another architecture, and one that is not what the run started from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from consumers.checkpoint_files import MANIFEST, CheckpointError, Which, list_checkpoints, read_certificate
+from consumers.checkpoint_files import checkpoints_dir as checkpoints_of
+from consumers.checkpoint_reader import CheckpointReader, open_checkpoint
+from qwenimg_dist.config import Config
+from qwenimg_dist.files import write_json
+from qwenimg_dist.models.pipeline import CERTIFICATE, ID_LENGTH, PROVENANCE, fingerprint_component
+from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
+
+if TYPE_CHECKING:
+    from consumers.engine import WeightSource
+    from consumers.ranks import Ranks
+
+START_FROM: Final = "start_from.json"
+"""In a run directory: what it started from, if that was not `model.path`'s own transformer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartWeights:
+    """What a stage starts from."""
+
+    record: dict[str, Any]
+    """JSON, as in `start_from.json`: path, kind, step, weights, fingerprint, parent (for the certificate)."""
+    source: WeightSource | None
+    """None where it is gone and the run goes on from a checkpoint of its own."""
+    checkpoint: Path | None
+    """Where the source is one: its directory, whose bytes the manifest vouches for."""
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.record["fingerprint"])
+
+    @property
+    def told(self) -> str:
+        """For messages."""
+        if self.record["kind"] == "export":
+            return str(self.record["path"])
+        return f"step {self.record['step']} of {self.record['path']} ({self.record['weights']} weights)"
+
+
+class CheckpointWeights:
+    """A checkpoint's masters or averages as a source of initial weights (`engine.WeightSource`), fp32."""
+
+    def __init__(self, reader: CheckpointReader, which: Which) -> None:
+        if which == "ema" and not reader.has_ema:
+            raise CheckpointError(f"{reader.path} has no EMA: set start_from.weights=raw")
+        self._reader = reader
+        self._which = which
+
+    @property
+    def names(self) -> list[str]:
+        return self._reader.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._reader.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def read_flat_range(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor."""
+        values = torch.empty(stop - start)
+        self._reader.read_range_into(name, self._which, start, values)
+        return values
+
+
+def find_start(
+    config: Config, run_dir: Path, pipeline: Path, *, recorded: dict[str, Any] | None
+) -> StartWeights | None:
+    """What `start_from` names, or what the run `recorded`; None for `model.path`'s own. Raises ValueError."""
+    given = config.start_from.path
+    if given is None:
+        if recorded is not None:
+            raise ValueError(
+                f"{run_dir} started from {recorded['path']} (step {recorded['step']}): give "
+                f"start_from={recorded['path']} to go on, or choose another run.path"
+            )
+        return None
+    step = config.start_from.step
+    if recorded is not None and step not in (None, recorded["step"]):
+        raise ValueError(
+            f"{run_dir} started from step {recorded['step']} of {recorded['path']}, not from start_from.step={step}: "
+            "leave that out to go on, or choose another run.path"
+        )
+    has_own = any(info.fault is None for info in list_checkpoints(run_dir))
+    if recorded is None and has_own and not config.train.fresh:
+        raise ValueError(
+            f"{run_dir} started from model.path, start_from={given} is new to it: leave it out to go on, choose "
+            "another run.path, or start anew here with train.fresh=true"
+        )
+    try:
+        found = _open(Path(given), config, recorded)
+    except (ValueError, OSError) as error:
+        if recorded is None or not has_own:
+            raise ValueError(f"start_from={given}: {error}") from error
+        return StartWeights(record=recorded, source=None, checkpoint=None)
+    assert found.source is not None
+    _check_architecture(found.source, pipeline, given)
+    if recorded is not None and found.fingerprint != recorded["fingerprint"]:
+        raise ValueError(
+            f"start_from={given} holds weights {found.fingerprint}, {run_dir} started from {recorded['fingerprint']} "
+            f"({recorded['path']}, step {recorded['step']}): give that again, or choose another run.path"
+        )
+    return replace(found, record=recorded) if recorded is not None else found
+
+
+def read_record(run_dir: Path) -> dict[str, Any] | None:
+    """What the run started from; None if from `model.path`, or if there is no run yet."""
+    file = run_dir / START_FROM
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not {"path", "kind", "step", "weights", "fingerprint", "parent"} <= record.keys():
+            raise ValueError("keys are missing")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read ({error}): restore it, or choose another run.path") from error
+    return record
+
+
+def agree(
+    config: Config, run_dir: Path, pipeline: Path, start: StartWeights | None, ranks: Ranks
+) -> StartWeights | None:
+    """What rank 0 found, or what the run recorded, on every rank; recorded if new. Collective, under the run's lock."""
+    if config.start_from.path is None:
+        return start
+    record = ranks.on_first(lambda: read_record(run_dir) or (start.record if start else None))
+    agreed = ranks.together(lambda: find_start(config, run_dir, pipeline, recorded=record))
+    ranks.on_first(lambda: write_json(run_dir / START_FROM, record))
+    return agreed
+
+
+def parent_of_pipeline(pipeline: Path) -> dict[str, Any] | None:
+    """Where an exported pipeline comes from, and where that came from; None for a model that is no export of ours."""
+    file = pipeline / PROVENANCE
+    if not file.is_file():
+        return None
+    try:
+        parent: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        certificate = pipeline / CERTIFICATE
+        if certificate.is_file():
+            theirs = json.loads(certificate.read_text(encoding="utf-8"))
+            parent |= {"data": theirs["data"]["fingerprint"], "lineage": theirs["lineage"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{pipeline} is an export whose {PROVENANCE} or certificate.json is damaged: {error}"
+        ) from error
+    return parent
+
+
+def _open(path: Path, config: Config, recorded: dict[str, Any] | None) -> StartWeights:
+    if (path / "model_index.json").is_file():
+        if config.start_from.step is not None:
+            raise ValueError("an exported pipeline has no steps: leave start_from.step out")
+        fingerprint = fingerprint_component(path / "transformer")
+        parent = parent_of_pipeline(path) or {"run": str(path), "step": None, "weights": None}
+        record = {
+            "path": str(path),
+            "kind": "export",
+            "step": parent.get("step"),
+            "weights": parent.get("weights"),
+            "fingerprint": fingerprint,
+            "parent": parent,
+        }
+        return StartWeights(record=record, source=SafetensorsDirectory(path / "transformer"), checkpoint=None)
+    step = config.start_from.step if recorded is None else recorded["step"]
+    if (path / MANIFEST).is_file():
+        reader = CheckpointReader(path)
+        if step not in (None, reader.step):
+            raise ValueError(f"it is the checkpoint of step {reader.step}, not {step}")
+    elif checkpoints_of(path).is_dir():
+        reader = open_checkpoint(path, step)
+    else:
+        raise ValueError(
+            "it is neither a run directory (with `checkpoints`), a checkpoint (`step-...`), nor an exported pipeline "
+            "(with model_index.json)"
+        )
+    return _of_checkpoint(path, reader, config)
+
+
+def _of_checkpoint(path: Path, reader: CheckpointReader, config: Config) -> StartWeights:
+    weights = config.start_from.weights
+    theirs = read_certificate(reader.path) or {}
+    # The manifest holds the sha256 of every file, so its own stands for every byte.
+    manifest = (reader.path / MANIFEST).read_bytes()
+    fingerprint = hashlib.sha256(manifest + weights.encode()).hexdigest()[:ID_LENGTH]
+    parent = {"run": str(reader.path), "step": reader.step, "weights": weights}
+    if theirs:
+        parent |= {"data": theirs["data"]["fingerprint"], "lineage": theirs["lineage"]}
+    record = {
+        "path": str(path),
+        "kind": "checkpoint",
+        "step": reader.step,
+        "weights": weights,
+        "fingerprint": fingerprint,
+        "parent": parent,
+    }
+    source = CheckpointWeights(reader, "ema" if weights == "ema" else "master")
+    return StartWeights(record=record, source=source, checkpoint=reader.path)
+
+
+def _check_architecture(source: WeightSource, pipeline: Path, given: str) -> None:
+    stock = SafetensorsDirectory(pipeline / "transformer")
+    problem = ""
+    if set(source.names) != set(stock.names):
+        problem = (
+            f"it lacks {_some(set(stock.names) - set(source.names))}, has {_some(set(source.names) - set(stock.names))}"
+        )
+    else:
+        others = [name for name in stock.names if tuple(source.shape(name)) != stock.shape(name)]
+        if others:
+            problem = f"{others[0]} is {tuple(source.shape(others[0]))}, there {stock.shape(others[0])}"
+    if problem:
+        raise ValueError(
+            f"start_from={given} is of another architecture than model.path={pipeline}: {problem}. Set model to the "
+            "one that the earlier run trained"
+        )
+
+
+def _some(names: set[str]) -> str:
+    first: Sequence[str] = sorted(names)[:3]
+    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "nothing"
