@@ -238,7 +238,9 @@ class EngineConfig(Section):
     """Type of the gathered weights and the forward pass; masters, reduce-scatter and loss are always fp32."""
     activation_checkpointing: bool = False
     gather: Literal["block", "layer"] = "block"
-    """What forward and backward gather at once: `block` is faster, `layer` needs the least memory."""
+    """What forward and backward gather at once: `block` is faster, `layer` needs the least memory. With activation
+    checkpointing `layer` gathers the weights a third time, for the recomputation, a quarter more bytes per step; a
+    `block` that is gathered for it stays for its backward."""
     compile: bool = False
     """Compile the transformer block, which all blocks share, by `torch.compile`; needs `gather=block` and a C++ or
     Triton compiler on every node. Costs a minute or more before the first step and at shapes of a new kind."""

@@ -27,7 +27,9 @@ BENCHMARKS: Final = (
     "million_rows",
     "inspect_rows",
     "consumer_step",
+    "traffic",
     "memory",
+    "gpu",
 )
 
 

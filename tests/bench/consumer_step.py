@@ -42,9 +42,9 @@ class Enough(Exception):
 
 def overrides(job: Mapping[str, Any]) -> list[str]:
     """The trainer's settings: one phase of constant shapes, nothing but steps."""
-    world = job["world_size"]
+    world, resolution = job["world_size"], job.get("resolution", RESOLUTION)
     phase = (
-        f"{{low: {{resolutions: {{{RESOLUTION}: 1.0}}, share: 1.0, steps: null, "
+        f"{{low: {{resolutions: {{{resolution}: 1.0}}, share: 1.0, steps: null, "
         f"global_batch: {SAMPLES_PER_RANK * world}, micro_batch_tokens: 1, lr_scale: 1.0, where: null}}}}"
     )
     return [
@@ -76,7 +76,7 @@ def write_data(folder: Path, job: Mapping[str, Any]) -> None:
     unit_size = 32
     data = FakeData(folder, facets_of(config, Path(job["pipeline"])), unit_size=unit_size, text_width=TEXT_WIDTH)
     for _ in range(4):
-        data.unit([TEXT_TOKENS] * unit_size)
+        data.unit([job.get("text_tokens", TEXT_TOKENS)] * unit_size)
 
 
 class Bare:

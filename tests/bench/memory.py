@@ -7,11 +7,13 @@ before each stage, so no sample is missed) of: load, step, save; load; export. T
     partition (fp32 master and two moments, EMA, fp32 gradients, and the 2 or 4 byte copy that is gathered from)
     + 2 largest tensors in fp32 + activations of the micro-batch (saved tensors of the plain module, measured)
 
-What ZeRO-3 gathers, reduces or copies beyond that is an excess, and is printed as such.
+What ZeRO-3 gathers, reduces or copies beyond that is an excess, and is printed as such. The export holds no partition;
+it writes shards of the size of the largest tensor in fp32, so that its bound is two shards as much as two tensors.
 
-    python tests/bench/memory.py [--quick] [--repeats 1] [--precision bf16] [--gather layer] [--out FILE]
+    python tests/bench/memory.py [--quick] [--repeats 1] [--precision bf16] [--gather layer] [--export] [--out FILE]
 
-Needs about 25 bytes of free memory per parameter and 20 of free disk.
+Needs about 25 bytes of free memory per parameter and 20 of free disk. `--export` measures only the export, of a
+checkpoint of about 220 M parameters that one rank writes.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ FULL: Final = {"num_layers": 6, "num_heads": 12}
 QUICK: Final = {"num_layers": 3, "num_heads": 6}
 """Three blocks of width 768: 69 M parameters."""
 RESOLUTION: Final = 256
+EXPORT: Final = {"num_layers": 6, "num_heads": 8}
+"""Six blocks of width 1024: 221 M parameters."""
 TEXT_TOKENS: Final = 128
 MB: Final = 1e6
 EMA_DECAY: Final = 0.999
@@ -116,6 +120,8 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
             found = checkpoint.load_newest(engine, ema, run_dir)
             if found is None:
                 raise RuntimeError(f"no checkpoint in {run_dir}")
+    if job["task"] == "store":
+        checkpoint.save_checkpoint(engine, ema, run_dir, step=2, state={}, keep=1)
     if job["task"] == "train":
         batch = _batch(job, ranks.rank)
         for number in (1, 2):
@@ -177,19 +183,28 @@ def _export(job: dict[str, Any]) -> dict[str, Any]:
     (run_dir / "config.yaml").write_text(yaml.safe_dump(tree))
     meter = Meter()
     with meter.stage("export"):
-        ckpt.run(["export", f"run.path={run_dir}", f"export.path={job['out']}"])
-    return {"baseline": meter.baseline / MB, "peaks": meter.peaks, "after": meter.after}
+        ckpt.run(
+            [
+                "export",
+                f"run.path={run_dir}",
+                f"export.path={job['out']}",
+                f"export.max_shard_bytes={job['shard_bytes']}",
+            ]
+        )
+    shards = len(list(Path(job["out"], "transformer").glob("*.safetensors")))
+    return {"baseline": meter.baseline / MB, "peaks": meter.peaks, "after": meter.after, "shards": shards}
 
 
 def main() -> int:
     options = parser(__doc__, repeats=1)
     options.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     options.add_argument("--gather", choices=["layer", "block"], default="layer", help="as engine.gather")
+    options.add_argument("--export", action="store_true", help="only the export")
     args = options.parse_args()
     if args.worker is not None:
         worker(args.worker)
         return 0
-    size = QUICK if args.quick else FULL
+    size = QUICK if args.quick else EXPORT if args.export else FULL
     model = architecture(**size)
     with scratch("memory") as folder:
         job = {
@@ -202,7 +217,8 @@ def main() -> int:
         facts = _alone({**job, "task": "activations", "answer": str(folder / "facts.json")}, folder)
         _require_memory(25 * facts["parameters"])
         report = _report(args.precision, args.gather, size, facts)
-        rounds = [_round(job, folder / f"round-{number}", facts) for number in range(num_repeats(args))]
+        measure = _export_round if args.export else _round
+        rounds = [measure(job, folder / f"round-{number}", facts) for number in range(num_repeats(args))]
     for label in rounds[0]:
         report.add(label, [found[label] for found in rounds])
     _say_misses(report)
@@ -220,13 +236,22 @@ def _round(job: dict[str, Any], folder: Path, facts: Mapping[str, float]) -> dic
             worst = told[peaks.index(max(peaks))]
             limit = bound(facts, num_ranks, job["precision"], stage)
             found[f"{num_ranks} ranks, {stage}"] = _figures(worst, stage, limit)
-    told_export = _alone(
-        {**job, "task": "export", "run": run, "out": str(folder / "export"), "answer": str(folder / "export.json")},
-        folder,
-    )
-    two_tensors = 2 * facts["largest"] * 4 / MB
-    found["export (no partition)"] = _figures(told_export, "export", two_tensors)
-    return found
+    return found | _exported(job, run, folder, facts)
+
+
+def _export_round(job: dict[str, Any], folder: Path, facts: Mapping[str, float]) -> dict[str, Figures]:
+    """Only the export, of what one rank wrote."""
+    run = str(folder / "run")
+    run_ranks(__file__, 1, {**job, "task": "store", "run": run}, folder)
+    return _exported(job, run, folder, facts)
+
+
+def _exported(job: dict[str, Any], run: str, folder: Path, facts: Mapping[str, float]) -> dict[str, Figures]:
+    """The export against two shards, which are made as large as the largest tensor in fp32."""
+    shard_bytes = int(facts["largest"]) * 4
+    more = {"task": "export", "run": run, "out": str(folder / "export"), "answer": str(folder / "export.json")}
+    told = _alone({**job, **more, "shard_bytes": shard_bytes}, folder)
+    return {f"export, {told['shards']} shards": _figures(told, "export", 2 * shard_bytes / MB)}
 
 
 def _figures(told: Mapping[str, Any], stage: str, limit: float) -> Figures:

@@ -3,7 +3,9 @@
 The ledger orders 2^20 samples with log-normal captions (median 129 tokens) and caption dropout through the phases of
 `model=qwen_image_2512`; each global batch is cut into ranks and micro-batches by the stream's own `cut_for`. FLOPs are
 those of the real architecture. Beside the ledger's order stand what simpler orders would cost on the same samples:
-the same order with dropout drawn after the batches were cut, and no sorting at all. No tensor is made.
+the same order with dropout drawn after the batches were cut, and no sorting at all. `mix` is the ledger's order of two
+data sets of half the rows each, weighed 3 to 1, the second with captions twice as long and the rows of one aspect
+coming twice (`weights` of the phase). No tensor is made.
 
     python tests/bench/padding.py [--quick] [--ranks 64] [--out FILE]
 
@@ -16,6 +18,7 @@ import itertools
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +34,7 @@ from qwenimg_dist.data.buckets import buckets
 from qwenimg_dist.data.catalog import CATALOG_VERSION, HEAD, CatalogFolder, Catalogs
 from qwenimg_dist.data.draws import hash_keys, uniform
 from qwenimg_dist.data.ledger import GlobalBatch, Ledger
+from qwenimg_dist.data.mix import Mix
 from qwenimg_dist.data.order import Segment
 from qwenimg_dist.data.samples import Selection
 
@@ -51,10 +55,12 @@ def flops(image_tokens: int, text_tokens: npt.NDArray[Any]) -> npt.NDArray[np.fl
     return 24 * WIDTH**2 * LAYERS * (tokens + 1) + 4 * LAYERS * WIDTH * tokens**2
 
 
-def write_catalog(folder: Path, config: Config, num_rows: int, seed: int) -> CatalogFolder:
+def write_catalog(
+    folder: Path, config: Config, num_rows: int, seed: int, *, median: int = MEDIAN_TOKENS, dataset: str = ""
+) -> CatalogFolder:
     """A catalog with one caption per row, every row at every resolution, aspects drawn evenly. No tar behind it."""
     random = np.random.default_rng(seed)
-    tokens = np.round(np.exp(random.normal(np.log(MEDIAN_TOKENS), SIGMA, num_rows))).astype(np.int32)
+    tokens = np.round(np.exp(random.normal(np.log(median), SIGMA, num_rows))).astype(np.int32)
     tokens = np.clip(tokens, SUFFIX_TOKENS + 1, config.model.max_text_tokens).astype(np.int32)
     keys = np.array([f"{row:020d}" for row in range(num_rows)], dtype="S20")
     arrays: dict[str, npt.NDArray[Any]] = {
@@ -71,6 +77,7 @@ def write_catalog(folder: Path, config: Config, num_rows: int, seed: int) -> Cat
         "text_offset": np.zeros(num_rows + 1, dtype=np.int64),
     }
     aspect = random.random(num_rows)
+    arrays["column-aspect"] = aspect.astype(np.float32)
     latents = {}
     for resolution in config.resolutions:
         sizes = buckets(resolution, config.encode.aspects)
@@ -89,9 +96,9 @@ def write_catalog(folder: Path, config: Config, num_rows: int, seed: int) -> Cat
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     text = {"facet": "text", "dtype": "bfloat16", "width": 3584, "empty": 0}
-    head = {"version": CATALOG_VERSION, "digest": "", "tars": [], "columns": [], "words": {}, "caption_kinds": ["raw"]}
-    (folder / HEAD).write_text(json.dumps({**head, "text": text, "latents": latents}))
-    return CatalogFolder(folder=folder, num_rows=num_rows, num_texts=num_rows + 1)
+    head = {"version": CATALOG_VERSION, "digest": "", "tars": [], "words": {}, "caption_kinds": ["raw"]}
+    (folder / HEAD).write_text(json.dumps({**head, "columns": ["aspect"], "text": text, "latents": latents}))
+    return CatalogFolder(folder=folder, num_rows=num_rows, num_texts=num_rows + 1, dataset=dataset)
 
 
 def micro_batches(tokens: Ints, image_tokens: int, ranks: int, budget: int) -> list[tuple[Ints, Ints]]:
@@ -147,13 +154,14 @@ def main() -> int:
         name="padding",
         what="share of the transformer's FLOPs spent on text padding, per phase, as the stream cuts micro-batches",
         settings={"rows": num_rows, "ranks": args.ranks, "median_tokens": MEDIAN_TOKENS, "dropout": dropout},
-        targets=["padding 0-0.75 % of FLOPs, 73-99 % of micro-batches without a mask (measured on a prototype)"],
+        targets=["padding <= 2 % of FLOPs in every phase; 73-99 % of micro-batches without a mask (a prototype's)"],
         notes=["spread: 10th and 90th percentile over batches; 'mean' is over the same batches"],
     )
     with scratch("padding") as folder:
         catalogs = Catalogs(folder)
         catalogs.add(write_catalog(folder / "catalog", config, num_rows, seed=config.train.seed))
         measure(report, config, catalogs, num_batches, args.ranks, dropout)
+        measure_mix(report, config, folder, num_rows // 2, num_batches, args.ranks)
     return report.finish(args)
 
 
@@ -172,7 +180,7 @@ def measure(report: Report, config: Config, catalogs: Catalogs, num_batches: int
                 f"{100 * (1 - real / (len(epoch) * phase.global_batch)):.2f} % of their slots are fill; ordered and "
                 f"walked in {time.perf_counter() - begin:.1f} s"
             )
-            steps = [epoch[i] for i in np.unique(np.linspace(0, len(epoch) - 1, num_batches).astype(int))]
+            steps = _spread(epoch, num_batches)
             found: dict[str, list[Figures]] = {"ledger": [], "dropout after grouping": [], "unsorted": []}
             for step in steps:
                 batch = ledgers["ledger"].batch(step)
@@ -189,6 +197,32 @@ def measure(report: Report, config: Config, catalogs: Catalogs, num_batches: int
                 report.add(f"phase {phase.index} {resolution} px, {order}", summary(figures))
 
 
+def measure_mix(report: Report, config: Config, folder: Path, rows_each: int, num_batches: int, ranks: int) -> None:
+    """The ledger's order of two data sets with other captions and with weights of rows."""
+    amounts, twice = {"photos": 3.0, "posters": 1.0}, "aspect < 0.2"
+    catalogs = Catalogs(dict.fromkeys(amounts, folder))
+    for index, name in enumerate(amounts):
+        median, seed = MEDIAN_TOKENS * (1 + index), config.train.seed + index
+        catalogs.add(write_catalog(folder / name, config, rows_each, seed, median=median, dataset=name))
+    phases = tuple(replace(phase, row_weights={twice: 2.0}) for phase in plan(config))
+    ledger = Ledger(
+        phases=phases,
+        seed=config.train.seed,
+        caption_dropout=config.objective.caption_dropout,
+        catalogs=catalogs,
+        selection={name: Selection(where=None, held_out_below=0) for name in amounts},
+        mix=Mix(unit="weight", amounts=amounts),
+    )
+    for index, name in enumerate(amounts):
+        ledger.append(Segment(catalog=index, phase=None, epoch=0, last=True, dataset=name))
+    lengths = np.concatenate([catalogs[index].text_tokens for index in range(len(amounts))]).astype(np.int64)
+    for phase in phases:
+        for resolution in sorted(phase.weights):
+            batches = [ledger.batch(step) for step in _spread(_epoch(ledger, phase.index, resolution), num_batches)]
+            found = [cost(batch, lengths[batch.texts], ranks, phase.micro_batch_tokens) for batch in batches]
+            report.add(f"phase {phase.index} {resolution} px, mix", summary(found))
+
+
 def _ledger(config: Config, catalogs: Catalogs, dropout: float) -> Ledger:
     ledger = Ledger(
         phases=plan(config),
@@ -199,6 +233,11 @@ def _ledger(config: Config, catalogs: Catalogs, dropout: float) -> Ledger:
     )
     ledger.append(Segment(catalog=0, phase=None, epoch=0, last=True))
     return ledger
+
+
+def _spread(steps: list[int], count: int) -> list[int]:
+    """At most so many of the steps, evenly."""
+    return [steps[index] for index in np.unique(np.linspace(0, len(steps) - 1, count).astype(int))]
 
 
 def _epoch(ledger: Ledger, phase: int, resolution: int) -> list[int]:
