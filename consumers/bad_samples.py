@@ -60,9 +60,9 @@ def _note(session: Session, missed: Sequence[dict[str, Any]]) -> None:
                 f"warning: step {step} goes without unreadable samples, {count} so far "
                 f"(data.max_bad_samples={allowed}): {new[0]['problem']}{more}"
             )
-    if count > allowed:
+    if count > allowed:  # also by those of a checkpoint, if fewer are allowed since
+        latest = f": {missed[0]['problem']}" if missed else ""
         raise ValueError(
-            f"{count} samples could not be read up to step {step}, data.max_bad_samples={allowed}: "
-            f"{new[0]['problem']}. All of them stand in {session.run_dir / FILE}; the same command goes on from the "
-            "last checkpoint"
+            f"{count} samples could not be read up to step {step}, data.max_bad_samples={allowed}{latest}. All of them "
+            f"stand in {session.run_dir / FILE}; the same command goes on from the last checkpoint"
         )

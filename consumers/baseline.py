@@ -36,8 +36,10 @@ def baseline(
     step: int,
     *,
     say: Callable[[str], None],
+    stage: Callable[[str], None],
 ) -> tuple[HeldOut, Start | None]:
     """The held-out set and what the starting model gave on it, measured at step 0 and read back later. Collective."""
+    stage("the held-out set")
     ranks = engine.ranks
     if not config.evaluate.every:
         return HeldOut(config, {}, None), None
@@ -49,7 +51,7 @@ def baseline(
     classes = ranks.together(lambda: make_held_out(config, generations, stream, start, budgets, others))
     held_out = HeldOut(config, classes, start)
     if start is None and step == 0:
-        start = held_out.start_of(held_out.errors(engine, None))
+        start = held_out.start_of(held_out.errors(engine, None, lambda: stage("the starting model's held-out losses")))
         ranks.on_first(lambda: write_json(prepared.run_dir / START_LOSS, start.to_json()))
     elif start is None:
         say("warning: nothing was measured at step 0, so nothing guards against degradation")

@@ -155,8 +155,7 @@ def load_newest(engine: Engine, ema: Ema | None, run_dir: Path) -> Loaded | None
         path = checkpoints_dir(run_dir) / step_name(step)
         problem = fault or share_of_faults(path, ranks)
         if problem is None:
-            reader = CheckpointReader(path)
-            _restore(engine, ema, reader)
+            reader = _restored(engine, ema, path)
             return Loaded(step=step, state=reader.state, skipped=skipped)
         skipped.append(f"step {step}: {problem}")
     raise no_valid_checkpoint(run_dir, skipped)
@@ -190,7 +189,26 @@ def share_of_faults(path: Path, ranks: Ranks) -> str | None:
     return ranks.first_problem(problem) or None
 
 
-def _restore(engine: Engine, ema: Ema | None, reader: CheckpointReader) -> None:
+def _restored(engine: Engine, ema: Ema | None, path: Path) -> CheckpointReader:
+    """Fill engine and EMA. What one rank cannot read is raised on all: alone, it would leave them waiting."""
+
+    def read() -> CheckpointReader:
+        reader = CheckpointReader(path)
+        _read_shares(engine, ema, reader)
+        return reader
+
+    try:
+        reader = engine.ranks.together(read)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    engine.optimizer_steps = int(reader.state["optimizer_steps"])
+    engine.publish()
+    if ema is not None and not reader.has_ema:
+        ema.restart()
+    return reader
+
+
+def _read_shares(engine: Engine, ema: Ema | None, reader: CheckpointReader) -> None:
     for share in (*engine.shares, *engine.frozen):
         if reader.shape(share.name) != share.shape:
             raise CheckpointError(
@@ -206,10 +224,6 @@ def _restore(engine: Engine, ema: Ema | None, reader: CheckpointReader) -> None:
             _load_into(engine.state(kind, share), reader, share, kind)
         if ema is not None and reader.has_ema:
             _load_into(ema.state(share), reader, share, "ema")
-    engine.optimizer_steps = int(reader.state["optimizer_steps"])
-    engine.publish()
-    if ema is not None and not reader.has_ema:
-        ema.restart()
 
 
 def _load_into(target: Any, reader: CheckpointReader, share: Share, which: Any) -> None:

@@ -34,7 +34,7 @@ from qwenimg_dist.models import transformer as qwen
 
 Kind = Literal["master", "exp_avg", "exp_avg_sq"]
 KINDS: Final[tuple[Kind, ...]] = ("master", "exp_avg", "exp_avg_sq")
-_COLLECTIVE_TIMEOUT: Final = timedelta(minutes=30)
+_COLLECTIVE_TIMEOUT_S: Final = 1800.0
 _EXCHANGE_ELEMENTS: Final = 1 << 24
 _M_MMAP_THRESHOLD: Final = -3  # of glibc's malloc.h
 _LARGE_PARAMETERS: Final = 1 << 25
@@ -73,8 +73,11 @@ class StepResult:
     skipped: bool
 
 
-def start_distributed(device: Literal["cpu", "cuda"]) -> Ranks:
-    """Join the process group of torchrun's (or Ray Train's) environment. Call before anything builds an engine."""
+def start_distributed(device: Literal["cpu", "cuda"], *, timeout_s: float = _COLLECTIVE_TIMEOUT_S) -> Ranks:
+    """Join the process group of torchrun's (or Ray Train's) environment. Call before anything builds an engine.
+
+    `timeout_s`: after which a rank gives up waiting for another in a collective.
+    """
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -95,7 +98,7 @@ def start_distributed(device: Literal["cpu", "cuda"]) -> Ranks:
             raise ValueError("cluster.device=cuda, but torch finds no GPU here: set cluster.device=cpu")
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_COLLECTIVE_TIMEOUT)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
     where = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=where)
@@ -275,11 +278,15 @@ class Engine:
         self.publish()
 
     def fill(self, source: WeightSource) -> None:
-        """Set the masters to the source's weights, range by range, and `publish`."""
-        for share in self.shares:
-            if share.stop > share.start:
-                values = source.read_flat_range(share.name, share.start, share.stop)
-                self.state("master", share).copy_(values.float())
+        """Set the masters to the source's weights, range by range, and `publish`. Collective."""
+
+        def read() -> None:
+            for share in self.shares:
+                if share.stop > share.start:
+                    values = source.read_flat_range(share.name, share.start, share.stop)
+                    self.state("master", share).copy_(values.float())
+
+        self.ranks.together(read)
         self.publish()
 
     def close(self) -> None:
@@ -363,7 +370,7 @@ def build_engine(
     if config.engine.gather == "block":
         _gather_whole_blocks(module)
     if source is not None:
-        _fill_partitions(module, source, ranks)
+        ranks.together(lambda: _fill_partitions(module, source, ranks))
     deepspeed_engine, _, _, _ = deepspeed.initialize(
         model=module,
         optimizer=adamw(module.named_parameters(), groups, config),

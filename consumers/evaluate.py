@@ -10,7 +10,7 @@ above them has degraded its base model, whatever the training loss says (`guard.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal
 
 import numpy as np
@@ -42,14 +42,19 @@ class HeldOut:
         self.num_samples = start.num_samples if start else config.evaluate.num_samples
         self.classes = classes
 
-    def errors(self, engine: Engine, ema: Ema | None) -> Errors:
-        """The error of every sample at every quantile, with the EMA's weights if given. Collective."""
+    def errors(self, engine: Engine, ema: Ema | None, tell: Callable[[], None] = lambda: None) -> Errors:
+        """The error of every sample at every quantile, with the EMA's weights if given. Collective.
+
+        `tell` is called before each micro-batch: on few ranks a large set takes longer than the watchdog lets a stage
+        last.
+        """
         num = len(self.quantiles)
         found = {r: np.zeros((len(one.keys), num)) for r, one in self.classes.items()}
         engine.train(False)
         with torch.no_grad(), ema.applied() if ema is not None else contextlib.nullcontext():
             for resolution, one in self.classes.items():
                 for micro in one.batches:
+                    tell()
                     errors = self._errors(engine, micro.to(engine.ranks.device))
                     real = np.flatnonzero(micro.weights.numpy() > 0)
                     found[resolution][micro.slots.numpy()[real]] = errors[real]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from consumers.batch import MicroBatch, RankBatch
@@ -56,7 +57,7 @@ def dump_micro_batch(
         folder.mkdir(exist_ok=True)
         (folder / "batch.json").write_text(json.dumps(record, indent=1))
         save_file(_tensors(micro, output), folder / "batch.safetensors")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
         return f"{blame}; the dump failed ({error})"
     return f"{blame}; dumped to {folder}"
 

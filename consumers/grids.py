@@ -30,11 +30,13 @@ class Grids:
         """Collective; call before the engine is built."""
         self._config = config
         self._ranks = ranks
-        self._scheduler = load_scheduler_config(pipeline)
+        self._scheduler = ranks.together(lambda: load_scheduler_config(pipeline))
         prompts = [*config.evaluate.prompts, config.evaluate.negative_prompt]
         features = ranks.together(lambda: _encode(config, pipeline, ranks.device, prompts) if ranks.is_first else None)
         *self._text, self._negative = _broadcast(features, ranks)
-        self._codec = LatentCodec.load(pipeline, device=ranks.device) if ranks.is_first else None
+        self._codec = ranks.together(
+            lambda: LatentCodec.load(pipeline, device=ranks.device) if ranks.is_first else None
+        )
 
     @torch.no_grad()
     def draw(

@@ -1,6 +1,6 @@
 """Has `RUN/report.html` written beside the run: by a process of its own, so that no step waits for it.
 
-Place in the flow: rank 0 calls `begin` after each checkpoint and `finish` once the run has left its process group. The
+Place in the flow: rank 0 calls `begin` after each checkpoint and `left` once the run has left its process group. The
 process (`python -m qwenimg_dist.report RUN`) knows neither torch nor the GPU; one at a time, with low priority, and so
 seldom that it takes at most a fifth of one core. Refuses to fail a run: what goes wrong is said once.
 """
@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+
+from consumers.errors import TrainingError
 
 _REST: Final = 4.0
 """Times the last report's duration that pass before the next is begun."""
@@ -38,6 +40,12 @@ class ReportWriter:
         self._look()
         if self._process is None and time.monotonic() >= self._not_before and not self._failed:
             self._start()
+
+    def left(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The run has ended, as an exit handler is told: `finish`, unless the gang may start anew, which must not wait
+        for a report."""
+        if kind is None or issubclass(kind, ValueError | TrainingError):
+            self.finish()
 
     def finish(self) -> None:
         """Write the report of the end, and wait for it."""

@@ -66,10 +66,9 @@ _MOVED_BY_FRESH: Final = (
     "config.yaml",
     STARTS,
     "report.html",
-    "tables.jsonl",
-    "bad_samples.jsonl",
-    "faults",
     "plan.json",
+    "parameter_groups.json",
+    "environment.json",
 )
 
 

@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -180,9 +181,15 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         generations, stream = _open_data(config, prepared, ranks, hooks, progress.step, known, stack)
         _on_first(ranks, lambda: _tell_plan(config, generations, ranks, hooks, progress.step))
         batches = {phase.index: sorted(phase.weights) for phase in prepared.ledger.phases}
-        hooks.stage("the starting model's held-out losses")
         held_out, start = baseline(
-            config, prepared, generations, stream, engine, progress.step, say=lambda line: _say(ranks, hooks, line)
+            config,
+            prepared,
+            generations,
+            stream,
+            engine,
+            progress.step,
+            say=lambda line: _say(ranks, hooks, line),
+            stage=hooks.stage,
         )
         objective = build_objective(config)
         yield Session(
@@ -239,7 +246,7 @@ def await_batch(generations: Generations, ranks: Ranks, hooks: Hooks, step: int)
     while not generations.settled:
         answer = _on_first(ranks, lambda: [generations.advance(step), generations.count])
         if answer[0] == "ready":
-            generations.refresh(answer[1])
+            ranks.together(partial(generations.refresh, answer[1]))
             return
         if ranks.any(hooks.stop_requested()):
             raise Stopped
@@ -269,7 +276,7 @@ def _open_data(
         if ranks.any(hooks.stop_requested()):
             raise Stopped
         time.sleep(_POLL_S)
-    datasets = {name: Dataset.open(folder) for name, folder in dirs.items()}
+    datasets = ranks.together(lambda: {name: Dataset.open(folder) for name, folder in dirs.items()})
     generations = Generations(prepared.run_dir, datasets, prepared.facets, prepared.ledger, follow=config.follow)
     _on_first(ranks, lambda: _check_generations(config, generations, known, prepared.run_dir))
     await_batch(generations, ranks, hooks, min(step, config.train.steps - 1))

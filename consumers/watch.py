@@ -7,6 +7,8 @@ the loop.
 
 from __future__ import annotations
 
+from functools import partial
+
 from consumers.evaluate import WORST_COLUMNS, weights_of
 from consumers.held_out import Errors
 from consumers.norms import block_norms
@@ -29,8 +31,7 @@ def evaluate(session: Session, phase: int, *, last: bool) -> dict[str, float]:
     start = session.start.errors if session.start else None
     found: dict[str, float] = {}
     for index, (name, ema) in enumerate(weights_of(session.config, session.ema)):
-        session.hooks.stage(f"held-out losses, {name} weights")
-        errors = held_out.errors(session.engine, ema)
+        errors = held_out.errors(session.engine, ema, partial(session.hooks.stage, f"held-out losses, {name} weights"))
         prefix = "eval/" if index == 0 else f"eval/{name}/"
         found |= held_out.metrics(errors, session.resolutions[phase], start, prefix=prefix)
         if index == 0 and (step % config.every == 0 or step == session.config.train.steps):

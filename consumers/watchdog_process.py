@@ -65,7 +65,8 @@ def main(arguments: list[str]) -> int:
     """Watch the parent until it says goodbye (0), dies (1) or is ended (2)."""
     rank, timeout_s, stall_s = int(arguments[0]), float(arguments[1]), float(arguments[2])
     note, log = Path(arguments[3]), arguments[4]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler tells every process; the rank's end is this one's
+        signal.signal(number, signal.SIG_IGN)
     pid = os.getppid()
     process = os.pidfd_open(pid)  # from here on no other process can be meant, whatever becomes of the number
     name = f"rank {rank} (pid {pid} on {socket.gethostname()})"

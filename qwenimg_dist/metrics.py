@@ -174,10 +174,13 @@ class RunLog:
         self._wandb_id = wandb_id
         if config.wandb != "off":
             self._wandb = _start_wandb(config, run_dir, wandb_id, values)
+        if self._wandb and self._wandb.run_id:
+            self._wandb_id = self._wandb.run_id
 
     @property
     def wandb_id(self) -> str | None:
-        return self._wandb.run_id if self._wandb else self._wandb_id
+        """Of the run on the server, for the checkpoint: kept through attempts without it, and when W&B fails."""
+        return self._wandb_id
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._metrics.write(step, values)

@@ -32,6 +32,7 @@ class Phase(Section):
     """
 
     name: str = ""
+    """What messages and reports call it; the key it stands under."""
     resolutions: dict[PositiveInt, PositiveFloat] = Field(min_length=1)
     """Resolution class -> weight of its draws; exact in proportion, one class per step."""
     share: PositiveFloat | None = None
@@ -118,6 +119,7 @@ class FlowMatchingConfig(Section):
     """Flow matching on velocity = noise - x0 (sigma = 1 is noise)."""
 
     kind: Literal["flow_matching"]
+    """Which objective this is."""
     sigma_density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
     """How often each sigma is trained, before the shift. `logit_normal`: most in the middle, hardly at the ends, as the
     report trained; `uniform`: every sigma alike, which spends steps where little is to be learnt; `mode`: SD3's, in the
@@ -182,14 +184,23 @@ class OptimConfig(Section):
     """
 
     lr: PositiveFloat
+    """Highest learning rate, where no phase or group says otherwise. Higher learns faster and forgets more of the
+    starting model; `evaluate.guard` watches that."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """How long AdamW remembers gradients and their squares: some 10 and 20 steps by these."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment; larger damps parameters with tiny gradients."""
     weight_decay: NonNegativeFloat = 0.01
+    """Of matrices, times the learning rate; norms and biases never decay."""
     warmup_steps: NonNegativeInt = 0
+    """First steps of the run, in which the rate rises linearly while the moments fill."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """How the rate goes on after the warm-up: `constant` can end in `cooldown_steps`, `cosine` falls to `min_lr_ratio`
+    over the whole run."""
     cooldown_steps: NonNegativeInt = 0
     """Last steps of a run with `schedule=constant` in which the rate falls linearly to `min_lr_ratio`."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Share of the highest rate that a cosine or cool-down ends at."""
     train: tuple[Pattern, ...] = ()
     """Regular expressions, searched in the parameters' names: what none of them finds is frozen; empty trains all. A
     frozen parameter saves 16 of its 18 bytes over all ranks (bf16; with EMA 20 of 22), and the time of its gradient and
@@ -237,6 +248,8 @@ class EngineConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of the gathered weights and the forward pass; masters, reduce-scatter and loss are always fp32."""
     activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: 6 KB instead of 170 KB per token and block of the 20 B model are kept,
+    a step costs up to 4/3. Of every phase that does not say otherwise; may be changed on resume."""
     gather: Literal["block", "layer"] = "block"
     """What forward and backward gather at once: `block` is faster, `layer` needs the least memory. With activation
     checkpointing `layer` gathers the weights a third time, for the recomputation, a quarter more bytes per step; a
@@ -246,7 +259,7 @@ class EngineConfig(Section):
     Triton compiler on every node. Costs a minute or more before the first step and at shapes of a new kind."""
     attention: Literal["native", "flash", "cudnn", "efficient", "math"] = "native"
     """Which kernel of PyTorch computes the attention: `native` lets PyTorch choose by what the inputs allow; `flash`
-    cannot take the text mask of batches with unequal captions, and is refused at the first such batch."""
+    cannot take a text mask, so batches with unequal captions go by `native`; `math` is slow, for comparisons."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """`cpu` keeps masters, moments, gradients and EMA in host memory: 16 of 18 bytes per parameter (20 of 22 with EMA)
     leave the GPUs. It costs time: gradients cross PCIe at every micro-batch, weights at every step, and torch's fused
@@ -277,6 +290,7 @@ class EngineConfig(Section):
 
 class CheckpointConfig(Section):
     every: PositiveInt = 500
+    """Steps between checkpoints: what a fault can cost at most. Training waits while one is written."""
     keep: PositiveInt = 3
     """Newest checkpoints kept; older ones are removed after a new one is committed. Each takes 16 bytes per parameter
     on disk (12 without EMA), and while one is written there is one more than this."""
@@ -297,11 +311,13 @@ class TrainConfig(Section):
     """Optimiser steps of the run, fixed for its whole life. `null` takes what the curriculum's phases come to, if they
     have `steps` or `images`; a number must agree with them, and is needed where they have shares."""
     seed: NonNegativeInt = 0
+    """Of the order of samples, caption draws, noise and sigmas."""
     stop_after: PositiveInt | None = None
     """End (saved, exit 0) after this step without changing the schedule."""
     log_samples: bool = False
     """Write `samples.jsonl`: step, bucket and the keys of the global batch in order."""
     log_every: PositiveInt = 10
+    """Steps between lines of `metrics.jsonl`. A logged step waits for its loss, which costs little."""
     report: Literal["checkpoints", "end", "off"] = "checkpoints"
     """When `report.html` is written into the run directory: after checkpoints and at the end, at the end, or only by
     `qwenimg-dist report`. A process of its own on rank 0's node does it in seconds; no step waits."""
@@ -314,7 +330,8 @@ class TrainConfig(Section):
     long loading, compiling, saving or evaluating does not matter here."""
     stall_timeout_s: PositiveFloat = 3600
     """A rank that lives but has not come from one stage or micro-batch to the next for so long is ended likewise. Must
-    exceed the longest single stage: loading the weights, compiling, one save, one evaluation."""
+    exceed the longest single stage: loading the weights, compiling, one save, one sample grid. Collectives give up five
+    minutes later."""
     fresh: bool = False
     """Start from step 0 even if the run directory holds checkpoints; they are moved aside."""
     dry_run: bool = False
@@ -326,6 +343,7 @@ class EvaluateConfig(Section):
     every: NonNegativeInt = 500
     """Steps between held-out losses; 0 turns them off."""
     sigma_quantiles: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """Where in the trained density of sigma losses are measured; a forward each. Fixed when a run starts."""
     num_samples: PositiveInt = 64
     """Held-out samples per resolution class, at most `data.max_held_out`. Each costs a forward per quantile and class
     at every evaluation, and stays in the memory of one rank."""
@@ -345,11 +363,16 @@ class EvaluateConfig(Section):
     grid_every: NonNegativeInt = 0
     """Steps between sample grids; 0 turns them off."""
     prompts: tuple[str, ...] = ()
+    """Of the sample grids; none, and there are no grids."""
     negative_prompt: str = ""
     """The empty prompt, as dropped captions in training."""
     num_steps: PositiveInt = 20
+    """Steps of the sampler per picture, two forwards each."""
     guidance: PositiveFloat = 4.0
+    """How far pictures follow the prompt; 1 is not at all beyond the model's own."""
     height: PositiveInt | None = None
     """px; `None` is the square bucket of the phase."""
     width: PositiveInt | None = None
+    """px; `None` is the square bucket of the phase, as for the height."""
     seed: NonNegativeInt = 0
+    """Of the held-out noise and the grids' first noise."""

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
 from qwenimg_dist.models.real_rotary import use_real_rotary
 
 LATENT_CHANNELS = 16
 PATCH = 2
+_FLASH_HOOK = "_qwenimg_dist_flash_hook"
 
 
 def pack_latents(latents: torch.Tensor) -> torch.Tensor:
@@ -164,9 +166,24 @@ def compile_blocks(transformer: Any) -> None:
 
 
 def set_attention(transformer: Any, kernel: str) -> None:
-    """Choose PyTorch's attention kernel: `native` (by what the inputs allow), `flash`, `cudnn`, `efficient`, `math`."""
+    """Choose PyTorch's attention kernel: `native` (by what the inputs allow), `flash`, `cudnn`, `efficient`, `math`.
+
+    `flash` takes no mask, and which batches have one differs from rank to rank: those with one go by `native`.
+    """
     logging.getLogger("diffusers.models.modeling_utils").addFilter(_not_experimental)
     transformer.set_attention_backend(kernel if kernel == "native" else f"_native_{kernel}")
+    if (earlier := getattr(transformer, _FLASH_HOOK, None)) is not None:
+        earlier.remove()
+        setattr(transformer, _FLASH_HOOK, None)
+    if kernel == "flash":
+        setattr(transformer, _FLASH_HOOK, transformer.register_forward_pre_hook(_flash_unless_masked, with_kwargs=True))
+
+
+def _flash_unless_masked(transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    masked = kwargs.get("encoder_hidden_states_mask") is not None
+    kernel = AttentionBackendName.NATIVE if masked else AttentionBackendName._NATIVE_FLASH
+    for block in transformer.transformer_blocks:
+        block.attn.processor._attention_backend = kernel
 
 
 def _not_experimental(record: logging.LogRecord) -> bool:

@@ -47,6 +47,10 @@ def test_a_rank_that_cannot_write_fails_all_and_shows_nothing(results: Results) 
     assert found["visible"] == [f"step-{step:08d}" for step in (1, 2, 3, 4)]
 
 
+def test_what_one_rank_alone_cannot_read_is_refused_by_all(results: Results) -> None:
+    assert results("damage")["read_errors"] == ["the mount is gone"] * 2  # as rank 0 is told
+
+
 def test_each_kind_of_damage_on_each_kind_of_file_is_found_and_said(damage_results: Results) -> None:
     found = damage_results("each_damage")
     assert found.pop("restored") == [2]

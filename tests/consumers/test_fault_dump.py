@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +92,15 @@ def test_a_dump_that_fails_is_said_and_not_raised(tmp_path: Path) -> None:
     (tmp_path / "faults").write_text("a file where the folder should be")
     assert "the dump failed" in dump(tmp_path, 7)
     assert "nowhere" in dump_keys(tmp_path, step=7, batch=batch()[0])
+
+
+def test_a_disk_that_is_full_within_the_tensors_is_said_and_not_raised(tmp_path: Path) -> None:
+    """safetensors raises an error of its own then, and a rank that raised alone would leave the others waiting."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))  # the JSON has room, the tensors have not
+    try:
+        said = dump(tmp_path, 7)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "the dump failed" in said
+    assert (tmp_path / "faults" / "step-00000007-rank-00001" / "batch.json").is_file()

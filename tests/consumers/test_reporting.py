@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
 
 import pytest
 
+from consumers.errors import DegradedError
 from consumers.reporting import ReportWriter
 
 
@@ -50,3 +52,18 @@ def test_what_goes_wrong_is_said_and_stops_nothing(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("shutil.which", lambda name: None)
     writer.finish()
     assert "not written" in said[1]
+
+
+def test_a_crash_waits_for_no_report_and_an_end_does(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 3)
+    writer = ReportWriter(tmp_path / "run", lambda line: None)
+
+    def end_by(error: Exception) -> None:
+        with contextlib.suppress(type(error)), contextlib.ExitStack() as afterwards:
+            afterwards.push(writer.left)
+            raise error
+
+    end_by(RuntimeError("a collective lost its peer"))
+    assert not (tmp_path / "run" / "report.html").exists()
+    end_by(DegradedError("worse"))
+    assert (tmp_path / "run" / "report.html").is_file()

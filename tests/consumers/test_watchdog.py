@@ -83,9 +83,19 @@ def rank(folder: Path, what: str) -> Iterator[Watched]:
         process.wait()
 
 
+def watchdog_of(pid: int) -> int:
+    """The child of a process."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if file.read_text().rpartition(")")[2].split()[1] == str(pid):
+                return int(file.parent.name)
+    raise AssertionError(f"{pid} has no child")
+
+
 def test_a_stopped_rank_is_named_and_ended_and_working_ones_are_not(tmp_path: Path) -> None:
     with rank(tmp_path / "at_work", "work") as at_work, rank(tmp_path / "stopped", "hang") as stopped:
         begin = time.monotonic()
+        os.kill(watchdog_of(stopped.process.pid), signal.SIGTERM)  # a scheduler that ends a job tells all its processes
         stopped.process.send_signal(signal.SIGSTOP)
         assert stopped.process.wait(timeout=30) == -signal.SIGKILL
         assert TIMEOUT_S - 1 < time.monotonic() - begin < TIMEOUT_S + 10

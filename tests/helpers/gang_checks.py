@@ -528,6 +528,7 @@ def check_damage(world: World) -> dict[str, Any]:
     found["write_error"] = save_refusal(engine, run_dir, step=5)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     found["visible"] = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    found["read_errors"] = one_rank_cannot_read(world, engine, run_dir)
 
     if ranks.is_first:
         shutil.rmtree(run_dir / "checkpoints" / "step-00000001" / "state.json", ignore_errors=True)
@@ -547,6 +548,27 @@ def check_damage(world: World) -> dict[str, Any]:
     found["kept_of_new_line"] = [[info.step, info.fault] for info in checkpoint.list_checkpoints(run_dir)]
     engine.close()
     return found
+
+
+def one_rank_cannot_read(world: World, engine: Engine, run_dir: Path) -> list[str]:
+    """What this rank is told where rank 1 alone can read neither checkpoint nor weights: its mount is gone."""
+
+    def unreadable(*_: object) -> Any:
+        raise OSError("the mount is gone")
+
+    told = []
+    reader, source = checkpoint.CheckpointReader.read_range_into, SafetensorsDirectory.read_flat_range
+    if world.ranks.rank == 1:
+        checkpoint.CheckpointReader.read_range_into = unreadable  # type: ignore[method-assign]
+        SafetensorsDirectory.read_flat_range = unreadable  # type: ignore[method-assign]
+    for action in (lambda: checkpoint.load_newest(engine, None, run_dir), world.engine):
+        try:
+            action()
+        except ValueError as error:
+            told.append(str(error))
+    checkpoint.CheckpointReader.read_range_into = reader  # type: ignore[method-assign]
+    SafetensorsDirectory.read_flat_range = source  # type: ignore[method-assign]
+    return told
 
 
 def check_each_damage(world: World) -> dict[str, Any]:

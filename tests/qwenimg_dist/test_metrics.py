@@ -117,14 +117,14 @@ def test_offline_files_hold_metrics_pictures_and_tables_and_no_secret(
     grid = run_dir / "grid.png"
     Image.new("RGB", (48, 32), "red").save(grid)
     config = LoggerConfig(wandb="offline", project="test")
-    log = RunLog(config, run_dir, samples=True, wandb_id="ignored", values={"optim.lr": 1e-3})
+    log = RunLog(config, run_dir, samples=True, wandb_id="of-an-online-attempt", values={"optim.lr": 1e-3})
     log.metrics(1, {"train/loss": 2.0, "eval/bucket/64x32": 0.5, "norms/grad/all": 3.0})
     log.metrics(1, {"train/loss": 2.0})  # a resumed run repeats a step
     log.metrics(7, {"train/loss": 1.0} | {f"train/metric_{n}": n / 7 for n in range(2000)})  # longer than a block
     log.picture(7, "samples", grid)
     log.table(7, "worst_held_out", ("key", "loss"), [["row-a", 1.5], ["row-b", float("nan")]])
     log.samples(1, "64x64", ["a", "b"])
-    assert log.wandb_id is None  # an offline attempt cannot be continued
+    assert log.wandb_id == "of-an-online-attempt"  # which a later one goes on with; this one cannot be continued
     log.close()
     assert json.loads((run_dir / "samples.jsonl").read_text()) == {"step": 1, "bucket": "64x64", "keys": ["a", "b"]}
     assert json.loads((run_dir / "tables.jsonl").read_text()) == {
@@ -195,6 +195,10 @@ def test_online_continues_the_run_of_the_checkpoint_and_no_other(
     assert (asked["id"], asked["resume"], asked["group"], asked["mode"]) == (known, resume, "g", "online")
     assert log.wandb_id == (known or "new")
     assert logged == [{"train/loss": 1.0, "train/global_step": 5}]
+    monkeypatch.setattr(Run, "log", None)  # the server fails: the next attempt goes on with the same run
+    log.metrics(6, {"train/loss": 1.0})
+    log.metrics(7, {"train/loss": 1.0})
+    assert log.wandb_id == (known or "new")
 
 
 def test_a_failing_tracker_does_not_fail_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -212,3 +212,19 @@ def test_another_attention_kernel_gives_the_same_velocity(component: Path) -> No
         assert torch.allclose(predict_velocity(model, noisy, sigma, text, mask), native, atol=1e-5)
         set_attention(model, "native")
         assert model.transformer_blocks[1].attn.processor._attention_backend == "native"
+
+
+def test_flash_takes_batches_without_a_mask_and_leaves_the_others_to_native(component: Path) -> None:
+    model = QwenImageTransformer2DModel.from_pretrained(component)
+    noisy, sigma = torch.randn(2, 16, 4, 4), torch.tensor([0.5, 0.9])
+    text, mask = collate_text(features(6, 4))
+    assert mask is not None
+    with torch.no_grad():
+        native = [predict_velocity(model, noisy, sigma, text, one) for one in (mask, None)]
+        set_attention(model, "flash")
+        for one, expected, kernel in zip((mask, None), native, ("native", "_native_flash"), strict=True):
+            assert torch.allclose(predict_velocity(model, noisy, sigma, text, one), expected, atol=1e-5)
+            assert {block.attn.processor._attention_backend for block in model.transformer_blocks} == {kernel}
+        set_attention(model, "math")
+        predict_velocity(model, noisy, sigma, text, None)
+        assert model.transformer_blocks[1].attn.processor._attention_backend == "_native_math"

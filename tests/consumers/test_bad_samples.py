@@ -1,0 +1,46 @@
+"""The count of samples that could not be read: its limit, also where fewer are allowed than a checkpoint has had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from consumers.bad_samples import FILE, _note
+from consumers.ranks import Ranks
+from consumers.session import Hooks, Progress
+
+
+def session(run_dir: Path, allowed: int, known: set[str]) -> Any:
+    return SimpleNamespace(
+        run_dir=run_dir,
+        ranks=Ranks(rank=0, world_size=1, device="cpu"),  # type: ignore[arg-type]
+        hooks=Hooks(),
+        progress=Progress(step=4, bad_keys=known),
+        config=SimpleNamespace(data=SimpleNamespace(max_bad_samples=allowed)),
+    )
+
+
+def missed(*keys: str) -> list[dict[str, Any]]:
+    return [{"key": key, "slot": slot, "problem": f"{key} cannot be read"} for slot, key in enumerate(keys)]
+
+
+def test_different_samples_are_counted_and_the_first_too_many_is_named(tmp_path: Path) -> None:
+    run = session(tmp_path, 2, set())
+    _note(run, missed("a", "b"))
+    _note(run, missed("b"))
+    assert run.progress.bad_keys == {"a", "b"}
+    with pytest.raises(
+        ValueError, match=r"3 samples .* up to step 5, data.max_bad_samples=2: c cannot be read"
+    ) as told:
+        _note(run, missed("c"))
+    assert str(tmp_path / FILE) in str(told.value)
+
+
+@pytest.mark.parametrize("again", [("a",), ()])
+def test_fewer_are_allowed_than_the_checkpoint_has_had(tmp_path: Path, again: tuple[str, ...]) -> None:
+    """A known one comes again, or one is met in a slot that only fills the batch: nothing new, and still too many."""
+    with pytest.raises(ValueError, match=r"3 samples could not be read up to step 5, data.max_bad_samples=1"):
+        _note(session(tmp_path, 1, {"a", "b", "c"}), missed(*again))
