@@ -172,15 +172,19 @@ def is_done(dataset: Dataset, unit: int, plan: Plan) -> bool:
 
 def passing_faults(dataset: Dataset, unit: int) -> list[tuple[int, tuple[str, ...], bool]]:
     """(row, uris, seen by the scan) of the rows whose newest decision is a fault that may have passed, and of kept ones
-    that lack something for such a fault."""
+    that lack something for such a fault; in a unit that was scanned and not yet decided, those that the scan has."""
     record = read_record(dataset, unit)
     faulty = {int(row) for row, one in record.get("lacking", {}).items() if one["reason"] in PASSING}
     if any(record.get("counts", {}).get(reason) for reason in PASSING):
         faulty |= {row for row, decision in _read_decisions(dataset, unit).items() if decision.reason in PASSING}
+    if record and not faulty:
+        return []
+    scan = dataset.read_unit(SCAN, unit, ["row", "fault"])
+    if not record and scan is not None:
+        faulty = {entry["row"] for entry in scan.to_pylist() if entry["fault"] in PASSING}
     if not faulty:
         return []
     listing = dataset.read_unit(LISTING, unit, ["row", "uri", "others"])
-    scan = dataset.read_unit(SCAN, unit, ["row", "fault"])
     assert listing is not None  # there are decisions
     # A repair may have moved the scan aside; what it says is then asked again anyway.
     scanned = {entry["row"]: entry["fault"] in PASSING for entry in scan.to_pylist()} if scan is not None else {}

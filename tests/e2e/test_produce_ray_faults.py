@@ -64,7 +64,7 @@ def test_ray_is_killed(names: tuple[str, ...], source: Path, calm: Dataset, tmp_
     command = words(source, tmp_path / "data")
     process = start(*command)
     try:
-        wait_until_committed(tmp_path / "data", 12, process)
+        wait_until_committed(tmp_path / "data", 6, process)
         killed = daemons(process.pid, *names)
         assert len(killed) == len(names)
         for one in killed:

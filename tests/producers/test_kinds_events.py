@@ -118,6 +118,11 @@ def live(source: str, events: Sequence[Event]) -> None:
         assert not list(problems(dataset, Tally()))
 
 
+@pytest.mark.parametrize("fuse", range(9, 15))
+def test_a_file_that_turns_up_between_a_scan_and_its_decision_is_read_at_once(fuse: int) -> None:
+    live("edits", [("append", 6), ("produce", fuse)])
+
+
 RELAXED = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
