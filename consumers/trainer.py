@@ -191,6 +191,7 @@ def _log(
     due = step % config.train.log_every == 0 or step == 1 or last or result.skipped or bool(extra)
     if not due:
         return
+    _check_log(session)
     names = sorted(losses or ["loss"])
     totals = session.ranks.sum([float(losses[name]) if losses else float("nan") for name in names])
     rates = session.throughput.metrics()
@@ -225,10 +226,20 @@ def _log(
     )
 
 
+def _check_log(session: Session) -> None:
+    """Raise on all ranks what kept rank 0 from writing: going on, the run would have a gap in its logs."""
+    if told := session.ranks.first_problem(session.log.problem if session.log else ""):
+        raise TrainingError(
+            f"the run cannot write its logs any more, noticed at step {session.progress.step}: {told}. Make room; the "
+            "same command goes on from the last checkpoint"
+        )
+
+
 def _save(session: Session) -> None:
     session.hooks.stage("saving")
     if session.log:
         session.log.sync()
+    _check_log(session)
     if session.config.checkpoint.certify == "save":
         session.certifier.measure(session.progress.step)
     certifier, progress = session.certifier, session.progress

@@ -8,11 +8,12 @@ config may hold secrets).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -170,6 +171,10 @@ class RunLog:
         self._metrics = JsonLines(run_dir / "metrics.jsonl")
         self._tables = JsonLines(run_dir / "tables.jsonl")
         self._samples = JsonLines(run_dir / "samples.jsonl") if samples else None
+        self._files = [file for file in (self._metrics, self._tables, self._samples) if file]
+        self.problem = ""
+        """Why a line could not be written (a full disk), the first time; nothing is written after it. For the trainer
+        to raise on all ranks: raised here, it would be rank 0's alone."""
         self._wandb: Wandb | None = None
         self._wandb_id = wandb_id
         if config.wandb != "off":
@@ -183,13 +188,13 @@ class RunLog:
         return self._wandb_id
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self._metrics.write(step, values)
+        self._keep(self._metrics, lambda: self._metrics.write(step, values))
         if self._wandb:
             self._guard(lambda wandb: wandb.log(step, values))
 
     def samples(self, step: int, bucket: str, keys: list[str]) -> None:
-        if self._samples:
-            self._samples.write(step, {"bucket": bucket, "keys": keys})
+        if samples := self._samples:
+            self._keep(samples, lambda: samples.write(step, {"bucket": bucket, "keys": keys}))
 
     def picture(self, step: int, name: str, file: Path) -> None:
         self._guard(lambda wandb: wandb.log_picture(step, name, file))
@@ -197,21 +202,28 @@ class RunLog:
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """One line of `tables.jsonl` with all rows, and a table of W&B."""
         plain = [dict(zip(columns, map(_plain, row), strict=True)) for row in rows]
-        self._tables.write(step, {"table": name, "rows": plain})
+        self._keep(self._tables, lambda: self._tables.write(step, {"table": name, "rows": plain}))
         self._guard(lambda wandb: wandb.log_table(step, name, columns, rows))
 
     def sync(self) -> None:
-        self._metrics.sync()
-        self._tables.sync()
-        if self._samples:
-            self._samples.sync()
+        """Make everything written so far durable; see `problem`."""
+        for file in self._files:
+            self._keep(file, file.sync)
 
     def close(self) -> None:
-        self._metrics.close()
-        self._tables.close()
-        if self._samples:
-            self._samples.close()
+        """Close the files, whatever became of them, and end W&B's run."""
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                file.close()
         self._guard(lambda wandb: wandb.close())
+
+    def _keep(self, file: JsonLines, action: Callable[[], None]) -> None:
+        if self.problem:
+            return
+        try:
+            action()
+        except OSError as error:
+            self.problem = f"{file.file}: {error.strerror or error}"
 
     def _guard(self, action: Any) -> None:
         if self._wandb is None:

@@ -195,7 +195,8 @@ def _rank(job: dict[str, Any]) -> dict[str, Any]:
     stop_file = run_dir / f"{STOP_FILE}-{job['command_id']}"
 
     def say(line: str) -> None:
-        with open(run_dir / LOG_FILE, "a", encoding="utf-8") as sink:
+        # A disk without room for a line must not take the place of what the line says, nor start the gang anew.
+        with suppress(OSError), open(run_dir / LOG_FILE, "a", encoding="utf-8") as sink:
             sink.write(line + "\n")
 
     if is_first:

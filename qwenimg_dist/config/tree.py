@@ -81,6 +81,12 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _kernels_of_the_device(self) -> Config:
+        if self.engine.attention in ("cudnn", "efficient") and self.cluster.device == "cpu":
+            raise ValueError(f"engine.attention={self.engine.attention} is a GPU's: set engine.attention=native")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _steps_of_the_phases(cls, tree: Any) -> Any:

@@ -58,6 +58,7 @@ def test_the_config_is_frozen_and_round_trips() -> None:
         (["model=tinny"], "did you mean 'tiny'"),
         (["model=tinny"], "qwen_image_2512"),
         (["engine.precision=fp8"], "is not one of bf16, fp32"),
+        (["engine.attention=cudnn"], "set engine.attention=native"),
         (["optim.lr=abc"], "optim.lr: Input should be a valid number"),
         (["train.steps=-1"], "greater than 0"),
         (["filters.resolution.min_sid=3"], "did you mean 'filters.resolution.min_side'"),

@@ -207,6 +207,19 @@ def test_no_valid_checkpoint_is_no_fresh_start_unless_asked(root: Path, referenc
     assert [info.step for info in list_checkpoints(run_dir)] == [2]
 
 
+@pytest.mark.slow
+def test_logs_that_cannot_be_written_end_the_run_on_all_ranks_and_its_disk_is_named(root: Path) -> None:
+    run_dir = root / "full"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").symlink_to("/dev/full")
+    ended = run_gang(["-m", "consumers", *fp32(root, "full")], 2, root / "logs-full")
+    assert [end.code for end in ended] == [1, 1], ended[0].output[-3000:]
+    assert f"the run cannot write its logs any more, noticed at step 2: {run_dir / 'metrics.jsonl'}: No space left" in (
+        ended[0].output
+    )
+    assert "Traceback" not in ended[0].output + ended[1].output
+
+
 def test_a_finished_run_is_not_started_again(
     root: Path, reference: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

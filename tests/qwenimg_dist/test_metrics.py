@@ -211,3 +211,17 @@ def test_a_failing_tracker_does_not_fail_the_run(tmp_path: Path, capsys: pytest.
     log.close()
     assert capsys.readouterr().err.count("W&B failed") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_remembered_for_the_trainer_and_nothing_is_written_after_it(tmp_path: Path) -> None:
+    (tmp_path / "tables.jsonl").symlink_to("/dev/full")
+    log = RunLog(LoggerConfig(), tmp_path, samples=True, wandb_id=None, values={})
+    log.metrics(1, {"train/loss": 1.0})
+    assert log.problem == ""
+    log.table(2, "worst_held_out", ("key",), [["a"]])
+    assert log.problem == f"{tmp_path / 'tables.jsonl'}: No space left on device"
+    log.metrics(3, {"train/loss": 1.0})
+    log.sync()
+    log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
