@@ -9,7 +9,7 @@ checks and logs are beyond theory. An all-reduce counts twice its size, any othe
 
 `recompute` is the same run's second phase, `switch` the first two steps of it, in which DeepSpeed learns the new order.
 `layer` gathers each layer by itself (`engine.gather=layer`): a layer that is gathered for the recomputation is released
-before the block's backward, which is its price in memory's stead and no miss.
+before the block's backward, so the weights travel a third time. That is what `layer` pays for its smaller memory.
 
     python tests/bench/traffic.py [--quick] [--ranks 2] [--out FILE]
 """
