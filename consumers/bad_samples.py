@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from consumers.batch import RankBatch
+from consumers.errors import TrainingError
 from qwenimg_dist.metrics import JsonLines
 
 if TYPE_CHECKING:
@@ -50,16 +51,25 @@ def _note(session: Session, missed: Sequence[dict[str, Any]]) -> None:
     step, new = progress.step + 1, [one for one in missed if one["key"] not in progress.bad_keys]
     progress.bad_keys.update(one["key"] for one in new)
     count = len(progress.bad_keys)
+    problem = ""
     if session.ranks.is_first and missed:
-        log = JsonLines(session.run_dir / FILE)
-        log.write(step, {"samples": list(missed)})
-        log.close()
+        try:
+            log = JsonLines(session.run_dir / FILE)
+            log.write(step, {"samples": list(missed)})
+            log.close()
+        except OSError as error:
+            problem = f"{session.run_dir / FILE}: {error.strerror or error}"
         if new:
             more = f", and {len(new) - 1} more" if len(new) > 1 else ""
             session.hooks.say(
                 f"warning: step {step} goes without unreadable samples, {count} so far "
                 f"(data.max_bad_samples={allowed}): {new[0]['problem']}{more}"
             )
+    if told := session.ranks.first_problem(problem):
+        raise TrainingError(
+            f"step {step} goes without unreadable samples, which cannot be written down: {told}. Make room; the same "
+            "command goes on from the last checkpoint"
+        )
     if count > allowed:  # also by those of a checkpoint, if fewer are allowed since
         latest = f": {missed[0]['problem']}" if missed else ""
         raise ValueError(

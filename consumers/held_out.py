@@ -22,6 +22,7 @@ from consumers.batch import MicroBatch
 from consumers.stream import Stream
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.catalog import Catalogs
+from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.generations import Generations
 from qwenimg_dist.data.held_out import HeldOutBucket
 from qwenimg_dist.data.other_classes import OtherClass
@@ -55,6 +56,11 @@ class Start:
     seed: int
     keys: dict[int, tuple[str, ...]]
     errors: Errors
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Resolution class -> mean error, what the guard goes by."""
+        return {resolution: float(errors.mean()) for resolution, errors in self.errors.items()}
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -149,7 +155,13 @@ def make_held_out(
         if not found:
             continue
         budget = budgets.get(resolution, min(budgets.values()))
-        batches = stream.held_out_batches(found, micro_batch_tokens=budget, catalogs=catalogs)
+        try:
+            batches = stream.held_out_batches(found, micro_batch_tokens=budget, catalogs=catalogs)
+        except DataError as error:
+            raise DataError(
+                f"{error}. This one is held out, and the held-out set of a run is fixed: data.max_bad_samples does not "
+                "help; evaluate.every=0 trains without validation until the file is back"
+            ) from error
         made[resolution] = _described(resolution, catalogs, found, batches)
     if start is not None:
         _check_frozen(config, made, start)

@@ -316,8 +316,7 @@ def _check_generations(config: Config, generations: Generations, known: int, run
 
 
 def _guard(config: Config, start: Start | None, loaded: Loaded | None) -> Guard:
-    losses = {resolution: float(errors.mean()) for resolution, errors in start.errors.items()} if start else {}
-    return Guard(config.evaluate, losses, loaded.state.get("guard") if loaded else None)
+    return Guard(config.evaluate, start.losses if start else {}, loaded.state.get("guard") if loaded else None)
 
 
 def _describe(run_dir: Path, config: Config, ranks: Ranks, loaded: Loaded | None) -> None:

@@ -12,6 +12,7 @@ saves and ends with exit code 0; the same command goes on. Several data sets: `d
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -49,6 +50,9 @@ def run(args: list[str]) -> int:
 
     preflight(config)  # bad input is named in seconds, before Ray and with nothing written
     if _is_complete(config, run_dir):
+        if degraded := _verdict(config, run_dir):
+            print(f"error: {degraded}", file=sys.stderr)
+            return 1
         print(f"training complete already: {run_dir}", file=sys.stderr)
         return 0
     from producers.pool import machines, ray_session
@@ -87,6 +91,18 @@ def _is_complete(config: Config, run_dir: Path) -> bool:
     steps = [info.step for info in list_checkpoints(run_dir) if info.fault is None]
     last = min(config.train.steps, config.train.stop_after or config.train.steps)
     return bool(steps) and max(steps) >= last and not config.train.fresh
+
+
+def _verdict(config: Config, run_dir: Path) -> str:
+    """Why the guard ended a run at its last step; empty if it did not."""
+    from consumers.checkpoint_files import STATE, list_checkpoints
+    from consumers.guard import Guard
+    from consumers.held_out import read_start, start_from_json
+
+    start = start_from_json(read_start(run_dir))
+    newest = [info for info in list_checkpoints(run_dir) if info.fault is None][-1]
+    state = json.loads((newest.path / STATE).read_text())
+    return Guard(config.evaluate, start.losses if start else {}, state.get("guard")).verdict
 
 
 def check_room(cluster: ClusterConfig, machines: Sequence[Mapping[str, float]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from consumers.bad_samples import FILE, _note
+from consumers.errors import TrainingError
 from consumers.ranks import Ranks
 from consumers.session import Hooks, Progress
 
@@ -44,3 +45,10 @@ def test_fewer_are_allowed_than_the_checkpoint_has_had(tmp_path: Path, again: tu
     """A known one comes again, or one is met in a slot that only fills the batch: nothing new, and still too many."""
     with pytest.raises(ValueError, match=r"3 samples could not be read up to step 5, data.max_bad_samples=1"):
         _note(session(tmp_path, 1, {"a", "b", "c"}), missed(*again))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_what_cannot_be_written_down_ends_the_run_on_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / FILE).symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match=r"cannot be written down: .*bad_samples.jsonl: No space left on device"):
+        _note(session(tmp_path, 2, set()), missed("a"))

@@ -13,7 +13,7 @@ from consumers.held_out import HeldOutClass, Start, find_other_classes, make_hel
 from consumers.stream import Stream
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
-from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.generations import Generations, LedgerConfig
 from qwenimg_dist.data.mix import Mix
 from qwenimg_dist.data.phases import PlannedPhase
@@ -148,3 +148,12 @@ def test_latents_of_another_encoder_are_no_other_class(tmp_path: Path) -> None:
     run = generations(tmp_path / "run", producer.dataset)
     assert run.other_facets() == {}
     assert sorted(held_out(run)) == [64]
+
+
+def test_a_held_out_sample_that_cannot_be_read_is_named_with_the_way_on(tmp_path: Path) -> None:
+    producer = produce(tmp_path / "data", 0, 40)
+    run = generations(tmp_path / "run", producer.dataset)
+    for tar in (tmp_path / "data").glob("latents-64-*/*.tar"):
+        tar.unlink()
+    with pytest.raises(DataError, match=r"latents-64.*cannot be opened.* held out, .*evaluate\.every=0 trains without"):
+        held_out(run)
