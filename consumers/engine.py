@@ -338,6 +338,49 @@ class Engine:
             )
 
 
+class FrozenModel:
+    """A second transformer, sharded as the trained one, without optimiser or gradients. Made by `build_frozen`."""
+
+    def __init__(self, deepspeed_engine: Any) -> None:
+        self._engine = deepspeed_engine
+
+    @torch.no_grad()
+    def predict(
+        self, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `Engine.predict`, without a graph. All ranks must call it equally often."""
+        return qwen.predict_velocity(self._engine, noisy, sigma, text, text_mask)
+
+    def close(self) -> None:
+        """Remove hooks and free the buffers."""
+        self._engine.destroy()
+
+
+def build_frozen(
+    transformer_config: Mapping[str, Any], config: Config, ranks: Ranks, source: WeightSource
+) -> FrozenModel:
+    """A model that only predicts, with `source`'s weights in the compute dtype: 2 bytes per parameter over all ranks in
+    bf16. Host memory and errors as of `build_engine`."""
+    import deepspeed
+
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in qwen.build_transformer(transformer_config).named_parameters()}
+    _check_source(source, shapes)
+    settings = deepspeed_config(config, shapes, ranks)
+    settings["zero_optimization"].pop("offload_optimizer", None)
+    with deepspeed.zero.Init(config_dict_or_path=settings):
+        module = qwen.build_transformer(transformer_config)
+    qwen.rebuild_rope(module)
+    qwen.set_attention(module, config.engine.attention)
+    module.requires_grad_(False)
+    if config.engine.gather == "block":
+        _gather_whole_blocks(module)
+    _fill_partitions(module, source, ranks)
+    deepspeed_engine, _, _, _ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
+    deepspeed_engine.eval()
+    return FrozenModel(deepspeed_engine)
+
+
 def build_engine(
     transformer_config: Mapping[str, Any], config: Config, ranks: Ranks, source: WeightSource | None
 ) -> Engine:

@@ -86,7 +86,9 @@ def _samples(keys: list[str], micro: MicroBatch, output: LossOutput) -> list[dic
             "key": key,
             "slot": int(micro.slots[i]),
             "weight": float(micro.weights[i]),
-            "latents_not_finite": _count_not_finite(micro.latents[i]),
+            "latents_not_finite": sum(
+                _count_not_finite(one[i]) for one in (micro.latents, micro.rejected) if one is not None
+            ),
             "text_not_finite": _count_not_finite(micro.text[i]),
             **{name: value[i] for name, value in values.items()},
         }
@@ -98,6 +100,8 @@ def _tensors(micro: MicroBatch, output: LossOutput) -> dict[str, torch.Tensor]:
     found = {"latents": micro.latents, "text": micro.text, "slots": micro.slots, "weights": micro.weights}
     if micro.text_mask is not None:
         found["text_mask"] = micro.text_mask
+    if micro.rejected is not None:
+        found["rejected"] = micro.rejected
     found.update(output.per_sample)
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in found.items()}
 

@@ -30,6 +30,7 @@ from consumers.objectives import build_objective
 from consumers.objectives.base import Objective
 from consumers.parameter_groups import describe, to_json
 from consumers.ranks import Ranks
+from consumers.reference_pass import Watch, open_reference
 from consumers.reporting import ReportWriter
 from consumers.run_directory import Prepared, move_aside, preflight, run_lock, write_descriptions
 from consumers.run_plan import make_plan, write_plan
@@ -191,7 +192,19 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             say=lambda line: _say(ranks, hooks, line),
             stage=hooks.stage,
         )
-        objective = build_objective(config)
+        hooks.stage("the reference")
+        reference = open_reference(
+            config,
+            prepared,
+            model,
+            engine,
+            generations,
+            stream,
+            step=progress.step,
+            stack=stack,
+            watch=_watch(ranks, hooks),
+        )
+        objective = build_objective(config, reference)
         yield Session(
             config=config,
             hooks=hooks,
@@ -222,6 +235,14 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         )
 
 
+def _watch(ranks: Ranks, hooks: Hooks) -> Watch:
+    def stop() -> None:
+        if ranks.any(hooks.stop_requested()):
+            raise Stopped
+
+    return Watch(stage=hooks.stage, say=lambda line: _say(ranks, hooks, line), stop=stop)
+
+
 def _check_start(start: StartWeights, ranks: Ranks) -> None:
     """Before the first step: whether the weights are the bytes that were committed. Each file is hashed by one rank."""
     if start.checkpoint is not None and (fault := share_of_faults(start.checkpoint, ranks)):
@@ -237,7 +258,7 @@ def _grids(config: Config, prepared: Prepared, ranks: Ranks) -> Grids | None:
 
 
 class Stopped(Exception):
-    """A stop was asked for while the run was waiting for data; nothing is lost."""
+    """A stop was asked for before the first step or while the run was waiting for data; nothing is lost."""
 
 
 def await_batch(generations: Generations, ranks: Ranks, hooks: Hooks, step: int) -> None:

@@ -26,7 +26,9 @@ import torch
 
 from consumers.assemble import Assembler
 from consumers.batch import BadSample, MicroBatch, RankBatch
+from consumers.reference_errors import ReferenceErrors
 from qwenimg_dist.data.catalog import Catalogs, Ints
+from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.held_out import HeldOutBucket
 from qwenimg_dist.data.ledger import GlobalBatch, Ledger
 
@@ -105,6 +107,8 @@ class Stream:
         self._further = tuple(further)
         self._tolerant = tolerant
         self._assembler = Assembler(ledger.catalogs, compute_dtype=compute_dtype, pin_memory=pin_memory)
+        self.reference: ReferenceErrors | None = None
+        """Handed out with pairs, once it is here: set before the first `get`."""
         self._pending: dict[int, Future[RankBatch | None]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
 
@@ -139,6 +143,13 @@ class Stream:
             self._make_held_out, held_out, micro_batch_tokens, self._ledger.catalogs if catalogs is None else catalogs
         ).result()
 
+    def begin_pairs(self, group: HeldOutBucket, *, micro_batch_tokens: int) -> Future[list[MicroBatch]]:
+        """As `held_out_batches`, of pairs with their rejected pictures, read in the background."""
+        catalogs = self._ledger.catalogs
+        return self._thread.submit(
+            self._make_held_out, [group], micro_batch_tokens, catalogs, self._further, self._tolerant
+        )
+
     def close(self) -> None:
         """Stop working ahead and close files."""
         for future in self._pending.values():
@@ -151,7 +162,12 @@ class Stream:
             self._pending[step] = self._thread.submit(self._make, step, required)
 
     def _make_held_out(
-        self, held_out: Sequence[HeldOutBucket], micro_batch_tokens: int, catalogs: Catalogs
+        self,
+        held_out: Sequence[HeldOutBucket],
+        micro_batch_tokens: int,
+        catalogs: Catalogs,
+        further: Sequence[str] = (),
+        tolerant: bool = False,
     ) -> list[MicroBatch]:
         made: list[MicroBatch] = []
         # One of its own: its files and buffers are not needed again.
@@ -165,6 +181,7 @@ class Stream:
                 micro_batch_tokens,
                 rank=self._rank,
                 world=self._world,
+                pictures=pictures_of(further),
             )
             made += assembler.micro_batches(
                 rows=group.rows[cut.source],
@@ -175,6 +192,8 @@ class Stream:
                 resolution=group.resolution,
                 bucket=group.bucket,
                 sizes=cut.sizes,
+                further=further,
+                tolerant=tolerant,
             )
         assembler.close()
         return made
@@ -203,6 +222,9 @@ class Stream:
             tolerant=self._tolerant,
         )
         keys = self._ledger.catalogs.keys(batch.rows)
+        if self.reference is not None:
+            errors = self.reference.of(batch.rows[cut.source], batch.texts[cut.source], batch.resolution)
+            micro_batches = self._with_reference(micro_batches, errors, [keys[at] for at in cut.source.tolist()])
         bad = tuple(
             BadSample(key=keys[int(cut.source[at])], slot=int(cut.slots[at]), problem=problem)
             for at, problem in sorted(self._assembler.problems.items())
@@ -217,6 +239,24 @@ class Stream:
             read_s=time.perf_counter() - begin,
             read_bytes=self._assembler.read_bytes - before,
         )
+
+    def _with_reference(
+        self, micro_batches: Sequence[MicroBatch], errors: npt.NDArray[np.float32], keys: Sequence[str]
+    ) -> list[MicroBatch]:
+        """With the reference's errors (n, K, 2); pairs without them are left out where that is tolerated."""
+        lost = np.isnan(errors).any(axis=(1, 2))
+        for at in np.flatnonzero(lost).tolist():
+            problem = f"pair {keys[at]} could not be read when the reference's errors were computed"
+            if not self._tolerant:
+                raise DataError(f"{problem}: remove the folder of these errors, or set data.max_bad_samples")
+            self._assembler.problems.setdefault(at, problem)
+        known, reference = torch.from_numpy(~lost), torch.from_numpy(np.nan_to_num(errors))
+        made, begin = [], 0
+        for micro in micro_batches:
+            part = slice(begin, begin + len(micro.weights))
+            made.append(replace(micro, weights=micro.weights * known[part], reference=reference[part]))
+            begin = part.stop
+        return made
 
 
 def _rank_batch(

@@ -219,6 +219,8 @@ def _log(
         **extra,
     }
     session.log.metrics(step, values)
+    if notice := session.objective.notice(values):
+        _warn(session, f"step {step}: {notice}")
     session.hooks.say(
         f"step {step}/{config.train.steps}  loss {values['train/loss']:.4f}  lr {lr:.2e}  {batch.batch.bucket}  "
         f"{rates['train/step_s']:.2f} s/step"

@@ -8,8 +8,9 @@ checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -45,6 +46,13 @@ class Objective(Protocol):
     forwards_per_batch: int
     """Forwards of the trained model per micro-batch."""
 
+    def __init__(self, config: Any, *, seed: int, reference: Predict | None = None) -> None:
+        """`config` is the objective's own part; `reference` the frozen model that the run starts from, where asked."""
+
     def loss(self, predict: Predict, micro: MicroBatch, *, step: int) -> LossOutput:
         """Loss of one micro-batch at global step `step`. Randomness only from (seed, step, slot)."""
+        ...
+
+    def notice(self, values: Mapping[str, float]) -> str:
+        """What a person should be warned of in the logged `train/...` means; empty if nothing. Rank 0's alone."""
         ...

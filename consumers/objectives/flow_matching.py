@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from consumers.batch import MicroBatch
 from consumers.objectives.base import LossOutput, Predict
-from qwenimg_dist.config import FlowMatchingConfig
+from qwenimg_dist.config import FlowConfig, FlowMatchingConfig
 from qwenimg_dist.flow.path import interpolate, velocity_target
 from qwenimg_dist.flow.sigmas import draw_noise, draw_sigma, resolution_mu, sigma_at_quantiles
 from qwenimg_dist.schema import IMAGE, Kind
@@ -30,7 +31,8 @@ class FlowMatching:
     sample_kind: Kind = IMAGE
     forwards_per_batch = 1
 
-    def __init__(self, config: FlowMatchingConfig, *, seed: int) -> None:
+    def __init__(self, config: FlowMatchingConfig, *, seed: int, reference: Predict | None = None) -> None:
+        """There is no use for a `reference`."""
         self.config = config
         self.seed = seed
 
@@ -60,6 +62,9 @@ class FlowMatching:
         metrics = {"loss_unweighted": unweighted}
         return LossOutput(loss=(weights * errors).sum(), metrics=metrics, per_sample=per_sample)
 
+    def notice(self, values: Mapping[str, float]) -> str:
+        return ""
+
     def _sampled(self, micro: MicroBatch, step: int) -> MicroBatch:
         """With latents `mean + exp(logvar / 2) * N(0,1)`."""
         if micro.logvar is None:
@@ -76,7 +81,7 @@ def squared_errors(predict: Predict, micro: MicroBatch, sigma: torch.Tensor, noi
     return (velocity - velocity_target(micro.latents, noise)).square().mean(dim=(1, 2, 3))
 
 
-def shift_mu(config: FlowMatchingConfig, image_tokens: int) -> float:
+def shift_mu(config: FlowConfig, image_tokens: int) -> float:
     """mu of the time shift for pictures of this size; 0 is no shift."""
     if config.shift == "resolution":
         return resolution_mu(image_tokens)

@@ -9,6 +9,7 @@ them.
 from qwenimg_dist.config.commands import ClusterConfig, InspectConfig, LoggerConfig
 from qwenimg_dist.config.data import EditEncodeConfig
 from qwenimg_dist.config.identity import flatten, stable_hash, training_identity
+from qwenimg_dist.config.post_training import DpoConfig
 from qwenimg_dist.config.section import Section
 from qwenimg_dist.config.sources import (
     EditsSource,
@@ -20,15 +21,17 @@ from qwenimg_dist.config.sources import (
     SyntheticTextSource,
     WebdatasetSource,
 )
-from qwenimg_dist.config.training import EvaluateConfig, FlowMatchingConfig, OptimConfig, Phase
+from qwenimg_dist.config.training import EvaluateConfig, FlowConfig, FlowMatchingConfig, OptimConfig, Phase
 from qwenimg_dist.config.tree import Config, ModelConfig
 
 __all__ = [
     "ClusterConfig",
     "Config",
+    "DpoConfig",
     "EditEncodeConfig",
     "EditsSource",
     "EvaluateConfig",
+    "FlowConfig",
     "FlowMatchingConfig",
     "FolderSource",
     "InspectConfig",

@@ -14,8 +14,7 @@ from qwenimg_dist.config.tree import Config
 # What changes a training run's numbers; the rest (where it runs, how often it logs or saves) may differ on resume.
 # Model and data are held to by fingerprint and digest, so that a path may change.
 _IDENTITY_SECTIONS = ("stage", "curriculum", "objective", "optim")
-
-
+_FREE_OF_OBJECTIVE = ("reference_path", "winner_tolerance")
 _IDENTITY_KEYS = {
     "data": ("where", "held_out", "max_held_out", "weights", "caption_weights", "mix"),
     "engine": ("precision",),
@@ -31,6 +30,7 @@ def training_identity(config: Config) -> dict[str, Any]:
     picked["optim"] = {**tree["optim"], "order_of_groups": list(config.optim.groups)}  # the first that finds, takes
     for section, keys in _IDENTITY_KEYS.items():
         picked[section] = {key: tree[section][key] for key in keys}
+    picked["objective"] = {key: value for key, value in tree["objective"].items() if key not in _FREE_OF_OBJECTIVE}
     for mixed in picked["data"]["mix"].values():
         del mixed["path"]
     phases = [

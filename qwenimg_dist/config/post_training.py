@@ -1,12 +1,13 @@
-"""What stages after pretraining are configured by: the weights that they start from."""
+"""What stages after pretraining are configured by: the weights that they start from, and their objectives."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from qwenimg_dist.config.section import Section
+from qwenimg_dist.config.training import FlowConfig, FlowMatchingConfig
 
 
 class StartFromConfig(Section):
@@ -28,3 +29,52 @@ def _path_alone(given: Any) -> Any:
 
 
 StartFrom = Annotated[StartFromConfig, BeforeValidator(_path_alone)]
+
+
+class DpoConfig(FlowConfig):
+    """Diffusion-DPO for flow matching. The reference is what the run starts from."""
+
+    kind: Literal["dpo"]
+    """Which objective this is."""
+    beta: PositiveFloat = 2000.0
+    """How sharply differences of errors count. It belongs to errors that are *means* over a latent's elements and to
+    the factor 1/2 in front: published values of this form are 100 to 5000. With sums and without the factor, as papers
+    also write it, the same strength is `beta_mean = 2 elements beta_sum`. Too small a beta lets the model drift until
+    it collapses, too large a one learns only until a pair is told apart."""
+    sft_weight: NonNegativeFloat = 0.0
+    """Weight of the winner's own flow-matching error beside the preference loss: holds the winner's error down where it
+    rises, and pulls towards the winners' data. Costs nothing."""
+    reference: Literal["precomputed", "online"] = "precomputed"
+    """`precomputed`: before the first step a pass of the ranks computes the reference's errors at `draws` of every
+    pair, 2 x draws forwards of each; no second model is held, so memory is that of finetuning. It is resumable and
+    kept (`reference_path`). `online`: a second, frozen, sharded model beside the trained one (2 bytes per parameter
+    over all ranks in bf16), and two forwards more per pair and step, a third of the step."""
+    draws: PositiveInt | None = 4
+    """Draws of noise and sigma per pair, of which every visit takes one; their sigmas share the density's quantiles
+    evenly. More see more of the pair, and cost the pass in proportion. `null` draws anew at every visit, which only
+    `reference=online` can."""
+    reference_path: str | None = None
+    """Folder for the precomputed errors; `None` keeps them in the run directory. Runs from the same weights on the same
+    data and draws, whatever their beta and rate, may share one: the second finds them done."""
+    winner_tolerance: NonNegativeFloat = 0.02
+    """Relative: a warning is printed when the winner's error stays so far above the reference's, averaged over logged
+    steps. The model then unlearns good and bad pictures alike: stop earlier, lower the rate, or raise `sft_weight`."""
+
+    @model_validator(mode="after")
+    def _what_pairs_allow(self) -> DpoConfig:
+        if self.posterior != "mode" or self.weighting != "none":
+            raise ValueError("pairs are trained on the posterior's mode, unweighted: posterior=mode weighting=none")
+        if self.draws is not None and self.sigma_stratified:
+            raise ValueError(
+                "`sigma_stratified` is of new draws; `draws` of a pair are spread evenly already: set it false"
+            )
+        if self.reference == "precomputed" and self.draws is None:
+            raise ValueError("`draws=null` draws anew at each visit: give a number, or reference=online")
+        if self.reference == "precomputed" and self.caption_dropout:
+            raise ValueError(
+                "precomputed errors are of each pair's own prompt: set caption_dropout=0, or reference=online"
+            )
+        return self
+
+
+ObjectiveConfig = Annotated[FlowMatchingConfig | DpoConfig, Field(discriminator="kind")]

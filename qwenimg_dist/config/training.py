@@ -115,11 +115,9 @@ LENGTHS: Final = ("share", "steps", "images")
 """The units that a phase's length may be given in."""
 
 
-class FlowMatchingConfig(Section):
-    """Flow matching on velocity = noise - x0 (sigma = 1 is noise)."""
+class FlowConfig(Section):
+    """Errors of the velocity = noise - x0 (sigma = 1 is noise): what the objectives share, and validation takes."""
 
-    kind: Literal["flow_matching"]
-    """Which objective this is."""
     sigma_density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
     """How often each sigma is trained, before the shift. `logit_normal`: most in the middle, hardly at the ends, as the
     report trained; `uniform`: every sigma alike, which spends steps where little is to be learnt; `mode`: SD3's, in the
@@ -151,6 +149,13 @@ class FlowMatchingConfig(Section):
     twice the size, and reads twice the bytes. Validation uses the mode."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of captions replaced by the empty prompt; decided in the ledger."""
+
+
+class FlowMatchingConfig(FlowConfig):
+    """Flow matching: pretraining and finetuning."""
+
+    kind: Literal["flow_matching"]
+    """Which objective this is."""
 
 
 def _expression(pattern: str) -> str:

@@ -16,7 +16,7 @@ from qwenimg_dist.config.commands import (
     SampleConfig,
 )
 from qwenimg_dist.config.data import CaptionsConfig, DataConfig, DedupConfig, EncodeConfig
-from qwenimg_dist.config.post_training import StartFrom, StartFromConfig
+from qwenimg_dist.config.post_training import DpoConfig, ObjectiveConfig, StartFrom, StartFromConfig
 from qwenimg_dist.config.section import Section
 from qwenimg_dist.config.sources import SourceConfig
 from qwenimg_dist.config.training import (
@@ -24,7 +24,6 @@ from qwenimg_dist.config.training import (
     CurriculumConfig,
     EngineConfig,
     EvaluateConfig,
-    FlowMatchingConfig,
     OptimConfig,
     TrainConfig,
 )
@@ -55,7 +54,7 @@ class Config(Section):
     encode: EncodeConfig
     data: DataConfig
     curriculum: CurriculumConfig
-    objective: FlowMatchingConfig
+    objective: ObjectiveConfig
     optim: OptimConfig
     engine: EngineConfig
     checkpoint: CheckpointConfig
@@ -85,6 +84,15 @@ class Config(Section):
     def _kernels_of_the_device(self) -> Config:
         if self.engine.attention in ("cudnn", "efficient") and self.cluster.device == "cpu":
             raise ValueError(f"engine.attention={self.engine.attention} is a GPU's: set engine.attention=native")
+        return self
+
+    @model_validator(mode="after")
+    def _reference_of_settled_data(self) -> Config:
+        if self.follow and isinstance(self.objective, DpoConfig) and self.objective.reference == "precomputed":
+            raise ValueError(
+                "objective.reference=precomputed needs all pairs before the first step: leave follow=true out, or take "
+                "objective.reference=online"
+            )
         return self
 
     @model_validator(mode="before")

@@ -335,6 +335,10 @@ class Catalogs:
                 ),
             )
 
+    def split_rows(self, rows: Ints) -> Iterator[tuple[int, Ints, Ints]]:
+        """Per catalog: its index, row positions within it, and which of `rows` they are."""
+        return self._split_by_index(rows, self._row_base)
+
     def _split(self, positions: Ints, base: Ints) -> Iterator[tuple[Catalog, Ints, Ints]]:
         for index, local, where in self._split_by_index(positions, base):
             yield self[index], local, where

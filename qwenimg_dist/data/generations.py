@@ -228,7 +228,7 @@ class Generations:
     def held_out(self, resolution: int, limit: int) -> list[HeldOutBucket]:
         """The validation samples of a resolution, fixed for the run; several data sets give as many each."""
         found: list[HeldOutBucket] = []
-        for line, catalog in self._firsts():
+        for line, catalog in self.firsts():
             found += held_out_set(
                 self._catalogs,
                 catalog,
@@ -264,7 +264,7 @@ class Generations:
                 keys=self._catalogs.keys(self._held_out_rows(line, catalog) + self._catalogs.row_base(catalog)),
                 only=only,
             )
-            for line, catalog in self._firsts()
+            for line, catalog in self.firsts()
         }
 
     def held_out_elsewhere(
@@ -272,7 +272,7 @@ class Generations:
     ) -> tuple[Catalogs, dict[int, list[HeldOutBucket]]]:
         """As `held_out`, at classes that the run does not train; positions count in the catalogs given beside."""
         small: dict[str, Catalog] = {}
-        for line, catalog in self._firsts():
+        for line, catalog in self.firsts():
             small[line.dataset] = catalog_of_held_out(
                 self._catalogs[catalog],
                 self.datasets[line.dataset],
@@ -295,7 +295,7 @@ class Generations:
                 )
         return catalogs, groups
 
-    def _firsts(self) -> Iterator[tuple[Generation, int]]:
+    def firsts(self) -> Iterator[tuple[Generation, int]]:
         """The first generation of each data set, and its catalog; those without a row are left out."""
         for line, catalog in zip(self.lines[: len(self.datasets)], self._catalog_of, strict=False):
             if catalog is not None:
