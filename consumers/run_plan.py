@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from consumers.curriculum import lr_at
 from consumers.run_directory import preflight
-from consumers.stream import cut_for
+from consumers.stream import cut_for, pictures_of
 from qwenimg_dist.config import Config, OptimConfig
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.data.generation_log import FILE as GENERATIONS_FILE
@@ -131,15 +131,20 @@ class RunPlan:
         }
 
 
-def make_plan(ledger: Ledger, optim: OptimConfig, *, world_size: int, complete: bool = True) -> RunPlan:
-    """Count what the ledger has for every phase. One pass over the rows per phase and resolution."""
+def make_plan(
+    ledger: Ledger, optim: OptimConfig, *, world_size: int, complete: bool = True, pictures: int = 1
+) -> RunPlan:
+    """Count what the ledger has for every phase. One pass over the rows per phase and resolution.
+
+    `pictures` of a sample are computed at once: 2 of a pair.
+    """
     longest, shortest = _text_lengths(ledger)
     phases = []
     for phase in ledger.phases:
         streams = []
         for resolution in sorted(phase.weights):
             tally = ledger.tally(phase.index, resolution)
-            cuts = {bucket: _micro_batches(phase, bucket, longest, shortest, world_size) for bucket in tally.buckets}
+            cuts = {b: _micro_batches(phase, b, (longest, shortest), world_size, pictures) for b in tally.buckets}
             streams.append(StreamPlan(resolution=resolution, tally=tally, micro_batches=cuts))
         phases.append(PhasePlan(phase=phase, lr=_rates(ledger.phases, optim, phase), streams=tuple(streams)))
     return RunPlan(phases=tuple(phases), world_size=world_size, complete=complete)
@@ -160,7 +165,13 @@ def dry_run(config: Config, *, world_size: int) -> RunPlan:
         if generations.count < len(datasets):
             generations = Generations(Path(scratch), datasets, prepared.facets, prepared.ledger, follow=False)
             generations.advance(0)
-        return make_plan(generations.ledger, config.optim, world_size=world_size, complete=not config.follow)
+        return make_plan(
+            generations.ledger,
+            config.optim,
+            world_size=world_size,
+            complete=not config.follow,
+            pictures=pictures_of(generations.facets.further),
+        )
 
 
 def write_plan(plan: RunPlan, run_dir: Path) -> None:
@@ -176,12 +187,15 @@ def _text_lengths(ledger: Ledger) -> tuple[int, int]:
     return longest, min((int(catalog.text_tokens[catalog.empty_text]) for catalog in with_texts), default=1)
 
 
-def _micro_batches(phase: PlannedPhase, bucket: Bucket, longest: int, shortest: int, world_size: int) -> MicroBatches:
+def _micro_batches(
+    phase: PlannedPhase, bucket: Bucket, lengths: tuple[int, int], world_size: int, pictures: int
+) -> MicroBatches:
+    """`lengths` of the longest text and the shortest."""
+    size, image_tokens, budget = phase.global_batch, bucket.image_tokens, phase.micro_batch_tokens
     long, short = (
-        cut_for(phase.global_batch, bucket.image_tokens, tokens, phase.micro_batch_tokens, rank=0, world=world_size)
-        for tokens in (longest, shortest)
+        cut_for(size, image_tokens, tokens, budget, rank=0, world=world_size, pictures=pictures) for tokens in lengths
     )
-    tokens = bucket.image_tokens + longest
+    tokens = pictures * (bucket.image_tokens + lengths[0])
     return MicroBatches(
         long=long.sizes, short=short.sizes, over_budget=tokens if tokens > phase.micro_batch_tokens else 0
     )

@@ -35,7 +35,7 @@ from consumers.reporting import ReportWriter
 from consumers.run_directory import Prepared, move_aside, preflight, run_lock, write_descriptions
 from consumers.run_plan import make_plan, write_plan
 from consumers.start_from import StartWeights, agree
-from consumers.stream import Stream
+from consumers.stream import Stream, pictures_of
 from consumers.throughput import Throughput
 from qwenimg_dist.config import Config, training_identity
 from qwenimg_dist.data.facets import Dataset
@@ -320,7 +320,13 @@ def _open_data(
 
 def _tell_plan(config: Config, generations: Generations, ranks: Ranks, hooks: Hooks, step: int) -> None:
     """Print the plan at the start of a run, warnings at every start, and keep it as `plan.json`."""
-    plan = make_plan(generations.ledger, config.optim, world_size=ranks.world_size, complete=generations.settled)
+    plan = make_plan(
+        generations.ledger,
+        config.optim,
+        world_size=ranks.world_size,
+        complete=generations.settled,
+        pictures=pictures_of(generations.facets.further),
+    )
     write_plan(plan, generations.run)
     for line in plan.text().splitlines() if step == 0 else [f"warning: {warning}" for warning in plan.warnings()]:
         hooks.say(line)

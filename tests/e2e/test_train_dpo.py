@@ -1,0 +1,135 @@
+"""Finetuning and DPO as a chain of stages on real ranks: killed and resumed they are the same run, and a second model
+gives what errors computed beforehand give."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_dataset import FakeProducer, make_rows
+from small_run import Ended, lines, numbers, overrides, run_gang, write_input
+
+from consumers.checkpoint import list_checkpoints, open_checkpoint
+from consumers.checkpoint_files import read_certificate
+from consumers.run_directory import facets_of
+from qwenimg_dist.compose import load_config
+
+STEPS = 8
+DPO = (
+    "stage=dpo",
+    "engine.precision=fp32",
+    "optim.lr=1e-3",
+    "optim.ema_decay=0.9",
+    "objective.beta=50",
+    f"train.steps={STEPS}",
+    "checkpoint.every=2",
+    "checkpoint.keep=10",
+    "checkpoint.certify=off",
+    "evaluate.every=4",
+    "evaluate.guard=warn",
+)
+METRICS = ("train/loss", "train/implicit_accuracy", "train/margin", "train/winner_error", "train/loser_error")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images in `data`, pairs in `pairs`, and `sft`: two steps of finetuning from the pipeline."""
+    folder = tmp_path_factory.mktemp("dpo")
+    write_input(folder)
+    producer = FakeProducer(folder / "pairs", unit_size=16, resolutions=(64, 128), pairs=True)
+    producer.facets = facets_of(load_config(words(folder, "x")), folder / "pipeline")
+    producer.add(make_rows(60, sizes=((256, 256), (256, 128), (128, 256))))
+    producer.produce(complete=True)
+    sft = ["stage=sft", "engine.precision=fp32", "optim.lr=1e-3", "checkpoint.every=2", "train.stop_after=2"]
+    ended = run_gang(["-m", "consumers", *overrides(folder, "sft", *sft)], 1, folder / "logs-sft", timeout_s=900)
+    assert [end.code for end in ended] == [0], ended[0].output[-3000:]
+    return folder
+
+
+def words(root: Path, run: str, *extra: str) -> list[str]:
+    return overrides(root, run, *DPO, f"data.path={root / 'pairs'}", f"start_from={root / 'sft'}", *extra)
+
+
+def train(root: Path, run: str, *extra: str, ranks: int = 2, log: str = "", faults: Path | None = None) -> list[Ended]:
+    env = {"QWENIMG_DIST_FAULT_DIR": str(faults)} if faults else {}
+    command = ["-m", "consumers", *words(root, run, *extra)]
+    return run_gang(command, ranks, root / f"logs-{run}{log}", env=env, timeout_s=900)
+
+
+@pytest.fixture(scope="module")
+def reference(root: Path) -> Path:
+    """The run that nothing happened to, with errors computed beforehand."""
+    ended = train(root, "reference")
+    assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
+    return root / "reference"
+
+
+def test_dpo_starts_at_ln_2_from_the_averaged_weights_and_moves(root: Path, reference: Path) -> None:
+    log = lines(reference / "metrics.jsonl")
+    assert [line["step"] for line in log] == list(range(1, STEPS + 1))
+    assert log[0]["train/loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert log[0]["train/winner_error"] == pytest.approx(log[0]["train/winner_reference_error"], rel=1e-6)
+    assert any(abs(float(line["train/loss"]) - np.log(2)) > 1e-3 for line in log[1:])  # type: ignore[arg-type]
+    told = read_certificate(list_checkpoints(reference)[-1].path)
+    assert told is not None
+    parent = told["lineage"]["parent"]
+    assert (parent["step"], parent["weights"]) == (2, "ema")
+    assert parent["lineage"]["path"] == str(root / "pipeline")
+
+
+def test_killed_in_the_pass_and_in_training_is_the_same_run(root: Path, reference: Path) -> None:
+    faults = root / "faults"
+    faults.mkdir()
+    (faults / "reference_block@3").touch()  # a rank dies with two blocks of six committed
+    ended = train(root, "killed", log="-1", faults=faults)
+    assert -signal.SIGKILL in [end.code for end in ended]
+    assert len(list((root / "killed" / "reference").rglob("errors.npy"))) == 0
+    blocks = {file: file.stat().st_mtime_ns for file in (root / "killed" / "reference").rglob("block-*.npy")}
+    assert len(blocks) == 2
+    (faults / "checkpoint_write@2").touch()  # and in the middle of the second checkpoint
+    ended = train(root, "killed", log="-2", faults=faults)
+    assert -signal.SIGKILL in [end.code for end in ended]
+    assert "reference at 64 px: block 1 of 1" in ended[0].output
+    assert [info.step for info in list_checkpoints(root / "killed")] == [2]
+    ended = train(root, "killed", log="-3")
+    assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
+    assert "resuming from step 2" in ended[0].output
+    assert "computing the reference" not in ended[0].output
+    assert numbers(root / "killed") == numbers(reference)
+    for name in METRICS:
+        mine, theirs = ([line[name] for line in lines(run / "metrics.jsonl")] for run in (root / "killed", reference))
+        assert mine == theirs
+    mine, theirs = open_checkpoint(root / "killed", STEPS), open_checkpoint(reference, STEPS)
+    assert all(bool((mine.read(name, "ema") == theirs.read(name, "ema")).all()) for name in mine.names)
+
+
+def test_a_second_model_and_another_number_of_ranks_give_the_same(root: Path, reference: Path) -> None:
+    online = train(root, "online", "objective.reference=online", "train.stop_after=4")
+    assert [end.code for end in online] == [0, 0], online[0].output[-3000:]
+    online = train(root, "online", "objective.reference=online", ranks=1, log="-resumed")
+    assert online[0].code == 0, online[0].output[-3000:]
+    assert not (root / "online" / "reference").exists()
+    shared = f"objective.reference_path={root / 'reference' / 'reference'}"
+    alone = train(root, "alone", shared, ranks=1)
+    assert alone[0].code == 0, alone[0].output[-3000:]
+    assert "computing the reference" not in alone[0].output  # found done, by two ranks of another run
+    expected = lines(reference / "metrics.jsonl")
+    for run in ("online", "alone"):
+        for mine, theirs in zip(lines(root / run / "metrics.jsonl"), expected, strict=True):
+            for name in METRICS:
+                assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=2e-5), (run, mine["step"], name)
+
+
+def test_lost_errors_and_lost_weights_are_told(root: Path, reference: Path) -> None:
+    assert train(root, "lost", "train.stop_after=2")[0].code == 0
+    for file in (root / "lost" / "reference").rglob("errors.npy"):
+        file.unlink()
+    ended = train(root, "lost", log="-again")
+    assert {end.code for end in ended} == {2}, ended[0].output[-3000:]
+    assert "they are of the starting weights, which step 2 has left" in ended[0].output
+    images = train(root, "images", f"data.path={root / 'data'}", log="-images")
+    assert {end.code for end in images} == {2}
+    assert "holds samples of kind image, this run trains on kind preference" in images[0].output
