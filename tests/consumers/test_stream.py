@@ -26,7 +26,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consumers.batch import RankBatch
+from consumers.reference_errors import ReferenceErrors
 from consumers.stream import Stream, cut_for
+from qwenimg_dist.data.catalog import Catalogs, Ints
 from qwenimg_dist.data.catalog_build import build_catalog
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.generations import Generations, LedgerConfig
@@ -184,6 +186,61 @@ def test_pairs_are_rows_with_two_pictures(tmp_path: Path) -> None:
             assert 0 <= batch.padding <= 1
     for stream in streams:
         stream.close()
+
+
+class NumberedErrors(ReferenceErrors):
+    """Errors that are the pair's number in the listing; NaN for one pair."""
+
+    def __init__(self, catalogs: Catalogs, unknown: int = -1) -> None:
+        self._catalogs = catalogs
+        self._unknown = unknown
+
+    def of(self, rows: Ints, texts: Ints, resolution: int) -> np.ndarray:
+        numbers = self._catalogs.numbers(rows)
+        values = np.where(numbers == self._unknown, np.nan, numbers).astype(np.float32)
+        return np.broadcast_to(values[:, None, None], (len(rows), 4, 2))
+
+
+def test_each_pair_has_its_own_reference_errors(tmp_path: Path) -> None:
+    _, run = make_run(tmp_path, pairs=True)
+    strict = Stream(run.ledger, rank=0, world=1, compute_dtype=torch.float32, further=["rejected"], prefetch=0)
+    first = dict(zip(*keys_and_numbers(strict.get(0)), strict=True))
+    lost = next(iter(first.values()))
+    streams = [
+        Stream(run.ledger, rank=rank, world=2, compute_dtype=torch.float32, further=["rejected"], tolerant=True)
+        for rank in range(2)
+    ]
+    for stream in streams:
+        stream.reference = NumberedErrors(run.ledger.catalogs, unknown=lost)
+    seen = 0
+    for step in range(1, 8):
+        for batch in (stream.get(step) for stream in streams):
+            for micro in (one.to("cpu") for one in batch.micro_batches):
+                assert micro.numbers is not None
+                assert micro.reference is not None
+                assert micro.reference.shape == (len(micro.numbers), 4, 2)
+                known = micro.numbers != lost
+                assert (micro.reference[known] == micro.numbers[known][:, None, None]).all()
+                assert (micro.reference[~known] == 0).all()
+                assert (micro.weights[~known] == 0).all()
+                seen += len(known)
+            told = {one.key for one in batch.bad}
+            assert told <= {key for key, number in first.items() if number == lost}
+            assert bool(told) == any(bool((m.numbers == lost).any()) for m in batch.micro_batches)
+    assert seen > 30
+    for stream in streams:
+        stream.close()
+    strict.reference = NumberedErrors(run.ledger.catalogs, unknown=lost)
+    with pytest.raises(DataError, match=r"pair \w+ could not be read when the reference's errors were computed"):
+        strict.get(0)
+    strict.close()
+
+
+def keys_and_numbers(batch: RankBatch) -> tuple[list[str], list[int]]:
+    """Of a rank's cut."""
+    slots = [slot for micro in batch.micro_batches for slot in micro.slots.tolist()]
+    numbers = [n for micro in batch.micro_batches if micro.numbers is not None for n in micro.numbers.tolist()]
+    return [batch.keys[min(slot, len(batch.keys) - 1)] for slot in slots], numbers
 
 
 def test_pairs_are_no_images_and_images_no_pairs(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_run import TRANSFORMER
 
 from consumers.batch import MicroBatch
 from consumers.objectives import build_objective, sample_kind
@@ -17,6 +18,7 @@ from consumers.objectives.flow_matching import FlowMatching
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import DpoConfig, FlowMatchingConfig
 from qwenimg_dist.flow.sigmas import draw_noise, draw_sigma, resolution_mu
+from qwenimg_dist.models.transformer import build_transformer, predict_velocity
 from qwenimg_dist.schema import Bucket
 
 BUCKET = Bucket(height=64, width=32)
@@ -259,3 +261,34 @@ def test_the_stage_trains_on_pairs() -> None:
     assert settings.source.kind == "pairs"
     online = load_config(["stage=dpo", "objective.reference=online", "objective.draws=null", "follow=true"])
     assert online.objective.kind == "dpo"
+
+
+def test_a_pair_holds_the_memory_of_two_images() -> None:
+    """What is kept for the backward pass, in bytes, of a real transformer: DPO on errors computed beforehand against
+    flow matching on as many images. States and gathered weights are the same."""
+    torch.manual_seed(0)
+    transformer = build_transformer(TRANSFORMER).train()
+
+    def predict(noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, mask: Any) -> torch.Tensor:
+        return predict_velocity(transformer, noisy, sigma, text, mask)
+
+    def held(make: Callable[[], torch.Tensor]) -> int:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = make()
+        assert loss.requires_grad
+        return sum(kept.values())
+
+    pairs, images = micro([0, 1]), micro([0, 1, 2, 3])
+    settings = config(draws=4, reference="precomputed")
+    given = replace(pairs, reference=torch.ones(2, 4, 2))
+    flow = FlowMatching(FlowMatchingConfig.model_validate({"kind": "flow_matching"}), seed=0)
+    of_images = held(lambda: flow.loss(predict, replace(images, rejected=None), step=0).loss)
+    of_pairs = held(lambda: Dpo(settings, seed=0).loss(predict, given, step=0).loss)
+    assert of_images > 500_000
+    assert of_pairs <= 1.05 * of_images
