@@ -23,6 +23,7 @@ from consumers.ranks import Ranks
 from qwenimg_dist.metrics import peak_flops
 from qwenimg_dist.models.transformer import forward_flops
 
+RANK_COLUMNS: Final = ("rank", "own_step_s", "data_wait_s", "peak_host_memory_gb", "peak_gpu_memory_gb")
 _STATUS: Final = Path("/proc/self/status")
 
 
@@ -42,6 +43,8 @@ class Throughput:
         self._ranks = ranks
         self._forwards = forwards_per_batch
         self._peak = peak_tflops * 1e12 if peak_tflops else _peak_of(ranks.device)
+        self.by_rank: list[list[float]] = []
+        """Rows of `RANK_COLUMNS` at the last `metrics`, every rank's, on every rank."""
         self._reset()
 
     def _reset(self) -> None:
@@ -77,6 +80,9 @@ class Throughput:
         )
         gpu = torch.cuda.max_memory_allocated(ranks.device) if ranks.device.type == "cuda" else 0
         by_rank = ranks.table([self._seconds, self._own_s, self._wait_s, peak_host_bytes() / 1e9, gpu / 1e9])
+        self.by_rank = [
+            [rank, own / steps, wait / steps, *peaks] for rank, (_, own, wait, *peaks) in enumerate(by_rank)
+        ]
         seconds, own_s, wait_s, host_gb, gpu_gb = ([row[i] for row in by_rank] for i in range(5))
         self._reset()
         longest = max(*seconds, 1e-9)

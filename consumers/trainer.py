@@ -27,6 +27,7 @@ from consumers.engine import StepResult, start_distributed, stop_distributed
 from consumers.errors import DegradedError, TrainingError
 from consumers.fault_dump import dump_keys, dump_micro_batch
 from consumers.session import Hooks, Session, Stopped, await_batch, open_session
+from consumers.throughput import RANK_COLUMNS
 from consumers.watch import draw_grids, due_norms, evaluate
 from consumers.watchdog import watched
 from qwenimg_dist.config import Config
@@ -240,6 +241,8 @@ def _check_log(session: Session) -> None:
 def _save(session: Session) -> None:
     session.hooks.stage("saving")
     if session.log:
+        if session.throughput.by_rank:
+            session.log.table(session.progress.step, "ranks", RANK_COLUMNS, session.throughput.by_rank, group="train")
         session.log.sync()
     _check_log(session)
     if session.config.checkpoint.certify == "save":

@@ -150,7 +150,7 @@ class Wandb:
 
     def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         table = self._table(columns=list(columns), data=[[_plain(value) for value in row] for row in rows])
-        self._run.log({f"eval/{name}": table, STEP_KEY: step})
+        self._run.log({name: table, STEP_KEY: step})
 
     def close(self) -> None:
         self._run.finish()
@@ -199,11 +199,13 @@ class RunLog:
     def picture(self, step: int, name: str, file: Path) -> None:
         self._guard(lambda wandb: wandb.log_picture(step, name, file))
 
-    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """One line of `tables.jsonl` with all rows, and a table of W&B."""
+    def table(
+        self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, group: str = "eval"
+    ) -> None:
+        """One line of `tables.jsonl` with all rows, and the table `GROUP/NAME` of W&B."""
         plain = [dict(zip(columns, map(_plain, row), strict=True)) for row in rows]
         self._keep(self._tables, lambda: self._tables.write(step, {"table": name, "rows": plain}))
-        self._guard(lambda wandb: wandb.log_table(step, name, columns, rows))
+        self._guard(lambda wandb: wandb.log_table(step, f"{group}/{name}", columns, rows))
 
     def sync(self) -> None:
         """Make everything written so far durable; see `problem`."""

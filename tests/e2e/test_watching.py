@@ -80,7 +80,12 @@ def test_everything_that_is_watched_is_written_down(root: Path, stopped: list[st
     assert {"train/slowest_rank", "train/host_memory_rank", "train/padding_flops", "train/data_wait_share"} <= log[
         2
     ].keys()
-    table = lines(run_dir / "tables.jsonl")[-1]
+    table, by_rank = lines(run_dir / "tables.jsonl")[-2:]
+    assert (by_rank["step"], by_rank["table"]) == (6, "ranks")
+    assert [row["rank"] for row in by_rank["rows"]] == [0, 1]  # type: ignore[attr-defined]
+    peaks = [row["peak_host_memory_gb"] for row in by_rank["rows"]]  # type: ignore[attr-defined]
+    assert max(peaks) == log[-1]["train/host_memory_gb"]
+    assert min(peaks) > 0.1
     assert (table["step"], table["table"]) == (6, "worst_held_out")
     worst = table["rows"][0]  # type: ignore[index]
     assert worst["key"] in kept["classes"][str(worst["resolution"])]["keys"]
