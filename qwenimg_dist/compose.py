@@ -6,12 +6,15 @@ Place in the flow: the first thing each command does. Refuses `_target_` keys an
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -58,7 +61,7 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
 def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     """Hydra overrides -> resolved plain dict."""
     GlobalHydra.instance().clear()
-    given = list(overrides)
+    given = [_readable(override) for override in overrides]
     if not any(override.partition("=")[0].lstrip("+~") == "filters" for override in given):
         # A filter's file is all that it takes to have it: no list of them to forget.
         given.append(f"filters=[{','.join(groups()['filters'])}]")
@@ -75,12 +78,45 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
+def _readable(override: str) -> str:
+    """An override as Hydra's grammar reads it: without quotes around them it has no `<`, `>`, calls or odd keys.
+
+    So `data.where=width > 512` and `data.weights={"text_level == 1": 2}` mean what they seem to; whatever Hydra reads
+    by itself stays as it is.
+    """
+    try:
+        OverridesParser.create().parse_override(override)
+        return override
+    except HydraException:
+        key, _, value = override.partition("=")
+    if not value.strip():
+        return override
+    try:
+        return f"{key}={_in_hydras_words(yaml.safe_load(value) if value.lstrip()[0] in '[{' else value)}"
+    except yaml.YAMLError:
+        return override
+
+
+def _in_hydras_words(value: Any) -> str:
+    if isinstance(value, dict):
+        if all(re.fullmatch(r"\w[\w.-]*", str(key)) for key in value):
+            return "{" + ", ".join(f"{key}: {_in_hydras_words(one)}" for key, one in value.items()) + "}"
+        # Keys that Hydra cannot quote are expressions, and weights by expression may be a list.
+        return _in_hydras_words([{"where": key, "weight": one} for key, one in value.items()])
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_in_hydras_words, value)) + "]"
+    if isinstance(value, str):
+        # Within quotes a backslash is one by itself, but for those before a quotation mark or the end.
+        return '"' + re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value) + '"'
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def validate(tree: dict[str, Any]) -> Config:
     """Plain dict -> `Config`, with "did you mean" for unknown keys and choices."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_describe(item) for item in error.errors()]
+        lines = [_describe(item, tree) for item in error.errors()]
         raise ConfigError("invalid config:\n  " + "\n  ".join(lines)) from error
 
 
@@ -89,17 +125,35 @@ def known_keys() -> list[str]:
     return sorted({*_model_keys(Config), *flatten(compose_tree([]))})
 
 
-def _describe(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
-    message = str(item["msg"])
+def _describe(item: Any, tree: dict[str, Any]) -> str:
+    where = ".".join(_named(item["loc"], tree))
+    message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        message = "unknown key" + did_you_mean(where, known_keys())
+        message = "unknown key" + did_you_mean(where, [*_siblings(where), *known_keys()])
     elif item["type"] == "literal_error":
         choices = [c.strip(" '") for c in str(item["ctx"]["expected"]).replace(" or ", ",").split(",")]
         message = f"{item['input']!r} is not one of {', '.join(choices)}" + did_you_mean(str(item["input"]), choices)
     elif not isinstance(item["input"], dict):  # of a whole section the message itself says what is wrong
         message += f" (got {item['input']!r})"
     return f"{where}: {message}" if where else message
+
+
+def _named(loc: Sequence[Any], tree: dict[str, Any]) -> list[str]:
+    """Parts of a place in the tree; phases that have names by these, since the command line knows them so."""
+    parts = [str(part) for part in loc]
+    if parts[:2] == ["curriculum", "phases"] and len(parts) > 2 and isinstance(loc[2], int):
+        phases = tree["curriculum"]["phases"]
+        if isinstance(phases, dict):
+            parts[2] = str([name for name, phase in phases.items() if phase is not None][loc[2]])
+    return parts
+
+
+def _siblings(where: str) -> list[str]:
+    """Keys that may stand beside an unknown one below a name of the user's, as in `data.mix.NAME.weight`."""
+    parts = where.split(".")
+    within = ".".join(parts[:-2])
+    leaves = [key.removeprefix(f"{within}.") for key in _model_keys(Config) if within and key.startswith(f"{within}.")]
+    return [f"{'.'.join(parts[:-1])}.{leaf}" for leaf in leaves if "." not in leaf]
 
 
 def _missing_group(error: MissingConfigException) -> str:
@@ -116,14 +170,21 @@ def _composition_hint(error: Exception, overrides: Sequence[str]) -> str:
     if not overrides:
         return message  # the shipped files themselves do not compose
     known = [*_model_keys(Config), *known_keys_of_groups(), *groups(), *flatten(compose_tree([]))]
+    # Of a phase, `curriculum.phases.steps` is no key: its name belongs into it.
+    meant = [key for key in known if not key.startswith("curriculum.phases.") or key.count(".") > 2]
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~").partition("@")[0]
         if "=" not in override and not override.startswith("~"):
             return f"override {override!r} is not of the form key=value"
         if not override.startswith("+") and not any(name == key or name.startswith(f"{key}.") for name in known):
-            return f"unknown override {key!r}{did_you_mean(key, known)}"
+            return f"unknown override {key!r}{did_you_mean(key, meant)}"
     cause = f": {error.__cause__}".splitlines()[0] if error.__cause__ else ""
-    return message + cause
+    if "is not in struct" in cause:
+        cause += (
+            ". Hydra adds a key with + and takes one away with ~, as in `+curriculum.phases.high.resolutions.256=1 "
+            "~curriculum.phases.high.resolutions.128`"
+        )
+    return message.removesuffix(".") + cause
 
 
 def known_keys_of_groups() -> list[str]:

@@ -150,7 +150,9 @@ def _train(config: Config, run_dir: Path, stop: threading.Event) -> int:
     if "error" in answer:
         print(f"error: {answer['error']}", file=sys.stderr)
         return int(answer["code"])
-    print(f"training {answer.get('outcome', 'ended')}: {run_dir}", file=sys.stderr)
+    outcome = answer.get("outcome", "ended")
+    goes_on = " (the same command goes on)" if outcome == "stopped" else ""
+    print(f"training {outcome}: {run_dir}{goes_on}", file=sys.stderr)
     return 0
 
 

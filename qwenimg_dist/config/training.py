@@ -70,7 +70,9 @@ class Phase(Section):
     @model_validator(mode="after")
     def _one_rate(self) -> Phase:
         if self.lr is not None and self.lr_scale != 1.0:
-            raise ValueError("give a phase `lr` or `lr_scale`, not both")
+            raise ValueError(
+                f"give a phase `lr` or `lr_scale`, not both: with `lr` set `lr_scale` to 1 (it is {self.lr_scale:g})"
+            )
         return self
 
     @property

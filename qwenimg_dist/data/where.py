@@ -91,7 +91,8 @@ class Where:
         close = difflib.get_close_matches(name, [*known, *short], n=1)
         hint = f", did you mean {close[0]!r}?" if close else ""
         raise WhereError(
-            f"where={self.expression!r}: no column {name!r}{hint}; there are: {', '.join(known) or 'none'}"
+            f"where={self.expression!r}: no column {name!r}{hint}; there are: {', '.join(known) or 'none'}. A score is "
+            "there when its filter was on (`text_level`: filters.ocr.enabled=true): run `produce` again with it"
         )
 
 

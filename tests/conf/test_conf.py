@@ -73,7 +73,8 @@ def test_the_config_is_frozen_and_round_trips() -> None:
         (["curriculum.phases.low.share=null", "curriculum.phases.low.images=5"], "low has images; high has share"),
         (["curriculum.phases.low.images=-5"], "greater than 0"),
         (["curriculum.phases.low.share=null"], "low has none; high has share"),
-        (["curriculum.phases.high.lr=1e-4"], "`lr` or `lr_scale`, not both"),
+        (["curriculum.phases.high.lr=1e-4"], r"phases\.high: give a phase .* set `lr_scale` to 1 \(it is 0\.75\)"),
+        (["curriculum.phases.mid.steps=5"], "did you mean 'curriculum.phases.(low|high).steps'"),
         (["curriculum.phases.low.warmup_steps=5"], "warmed up by `optim.warmup_steps`"),
         (["curriculum.phases.low.weights=[{where: row, weight: 2000}]"], "from 0.001 to 1000 times per epoch"),
         (["+curriculum.phases.low.precision=fp32"], "precision: unknown key"),
@@ -81,7 +82,11 @@ def test_the_config_is_frozen_and_round_trips() -> None:
         (["data.mix={a: {path: x}, b: {path: y}}"], "every data set a `weight` .*, or every one `repeats`"),
         (["data.mix={a: {path: x, weight: 1}, b: {path: y, repeats: 1}}"], "every data set a `weight`"),
         (["data.mix={a: {path: x, weight: 0}, b: {path: y, weight: 0}}"], "a weight above 0"),
-        (["data.mix={a: {path: x, weigth: 1}}"], "data.mix.a.weigth: unknown key"),
+        (["data.mix={a: {path: x, weigth: 1}}"], "data.mix.a.weigth: unknown key: did you mean 'data.mix.a.weight'"),
+        (["data.weights={'row < 5': 2, 'row > 7': 0.0001}"], "data.weights.row > 7: a sampling weight is 0"),
+        (["curriculum.phases.high.resolutions={64: 2}"], r"adds a key with \+ and takes one away with ~"),
+        (["train.steps=(7"], r"train.steps: .*got '\(7'"),
+        (["data.weights={'row < 5': 2"], "no viable alternative"),
         (["data.mix={a.b: {path: x, weight: 1}}"], "letters, digits, - and _ only"),
         (["curriculum.phases.low.mix={a: 1}"], "phase low has a `mix` with a, data.mix has nothing"),
         (
@@ -93,6 +98,37 @@ def test_the_config_is_frozen_and_round_trips() -> None:
 def test_mistakes_are_named(overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match="(?s)" + expected):
         load_config(overrides)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "width > 512",
+        "top(0.5, aesthetic, category)",
+        "category == 'text' and not aspect < 2",
+        'category == "text" or width<3',
+        'category == "back\\slash\\\\" and width > 1',
+    ],
+)
+def test_an_expression_needs_no_quotes_of_hydras_own(expression: str) -> None:
+    config = load_config(
+        [
+            f"data.where={expression}",
+            f"data.mix={{a: {{path: /d-1, weight: 2, where: '{expression.replace(chr(39), chr(39) * 2)}'}}}}",
+        ]
+    )
+    assert config.data.where == expression
+    assert config.data.mix["a"].where == expression
+    assert config.data.mix["a"].path == "/d-1"
+
+
+def test_keys_of_a_command_line_may_be_expressions() -> None:
+    weights = {"category == 'text'": 3.0, "width<5": 0.5}
+    config = load_config(
+        ["data.weights={\"category == 'text'\": 3, width<5: 0.5}", '+curriculum.phases.high.resolutions={"64": 2}']
+    )
+    assert config.data.weights == weights
+    assert config.curriculum.phases[1].resolutions[64] == 2
 
 
 def test_identity_holds_what_moves_the_numbers_and_nothing_else() -> None:
