@@ -70,7 +70,12 @@ class ReportWriter:
             command = [nice, "-n", "10", *command]
         try:
             self._process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # torchrun and Ctrl-C signal whole process groups, and a stop wants its report
             )
         except OSError as error:
             self._fail(str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def test_written_beside_and_at_the_end(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 1.0  # nothing was waited for
     process = writer._process
     assert process is not None
+    assert os.getpgid(process.pid) != os.getpgid(0)  # what signals the ranks' group leaves it alone
     process.wait(timeout=120)
     assert (tmp_path / "run" / "report.html").is_file()
     writer.begin()  # just done: not again so soon
