@@ -18,6 +18,7 @@ from typing import Any, Final
 from consumers.curriculum import lr_at
 from consumers.run_directory import preflight
 from consumers.stream import cut_for, pictures_of
+from consumers.zero_settings import check_hpz
 from qwenimg_dist.config import Config, OptimConfig
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.data.generation_log import FILE as GENERATIONS_FILE
@@ -155,6 +156,7 @@ def dry_run(config: Config, *, world_size: int) -> RunPlan:
 
     Writes only to a temporary folder. Raises ValueError for unusable input, a phase without a row among it.
     """
+    check_hpz(config, world_size)
     prepared = preflight(config)
     datasets = {name: Dataset.open(folder) for name, folder in prepared.data_dirs.items()}
     recorded = (prepared.run_dir / GENERATIONS_FILE).is_file() and not config.follow and not config.train.fresh

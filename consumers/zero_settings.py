@@ -20,16 +20,22 @@ _SMALL_ELEMENTS: Final = 1 << 22
 """Buffers of 16 MB cost nothing anywhere; below that a tiny model would only make more and smaller collectives."""
 
 
+def check_hpz(config: Config, world_size: int) -> None:
+    """Raise ValueError if the ranks cannot be cut into groups for hpZ."""
+    if world_size % config.engine.hpz_partition:
+        raise ValueError(
+            f"engine.hpz_partition={config.engine.hpz_partition} does not divide the {world_size} ranks: give the GPUs "
+            "of a node"
+        )
+
+
 def deepspeed_config(config: Config, shapes: Mapping[str, tuple[int, ...]], ranks: Ranks) -> dict[str, Any]:
     """DeepSpeed's settings, with every size derived from the model unless the config gives it.
 
     Raises ValueError if the ranks cannot be cut into groups for hpZ.
     """
+    check_hpz(config, ranks.world_size)
     hpz = config.engine.hpz_partition
-    if ranks.world_size % hpz:
-        raise ValueError(
-            f"engine.hpz_partition={hpz} does not divide the {ranks.world_size} ranks: give the GPUs of a node"
-        )
     numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     block = sum(numel for name, numel in numels.items() if name.startswith("transformer_blocks.0."))
     total, largest = sum(numels.values()), max(numels.values())

@@ -260,10 +260,11 @@ class Stream:
         sampler = self._samplers[dataset]
         catalogs = {s.catalog for s in self._segments if s.dataset == dataset and s.catalog is not None}
         kept, encoded, selected = sampler.totals(sorted(catalogs))
+        where = " and ".join(w.expression for w in sampler.wheres)
         return (
             f"{f'{dataset}: ' if dataset else ''}{kept} rows were kept, {encoded} of them have latents at "
-            f"{self.resolution} px, {selected} of these pass "
-            f"where={' and '.join(w.expression for w in sampler.wheres) or 'none'!r} and are not held out"
+            f"{self.resolution} px, {selected} of these "
+            f"{f'pass where={where!r} and ' if where else ''}are not held out"
             f"{', and have a weight above 0' if sampler.weighed else ''}"
             f"{f' by {sampler.rules}' if sampler.rules else ''}"
         )

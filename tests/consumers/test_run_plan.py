@@ -8,7 +8,7 @@ import pytest
 from fake_catalog import MemoryCatalogs, memory_catalog
 
 from consumers.curriculum import plan
-from consumers.run_plan import RunPlan, make_plan
+from consumers.run_plan import RunPlan, dry_run, make_plan
 from consumers.stream import cut_for
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.ledger import Ledger
@@ -80,3 +80,8 @@ def test_rates_go_from_the_first_to_the_last_step_over_the_highest() -> None:
     low, high = (phase.lr for phase in found.phases)
     assert low == pytest.approx((1e-4, 2e-3, 2e-3))
     assert high == pytest.approx((1.5e-4, 1.5e-3, 1.5e-4))
+
+
+def test_a_dry_run_refuses_groups_of_ranks_that_training_would() -> None:
+    with pytest.raises(ValueError, match="hpz_partition=3 does not divide the 2 ranks"):
+        dry_run(load_config(["engine.hpz_partition=3"]), world_size=2)
