@@ -25,6 +25,8 @@ from typing import Any, Final, Literal, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from consumers.parameter_groups import FROZEN, ParameterGroup, parameter_groups
 from consumers.ranks import Ranks
@@ -98,10 +100,30 @@ def start_distributed(device: Literal["cpu", "cuda"], *, timeout_s: float = _COL
             raise ValueError("cluster.device=cuda, but torch finds no GPU here: set cluster.device=cpu")
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+        _join("nccl" if device == "cuda" else "gloo", timedelta(seconds=timeout_s))
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
     where = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=where)
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Make the process group. After a restart by torchrun, not on the dead ranks' store.
+
+    torchrun (2.13) keeps its store over restarts, and new ranks would call at the addresses that the dead ones left.
+    On one node the number of the restart keeps them apart; nodes may count differently, so there it must be turned off.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        raise ValueError(
+            "torchrun restarted the ranks of several nodes on the store of the dead ones, where they cannot find each "
+            "other: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node, and start again"
+        )
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+    prefixed = PrefixStore(f"restart-{restart}", store)
+    dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _give_memory_back() -> None:
