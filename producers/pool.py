@@ -39,6 +39,8 @@ _PLACED_S: Final = 600.0
 answers before it does."""
 _RAY_GONE_S: Final = 10.0
 """So often it is asked whether Ray is alive while no actor runs."""
+_END_S: Final = 2.0
+"""What an actor that was told to end has for it before it is killed."""
 _LESS_MEMORY: Final = "lower encode.image_batch_pixels or filters.resolution.max_pixels, or run fewer producers"
 
 
@@ -135,8 +137,7 @@ class RayWorkers:
 
     def close(self) -> None:
         """End the actors. What they have not committed is done again another time."""
-        for slot in self._slots:
-            _end_actor(slot)
+        _end_actors(self._slots)
         self._slots = []
 
     def _start(self) -> _Slot:
@@ -179,7 +180,7 @@ class RayWorkers:
             raise ProduceError(f"unit {task.unit}: {task.kind} failed: {reply.failure.message}\n{reply.failure.trace}")
         if reply.failure.kind == "out_of_memory":
             # What it holds it may not give back: a fresh process starts with little.
-            _end_actor(slot)
+            _end_actors([slot])
             slot.task = task
             self._replace(slot, f"the producer ran out of memory ({reply.failure.message}): {_LESS_MEMORY}")
             return None
@@ -215,7 +216,7 @@ class RayWorkers:
         """Replace actors that have not answered for `cluster.unit_timeout_s`."""
         for slot in self._slots:
             if slot.task is not None and time.monotonic() - slot.since > self._cluster.unit_timeout_s:
-                _end_actor(slot)
+                _end_actors([slot])
                 self._replace(slot, f"no answer for cluster.unit_timeout_s={self._cluster.unit_timeout_s:g} s")
 
     def _replace(self, slot: _Slot, why: str, *, at_start: bool = False, careful: bool = True) -> None:
@@ -278,13 +279,30 @@ def _show(resources: Mapping[str, float]) -> str:
     return f"{resources.get('CPU', 0.0):g} CPUs and {resources.get('GPU', 0.0):g} GPUs"
 
 
-def _end_actor(slot: _Slot) -> None:
-    """Ray asks the process to end itself, which a hung one does not hear; on this machine it is killed besides."""
-    with contextlib.suppress(RayError, ValueError):
-        ray.kill(slot.actor, no_restart=True)
-    if slot.seat is not None and slot.seat.host == socket.gethostname():
+def _end_actors(slots: Sequence[_Slot]) -> None:
+    """Ray asks the processes to end themselves, which a hung one does not hear; on this machine it is killed besides.
+
+    Not at once: Ray reports a process that is killed while it ends as one that crashed.
+    """
+    for slot in slots:
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(slot.actor, no_restart=True)
+    here = socket.gethostname()
+    left = {slot.seat.pid for slot in slots if slot.seat is not None and slot.seat.host == here}
+    deadline = time.monotonic() + _END_S
+    while (left := {pid for pid in left if _is_there(pid)}) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for pid in left:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(slot.seat.pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
 
 
 def why_died(error: RayError, *, who: str = "the producer", less_memory: str = _LESS_MEMORY) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from consumers.certificate import _parent, data_facts
+from consumers.certificate import data_facts
 from consumers.checkpoint_files import CheckpointError, read_certificate
+from consumers.start_from import parent_of_pipeline
 from qwenimg_dist.models.template import TEMPLATE
 from qwenimg_dist.versions import git_commit, package_versions
 
@@ -73,15 +74,15 @@ def test_shift_of_real_classes() -> None:
 
 
 def test_an_export_names_its_own_origin(tmp_path: Path) -> None:
-    assert _parent(tmp_path) is None
+    assert parent_of_pipeline(tmp_path) is None
     (tmp_path / "qwenimg_dist.json").write_text(json.dumps({"run": "old", "step": 500}))
-    assert _parent(tmp_path) == {"run": "old", "step": 500}
+    assert parent_of_pipeline(tmp_path) == {"run": "old", "step": 500}
     theirs = {"data": {"fingerprint": "abc"}, "lineage": {"model": "tiny", "parent": None}}
     (tmp_path / "certificate.json").write_text(json.dumps(theirs))
-    assert _parent(tmp_path) == {"run": "old", "step": 500, "data": "abc", "lineage": theirs["lineage"]}
+    assert parent_of_pipeline(tmp_path) == {"run": "old", "step": 500, "data": "abc", "lineage": theirs["lineage"]}
     (tmp_path / "certificate.json").write_text("{}")
     with pytest.raises(ValueError, match="damaged"):
-        _parent(tmp_path)
+        parent_of_pipeline(tmp_path)
 
 
 def test_data_of_several_generations_has_one_fingerprint_that_grows(tmp_path: Path) -> None:
