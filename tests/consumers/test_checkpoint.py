@@ -176,6 +176,7 @@ def test_verify_sees_every_damage(results: Results, gang_out: Path, tmp_path: Pa
             open_checkpoint(tmp_path)
 
 
+@pytest.mark.slow
 def test_other_numbers_of_ranks_go_on_equally(
     results: Results, gang_out: Path, small_input: Path, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ def assert_plain(found: dict[str, Any]) -> None:
         assert found[name] < 1e-6, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "num_frozen"), [("groups", 0), ("freeze", 11), ("layer", 11), ("through", 32), ("last", 43)]
 )
@@ -38,6 +39,7 @@ def test_groups_and_frozen_parameters_equal_a_plain_loop(option_results: Results
     assert_plain(found)
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_saved_once_and_exported(
     option_results: Results, options_out: Path, small_input: Path
 ) -> None:
@@ -53,6 +55,7 @@ def test_frozen_weights_are_saved_once_and_exported(
     assert not torch.equal(reader.read("proj_out.weight", "master"), source.read("proj_out.weight"))
 
 
+@pytest.mark.slow
 def test_offloaded_states_equal_a_plain_loop_and_resume_anywhere(option_results: Results) -> None:
     found = option_results("offload")
     assert_plain(found["plain"])
@@ -62,6 +65,7 @@ def test_offloaded_states_equal_a_plain_loop_and_resume_anywhere(option_results:
     assert found["norms"] < 1e-5
 
 
+@pytest.mark.slow
 def test_hpz_is_never_stale(option_results: Results) -> None:
     assert_plain(option_results("hpz"))
 

@@ -107,6 +107,7 @@ def test_a_stopped_rank_is_named_and_ended_and_working_ones_are_not(tmp_path: Pa
         assert not (at_work.folder / "log").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_lives_but_stands_still_is_ended_later(tmp_path: Path) -> None:
     with rank(tmp_path, "hang") as hanging:
         begin = time.monotonic()
@@ -116,6 +117,7 @@ def test_a_rank_that_lives_but_stands_still_is_ended_later(tmp_path: Path) -> No
         assert "train.stall_timeout_s=6" in hanging.log()
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_told_of_once_per_gang(tmp_path: Path) -> None:
     with rank(tmp_path, "hang") as first, rank(tmp_path, "hang") as second:
         first.process.kill()
