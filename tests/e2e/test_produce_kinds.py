@@ -35,6 +35,7 @@ def samples(dataset: Dataset, prefix: str) -> dict[str, Any]:
     return {one["__key__"]: one for one in webdataset.WebDataset(tars, shardshuffle=False)}
 
 
+@pytest.mark.slow
 def test_pairs_of_a_parquet_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = pa.table(
         {
