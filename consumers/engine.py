@@ -399,6 +399,8 @@ def build_frozen(
         _gather_whole_blocks(module)
     _fill_partitions(module, source, ranks)
     deepspeed_engine, _, _, _ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
+    if config.engine.compile:
+        qwen.compile_blocks(module)  # as the trained model, whose rounding it must share
     deepspeed_engine.eval()
     return FrozenModel(deepspeed_engine)
 

@@ -27,7 +27,7 @@ import consumers.checkpoint as checkpoint
 import consumers.engine as engine_module
 from consumers.certificate import Certifier
 from consumers.ema import Ema
-from consumers.engine import KINDS, Engine, build_engine, start_distributed, stop_distributed
+from consumers.engine import KINDS, Engine, build_engine, build_frozen, start_distributed, stop_distributed
 from consumers.errors import TrainingError
 from consumers.norms import block_norms, part_of
 from consumers.parameter_groups import parameter_groups
@@ -371,11 +371,26 @@ def check_compile(world: World) -> dict[str, Any]:
     pairs = [(engine_step(eager, None, step, 1e-3), engine_step(compiled, None, step, 1e-3)) for step in range(4)]
     counters = torch._dynamo.utils.counters
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    model = qwen.load_transformer_config(world.pipeline / "transformer")
+    frozen = build_frozen(model, load_config([*SETTINGS, "engine.compile=true"]), world.ranks, world.source)
+    noisy, sigma, text, _ = samples(0)
+    with torch.no_grad():
+        expected = qwen.predict_velocity(world.plain(), noisy, sigma, text, None)
+        reference = difference(frozen.predict(noisy, sigma, text, None), expected)
+    reference_graphs = counters["stats"]["unique_graphs"] - graphs
+    frozen.close()
     weights = max(difference(eager.state("master", share), compiled.state("master", share)) for share in eager.shares)
     eager.close()
     compiled.close()
     loss = max(abs(one[0] - other[0]) for one, other in pairs)
-    return {"loss": loss, "weights": world.ranks.max([weights])[0], "graphs": graphs, "breaks": breaks}
+    return {
+        "loss": loss,
+        "weights": world.ranks.max([weights])[0],
+        "graphs": graphs,
+        "breaks": breaks,
+        "reference": reference,
+        "reference_graphs": reference_graphs,
+    }
 
 
 def check_certificate(world: World) -> dict[str, Any]:
