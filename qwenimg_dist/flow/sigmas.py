@@ -20,7 +20,19 @@ from typing import Final, Literal
 
 import torch
 
-Stream = Literal["sigma", "noise", "eval", "posterior", "strata", "pair_sigma", "pair_noise", "pair_draw"]
+Stream = Literal[
+    "sigma",
+    "noise",
+    "eval",
+    "posterior",
+    "strata",
+    "pair_sigma",
+    "pair_noise",
+    "pair_draw",
+    "rollout",
+    "sde",
+    "sde_window",
+]
 Density = Literal["logit_normal", "uniform", "mode"]
 MAX_MODE_SCALE: Final = 2.0 / (math.pi - 2.0)
 """1.75: beyond it the mode density's map is not monotone."""
