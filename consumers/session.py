@@ -46,6 +46,7 @@ from qwenimg_dist.files import write_json
 from qwenimg_dist.metrics import RunLog, truncate_logs
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 from qwenimg_dist.models.transformer import load_transformer_config
+from qwenimg_dist.rewards.base import Score
 
 if TYPE_CHECKING:
     from consumers.grids import Grids
@@ -77,6 +78,9 @@ class Hooks:
     """A file that `say` appends to, for processes beside the rank; empty where `say` is standard error."""
     say: Callable[[str], None] = _ignore
     """One line for a person; called on rank 0, and by any rank for a warning of its own."""
+    score: Score | None = None
+    """How pictures are judged; None where the consumers open the config's rewards themselves, in a process beside the
+    rank."""
     command_id: str = ""
     """The same for all starts of the gang by one command, so that a restart does not start afresh again."""
 

@@ -62,9 +62,10 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     """Hydra overrides -> resolved plain dict."""
     GlobalHydra.instance().clear()
     given = [_readable(override) for override in overrides]
-    if not any(override.partition("=")[0].lstrip("+~") == "filters" for override in given):
-        # A filter's file is all that it takes to have it: no list of them to forget.
-        given.append(f"filters=[{','.join(groups()['filters'])}]")
+    for group in ("filters", "reward"):
+        if not any(override.partition("=")[0].lstrip("+~") == group for override in given):
+            # A filter's or reward's file is all that it takes to have it: no list of them to forget.
+            given.append(f"{group}=[{','.join(groups()[group])}]")
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
             composed = compose(config_name="config", overrides=given)

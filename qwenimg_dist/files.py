@@ -25,12 +25,16 @@ def fsync_dir(folder: Path) -> None:
 
 def write_json(file: Path, value: Any) -> None:
     """Write JSON durably: temporary, fsync, rename."""
+    write_bytes(file, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    """Write a file durably: temporary, fsync, rename."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(file)
     try:
-        with open(temporary, "w", encoding="utf-8") as sink:
-            json.dump(value, sink, indent=1, sort_keys=True)
-            sink.write("\n")
+        with open(temporary, "wb") as sink:
+            sink.write(data)
             sink.flush()
             os.fsync(sink.fileno())
         os.replace(temporary, file)

@@ -118,6 +118,17 @@ def quotes_found(quotes: Iterable[str], text: str) -> float:
     return sum(weight * similarity for weight, similarity in weighed) / total if total else 1.0
 
 
+def in_order_of(quotes: Iterable[str], text: str) -> list[str]:
+    """The quotes in the order in which they are best found in `text`: a picture may show them in another than the
+    caption names them in."""
+    whole = normalise(text)
+
+    def end(quote: str) -> int:
+        return int(_last_row(normalise(quote), whole, anywhere=True).argmin())
+
+    return sorted(quotes, key=end)
+
+
 def _last_row(pattern: str, text: str, *, anywhere: bool) -> npt.NDArray[np.int64]:
     """Edit distances of the whole pattern to `text[:j]`, (len(text) + 1,); with `anywhere` to the best part of the text
     that ends at j."""

@@ -79,7 +79,7 @@ def draw(config: Config, prompts: list[str], args: list[str]) -> list[Image.Imag
     sample = config.sample
     device = usable_device(config.cluster.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    folder, transformer = _load_transformer(config, args, dtype, device)
+    folder, transformer = load_transformer(config, args, dtype, device)
     encoder = TextEncoder.load(folder, dtype=dtype, device=device, max_sequence_length=config.model.max_text_tokens)
     texts, negative = conditions(config, prompts)
     features = {text: encoder.encode([text])[0] for text in sorted({*texts, negative})}
@@ -100,7 +100,7 @@ def draw(config: Config, prompts: list[str], args: list[str]) -> list[Image.Imag
     )
 
 
-def _load_transformer(config: Config, args: list[str], dtype: Any, device: Any) -> tuple[Path, Any]:
+def load_transformer(config: Config, args: list[str], dtype: Any, device: Any) -> tuple[Path, Any]:
     """(pipeline directory, transformer) from an export, or from the newest valid checkpoint of a run."""
     from diffusers import QwenImageTransformer2DModel
 

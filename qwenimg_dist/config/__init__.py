@@ -9,7 +9,9 @@ them.
 from qwenimg_dist.config.commands import ClusterConfig, InspectConfig, LoggerConfig
 from qwenimg_dist.config.data import EditEncodeConfig
 from qwenimg_dist.config.identity import flatten, stable_hash, training_identity
+from qwenimg_dist.config.pairs import PairsConfig
 from qwenimg_dist.config.post_training import DpoConfig
+from qwenimg_dist.config.reward import RewardConfig
 from qwenimg_dist.config.section import Section
 from qwenimg_dist.config.sources import (
     EditsSource,
@@ -39,9 +41,11 @@ __all__ = [
     "ManifestSource",
     "ModelConfig",
     "OptimConfig",
+    "PairsConfig",
     "PairsSource",
     "Phase",
     "PromptsSource",
+    "RewardConfig",
     "Section",
     "SourceConfig",
     "SyntheticTextSource",

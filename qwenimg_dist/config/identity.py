@@ -15,6 +15,7 @@ from qwenimg_dist.config.tree import Config
 # Model and data are held to by fingerprint and digest, so that a path may change.
 _IDENTITY_SECTIONS = ("stage", "curriculum", "objective", "optim")
 _FREE_OF_OBJECTIVE = ("reference_path", "winner_tolerance")
+_FREE_OF_REWARDS = ("batch_size",)
 _IDENTITY_KEYS = {
     "data": ("where", "held_out", "max_held_out", "weights", "caption_weights", "mix"),
     "engine": ("precision",),
@@ -41,7 +42,19 @@ def training_identity(config: Config) -> dict[str, Any]:
         # into memory.
         del phase["micro_batch_tokens"], phase["activation_checkpointing"], phase["name"]
     picked["curriculum"] = {str(index): phase for index, phase in enumerate(phases)}
+    if tree["objective"]["kind"] == "grpo":
+        picked["reward"] = _rewards(config)
     return flatten(picked)
+
+
+def _rewards(config: Config) -> dict[str, Any]:
+    """Weights and settings of the rewards in use; the others may change."""
+    active = config.reward.active
+    settings = {
+        name: {key: value for key, value in config.reward.settings.get(name, {}).items() if key not in _FREE_OF_REWARDS}
+        for name in active
+    }
+    return {"weights": active, "settings": settings}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

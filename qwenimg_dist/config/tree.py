@@ -16,7 +16,9 @@ from qwenimg_dist.config.commands import (
     SampleConfig,
 )
 from qwenimg_dist.config.data import CaptionsConfig, DataConfig, DedupConfig, EncodeConfig
+from qwenimg_dist.config.pairs import PairsConfig
 from qwenimg_dist.config.post_training import DpoConfig, ObjectiveConfig, StartFrom, StartFromConfig
+from qwenimg_dist.config.reward import RewardConfig
 from qwenimg_dist.config.section import Section
 from qwenimg_dist.config.sources import SourceConfig
 from qwenimg_dist.config.training import (
@@ -66,6 +68,8 @@ class Config(Section):
     start_from: StartFrom = StartFromConfig()
     export: ExportConfig = ExportConfig()
     sample: SampleConfig
+    reward: RewardConfig = RewardConfig()
+    pairs: PairsConfig = PairsConfig()
     demo: DemoConfig
     inspect: InspectConfig = InspectConfig()
     follow: bool = False

@@ -79,6 +79,22 @@ class ImageTextModel:
         lengths = [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
         return CaptionFeatures(features=_normalised(found), seen=[min(1.0, room / n) if n else 0.0 for n in lengths])
 
+    def cosines(self, images: Sequence[Image.Image], captions: Sequence[str]) -> torch.Tensor:
+        """(B,) fp64 on the CPU: of each picture with its own caption. A caption that stands there several times is
+        encoded once."""
+        distinct = list(dict.fromkeys(captions))
+        texts = self.caption_features(distinct).features
+        rows = texts[[distinct.index(caption) for caption in captions]]
+        return (self.image_features(images).double() * rows.double()).sum(-1)
+
+    @property
+    def logit_scale(self) -> float:
+        """What the model multiplies its cosines by. Raises ValueError if it has none."""
+        scale = getattr(self.model, "logit_scale", None)
+        if scale is None:
+            raise ValueError(f"{type(self.model).__name__} has no logit_scale")
+        return float(scale.exp())
+
 
 @cache
 def shared_model(path: str, revision: str | None, device: str) -> ImageTextModel:

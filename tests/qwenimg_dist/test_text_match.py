@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from qwenimg_dist.text_match import (
     edit_similarity,
     found_similarity,
+    in_order_of,
     language,
     normalise,
     quoted_texts,
@@ -119,3 +120,10 @@ def test_against_the_plain_recursion(a: str, b: str) -> None:
     if a:
         parts = [b[i:j] for i in range(len(b) + 1) for j in range(i, len(b) + 1)]
         assert found_similarity(a, b) == pytest.approx(1 - min(distance(a, part) for part in parts) / len(a))
+
+
+def test_quotes_are_put_in_the_order_of_the_text() -> None:
+    assert in_order_of(["OPEN", "Bakery"], "BAKERY\nopen daily") == ["Bakery", "OPEN"]
+    assert in_order_of(["OPEN", "Bakery"], "opem bakrey") == ["OPEN", "Bakery"]
+    assert in_order_of(["今日特价", "面包"], "面包 今日特介") == ["面包", "今日特价"]
+    assert in_order_of(["a", "b"], "") == ["a", "b"]
