@@ -51,7 +51,7 @@ def baseline(
     classes = ranks.together(lambda: make_held_out(config, generations, stream, start, budgets, others))
     held_out = HeldOut(config, classes, start)
     if start is None and step == 0:
-        start = held_out.start_of(held_out.errors(engine, None, lambda: stage("the starting model's held-out losses")))
+        start = held_out.start_of(held_out.measure(engine, None, lambda: stage("the starting model's held-out losses")))
         ranks.on_first(lambda: write_json(prepared.run_dir / START_LOSS, start.to_json()))
     elif start is None:
         say("warning: nothing was measured at step 0, so nothing guards against degradation")

@@ -152,8 +152,10 @@ class Certifier:
             },
             "sigma": _sigma_facts(config, pipeline),
             "lineage": {
+                "stage": config.stage,
                 "model": config.model.name,
                 "path": str(pipeline),
+                "started_from": start.record["path"] if start else str(pipeline),
                 "revision": config.model.revision,
                 "fingerprint": self._prepared.model_fingerprint,
                 "parent": start.record["parent"] if start else parent_of_pipeline(pipeline),

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Literal
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +20,39 @@ import torch
 
 from consumers.batch import MicroBatch
 from consumers.ema import Ema
-from consumers.engine import Engine
 from consumers.held_out import Errors, HeldOutClass, Start
+from consumers.held_out_pairs import pair_metrics
+from consumers.objectives.base import Predict
+from consumers.objectives.dpo import pair_errors
 from consumers.objectives.flow_matching import shift_mu, squared_errors
-from qwenimg_dist.config import Config
+from consumers.ranks import Ranks
+from qwenimg_dist.config import Config, DpoConfig
 from qwenimg_dist.flow.sigmas import draw_noise, sigma_at_quantiles
 
 TEXT_BINS: Final = ((1, 64), (65, 128), (129, 256), (257, 512), (513, None))
 _WORST: Final = 8
 Weights = Literal["ema", "raw"]
 Rows = npt.NDArray[np.float64]
+
+
+class Measurable(Protocol):
+    """What is measured: the engine, or a frozen model."""
+
+    @property
+    def ranks(self) -> Ranks: ...
+    @property
+    def predict(self) -> Predict: ...
+    def train(self, mode: bool = True) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Errors of every held-out sample at every quantile, by class."""
+
+    errors: Errors
+    """Of pairs, the chosen pictures'."""
+    rejected: Errors = field(default_factory=dict)
+    """The rejected pictures', of classes that hold pairs."""
 
 
 class HeldOut:
@@ -42,32 +66,37 @@ class HeldOut:
         self.num_samples = start.num_samples if start else config.evaluate.num_samples
         self.classes = classes
 
-    def errors(self, engine: Engine, ema: Ema | None, tell: Callable[[], None] = lambda: None) -> Errors:
+    def measure(self, model: Measurable, ema: Ema | None, tell: Callable[[], None] = lambda: None) -> Measured:
         """The error of every sample at every quantile, with the EMA's weights if given. Collective.
 
         `tell` is called before each micro-batch: on few ranks a large set takes longer than the watchdog lets a stage
         last.
         """
         num = len(self.quantiles)
-        found = {r: np.zeros((len(one.keys), num)) for r, one in self.classes.items()}
-        engine.train(False)
+        found = {
+            (r, i): np.zeros((len(one.keys), num)) for r, one in self.classes.items() for i in range(1 + one.pairs)
+        }
+        model.train(False)
         with torch.no_grad(), ema.applied() if ema is not None else contextlib.nullcontext():
             for resolution, one in self.classes.items():
                 for micro in one.batches:
                     tell()
-                    errors = self._errors(engine, micro.to(engine.ranks.device))
                     real = np.flatnonzero(micro.weights.numpy() > 0)
-                    found[resolution][micro.slots.numpy()[real]] = errors[real]
-        engine.train()
+                    for picture, errors in enumerate(self._errors(model.predict, micro.to(model.ranks.device))):
+                        found[resolution, picture][micro.slots.numpy()[real]] = errors[real]
+        model.train()
         # One rank has each sample, the others add nought: the sum is exact.
         flat = np.concatenate([np.zeros(0), *(errors.ravel() for errors in found.values())])
-        summed = np.array(engine.ranks.sum(flat.tolist())) if len(flat) else flat
+        summed = np.array(model.ranks.sum(flat.tolist())) if len(flat) else flat
         ends = np.cumsum([errors.size for errors in found.values()])
         parts = np.split(summed, ends[:-1]) if len(ends) else []
-        return {r: part.reshape(-1, num) for r, part in zip(found, parts, strict=True)}
+        by_picture: tuple[Errors, Errors] = ({}, {})
+        for (resolution, picture), part in zip(found, parts, strict=True):
+            by_picture[picture][resolution] = part.reshape(-1, num)
+        return Measured(errors=by_picture[0], rejected=by_picture[1])
 
-    def _errors(self, engine: Engine, micro: MicroBatch) -> Rows:
-        """(b, quantiles) fp64."""
+    def _errors(self, predict: Predict, micro: MicroBatch) -> Rows:
+        """(pictures of a sample, b, quantiles) fp64."""
         objective = self._objective
         sigmas = sigma_at_quantiles(
             self.quantiles,
@@ -82,14 +111,25 @@ class HeldOut:
         columns = []
         for value in sigmas.tolist():
             sigma = torch.full((len(micro.weights),), value, device=micro.latents.device)
-            columns.append(squared_errors(engine.predict, micro, sigma, noise).double().cpu())
-        return torch.stack(columns, dim=1).numpy()
+            if micro.rejected is None:
+                errors = squared_errors(predict, micro, sigma, noise)[None]
+            else:
+                errors = pair_errors(predict, micro, sigma, noise)
+            columns.append(errors.double().cpu())
+        return torch.stack(columns, dim=-1).numpy()
 
-    def start_of(self, errors: Errors) -> Start:
+    def start_of(self, measured: Measured) -> Start:
         """What is kept of the starting model."""
         keys = {r: one.keys for r, one in self.classes.items()}
         quantiles, seed = tuple(self.quantiles), self._seed
-        return Start(num_samples=self.num_samples, quantiles=quantiles, seed=seed, keys=keys, errors=errors)
+        return Start(
+            num_samples=self.num_samples,
+            quantiles=quantiles,
+            seed=seed,
+            keys=keys,
+            errors=measured.errors,
+            rejected=measured.rejected,
+        )
 
     def metrics(
         self, now: Errors, resolutions: Sequence[int], start: Errors | None, *, prefix: str = "eval/"
@@ -113,6 +153,16 @@ class HeldOut:
             if start is not None and resolution in start:
                 found[f"start_loss_{resolution}"] = float(start[resolution].mean())
         found |= self._by_bucket(now)
+        return {prefix + name: value for name, value in found.items()}
+
+    def pairs(
+        self, now: Measured, resolutions: Sequence[int] | None, start: Start | None, *, prefix: str = "eval/"
+    ) -> dict[str, float]:
+        """Implicit accuracy, margin and loss on held-out pairs (`held_out_pairs.py`); empty where there are none."""
+        if start is None or not isinstance(self._objective, DpoConfig):
+            return {}
+        beta, theirs = self._objective.beta, (start.errors, start.rejected)
+        found = pair_metrics(now.errors, now.rejected, *theirs, beta=beta, resolutions=resolutions)
         return {prefix + name: value for name, value in found.items()}
 
     def _losses(self, errors: Rows) -> dict[str, float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,6 +45,8 @@ class HeldOutClass:
     """Valid text tokens."""
     batches: tuple[MicroBatch, ...]
     """This rank's share; as many forwards on every rank."""
+    pairs: bool = False
+    """Whether its samples have a rejected picture besides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,8 @@ class Start:
     seed: int
     keys: dict[int, tuple[str, ...]]
     errors: Errors
+    rejected: Errors = field(default_factory=dict)
+    """Errors of the rejected pictures, of classes that hold pairs; runs from before they were measured have none."""
 
     @property
     def losses(self) -> dict[int, float]:
@@ -69,7 +73,11 @@ class Start:
             "sigma_quantiles": list(self.quantiles),
             "seed": self.seed,
             "classes": {
-                str(resolution): {"keys": list(self.keys[resolution]), "errors": errors.tolist()}
+                str(resolution): {
+                    "keys": list(self.keys[resolution]),
+                    "errors": errors.tolist(),
+                    **({"rejected": self.rejected[resolution].tolist()} if resolution in self.rejected else {}),
+                }
                 for resolution, errors in self.errors.items()
             },
         }
@@ -98,11 +106,17 @@ def start_from_json(kept: Mapping[str, Any] | None) -> Start | None:
         quantiles=quantiles,
         seed=kept["seed"],
         keys={resolution: tuple(entry["keys"]) for resolution, entry in classes.items()},
-        errors={
-            resolution: np.array(entry["errors"], dtype=np.float64).reshape(-1, len(quantiles))
-            for resolution, entry in classes.items()
-        },
+        errors=_arrays(classes, "errors", len(quantiles)),
+        rejected=_arrays(classes, "rejected", len(quantiles)),
     )
+
+
+def _arrays(classes: Mapping[int, Mapping[str, Any]], name: str, num: int) -> Errors:
+    return {
+        resolution: np.array(entry[name], dtype=np.float64).reshape(-1, num)
+        for resolution, entry in classes.items()
+        if name in entry
+    }
 
 
 def differences(config: Config, start: Start) -> str:
@@ -156,13 +170,15 @@ def make_held_out(
             continue
         budget = budgets.get(resolution, min(budgets.values()))
         try:
-            batches = stream.held_out_batches(found, micro_batch_tokens=budget, catalogs=catalogs)
+            # The other classes' latents are looked up by one place each, which is the chosen picture's.
+            pairs = resolution in budgets and "rejected" in generations.facets.further
+            batches = stream.held_out_batches(found, micro_batch_tokens=budget, catalogs=catalogs, pairs=pairs)
         except DataError as error:
             raise DataError(
                 f"{error}. This one is held out, and the held-out set of a run is fixed: data.max_bad_samples does not "
                 "help; evaluate.every=0 trains without validation until the file is back"
             ) from error
-        made[resolution] = _described(resolution, catalogs, found, batches)
+        made[resolution] = _described(resolution, catalogs, found, batches, pairs=pairs)
     if start is not None:
         _check_frozen(config, made, start)
     return made
@@ -187,7 +203,12 @@ def _wanted(config: Config, resolution: int) -> bool:
 
 
 def _described(
-    resolution: int, catalogs: Catalogs, groups: Sequence[HeldOutBucket], batches: Sequence[MicroBatch]
+    resolution: int,
+    catalogs: Catalogs,
+    groups: Sequence[HeldOutBucket],
+    batches: Sequence[MicroBatch],
+    *,
+    pairs: bool,
 ) -> HeldOutClass:
     by_slot: dict[int, tuple[str, str, int]] = {}
     for group in groups:
@@ -201,4 +222,5 @@ def _described(
         buckets=tuple(bucket for _, bucket, _ in entries),
         tokens=tuple(tokens for _, _, tokens in entries),
         batches=tuple(batches),
+        pairs=pairs,
     )

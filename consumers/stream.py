@@ -132,16 +132,21 @@ class Stream:
         return replace(batch, wait_s=time.perf_counter() - begin)
 
     def held_out_batches(
-        self, held_out: Sequence[HeldOutBucket], *, micro_batch_tokens: int, catalogs: Catalogs | None = None
+        self,
+        held_out: Sequence[HeldOutBucket],
+        *,
+        micro_batch_tokens: int,
+        catalogs: Catalogs | None = None,
+        pairs: bool = False,
     ) -> list[MicroBatch]:
         """This rank's share of a held-out set (`Generations.held_out`), as many micro-batches on every rank.
 
         The same samples with the same slots on any number of ranks; slots that even out the ranks have weight zero.
-        `catalogs` is what the set's positions count in; None: the ledger's.
+        `catalogs` is what the set's positions count in; None: the ledger's. With `pairs`, the rejected pictures too.
         """
-        return self._thread.submit(
-            self._make_held_out, held_out, micro_batch_tokens, self._ledger.catalogs if catalogs is None else catalogs
-        ).result()
+        counted_in = self._ledger.catalogs if catalogs is None else catalogs
+        further = ("rejected",) if pairs else ()
+        return self._thread.submit(self._make_held_out, held_out, micro_batch_tokens, counted_in, further).result()
 
     def begin_pairs(self, group: HeldOutBucket, *, micro_batch_tokens: int) -> Future[list[MicroBatch]]:
         """As `held_out_batches`, of pairs with their rejected pictures, read in the background."""

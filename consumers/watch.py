@@ -31,9 +31,12 @@ def evaluate(session: Session, phase: int, *, last: bool) -> dict[str, float]:
     start = session.start.errors if session.start else None
     found: dict[str, float] = {}
     for index, (name, ema) in enumerate(weights_of(session.config, session.ema)):
-        errors = held_out.errors(session.engine, ema, partial(session.hooks.stage, f"held-out losses, {name} weights"))
+        tell = partial(session.hooks.stage, f"held-out losses, {name} weights")
+        measured = held_out.measure(session.engine, ema, tell)
+        errors, trained = measured.errors, session.resolutions[phase]
         prefix = "eval/" if index == 0 else f"eval/{name}/"
-        found |= held_out.metrics(errors, session.resolutions[phase], start, prefix=prefix)
+        found |= held_out.metrics(errors, trained, start, prefix=prefix)
+        found |= held_out.pairs(measured, trained, session.start, prefix=prefix)
         if index == 0 and (step % config.every == 0 or step == session.config.train.steps):
             # Not at a stop in between: a run in pieces must not be judged more often than one in a piece.
             _judge(session, phase, errors)

@@ -1,6 +1,6 @@
 """Checkpoints of a run: what is there, whether it is sound, and the way to a diffusers pipeline.
 
-    qwenimg-dist ckpt list run.path=RUN                         with what each certificate says
+    qwenimg-dist ckpt list run.path=RUN                         with what each certificate says, and the lineage
     qwenimg-dist ckpt verify run.path=RUN                       every byte against the manifests
     qwenimg-dist ckpt export run.path=RUN export.path=OUT       a directory that stock diffusers loads
         [export.weights=ema|raw] [export.step=N] [export.dtype=bfloat16|float32]
@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from qwenimg_dist.commands.ckpt_list import checkpoint_table
+from qwenimg_dist.commands.ckpt_list import checkpoint_table, lineage_of_run
 from qwenimg_dist.commands.inputs import required, run_config
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
@@ -40,12 +40,15 @@ def run(args: list[str]) -> int:
 
 
 def list_run(config: Config, args: list[str]) -> int:
-    """Print each checkpoint: step, time, ranks, size, images, data, what it started from, difference from stock."""
+    """Print each checkpoint: step, time, ranks, size, images, data, what it started from, difference from stock; and
+    the chain of stages that the run came out of."""
     run_dir = Path(required(config.run.path, "run.path"))
     if not run_dir.is_dir():
         raise ValueError(f"run.path={run_dir} is not there")
     table = checkpoint_table(run_dir)
     print(table.text() if table.rows else f"no checkpoints in {run_dir}")
+    for lineage in lineage_of_run(run_dir):
+        print(f"\n{lineage.text()}")
     return 0
 
 

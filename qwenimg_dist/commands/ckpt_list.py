@@ -1,4 +1,4 @@
-"""`ckpt list`: one line per checkpoint, with what its certificate says.
+"""`ckpt list`: one line per checkpoint, with what its certificate says, and the chain of stages it came out of.
 
 `vs stock` is the largest absolute difference of one forward from stock diffusers (see `consumers/certificate.py`), in
 brackets how large velocities were. Sizes and manifests are checked, bytes are not; that is `ckpt verify`.
@@ -6,10 +6,12 @@ brackets how large velocities were. Sizes and manifests are checked, bytes are n
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwenimg_dist.report.lineage import lineage_tables
 from qwenimg_dist.report.run_events import difference_text, lineage_text
 from qwenimg_dist.report.table import Table
 
@@ -24,6 +26,17 @@ def checkpoint_table(run_dir: Path) -> Table:
     from consumers.checkpoint_files import list_checkpoints
 
     return Table(title=str(run_dir), columns=_COLUMNS, rows=tuple(_row(info) for info in list_checkpoints(run_dir)))
+
+
+def lineage_of_run(run_dir: Path) -> list[Table]:
+    """What the run came from: one table, or several where its checkpoints differ in that (`model.path` was moved)."""
+    from consumers.checkpoint_files import CheckpointError, list_checkpoints, read_certificate
+
+    found: dict[int, dict[str, Any]] = {}
+    for info in list_checkpoints(run_dir):
+        with contextlib.suppress(CheckpointError):  # the list says so
+            found[info.step] = read_certificate(info.path) or {}
+    return lineage_tables(found)
 
 
 def _row(info: CheckpointInfo) -> tuple[str, ...]:

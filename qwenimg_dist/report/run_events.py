@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from qwenimg_dist.report.lineage import lineage_tables
 from qwenimg_dist.report.metrics_file import Column
 from qwenimg_dist.report.page import Code, Paragraph, Piece
 from qwenimg_dist.report.table import Table, show
@@ -36,9 +37,11 @@ def events(run_dir: Path, metrics: Mapping[str, Column]) -> tuple[Piece, ...]:
 def checkpoints(run_dir: Path) -> tuple[Piece, ...]:
     """The committed checkpoints with what their certificates say."""
     rows = []
+    certificates: dict[int, dict[str, Any]] = {}
     for manifest in sorted((run_dir / "checkpoints").glob("step-*/manifest.json")):
         told = _json(manifest.with_name("certificate.json")) or {}
         files = (_json(manifest) or {}).get("files", {})
+        certificates[int(manifest.parent.name.removeprefix("step-"))] = told
         size = sum(int(entry.get("size_bytes", 0)) for entry in files.values())
         rows.append(
             (
@@ -57,7 +60,7 @@ def checkpoints(run_dir: Path) -> tuple[Piece, ...]:
         "The last column is the largest difference of one forward from stock diffusers (in brackets: how large "
         "velocities were). certificate.json of each checkpoint says what was compared."
     )
-    return (table, Paragraph(text=note)) if rows else ()
+    return (table, Paragraph(text=note), *lineage_tables(certificates)) if rows else ()
 
 
 def worst_samples(run_dir: Path) -> tuple[Piece, ...]:

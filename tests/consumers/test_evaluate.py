@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from consumers.evaluate import WORST_COLUMNS, HeldOut
+from consumers.evaluate import WORST_COLUMNS, HeldOut, Measured
 from consumers.held_out import HeldOutClass, start_from_json
 from qwenimg_dist.compose import load_config
 
@@ -69,8 +69,9 @@ def test_worst_by_loss_and_by_change() -> None:
 
 
 def test_the_start_is_read_back_as_it_was_written() -> None:
-    start = held_out().start_of(START)
+    start = held_out().start_of(Measured(errors=START))
     back = start_from_json(start.to_json())
     assert back is not None
     assert (back.keys, back.quantiles, back.seed) == (start.keys, start.quantiles, start.seed)
     assert all(np.array_equal(back.errors[r], START[r]) for r in START)
+    assert back.rejected == {}

@@ -74,8 +74,10 @@ def test_every_checkpoint_has_a_certificate_that_the_list_shows(
         assert 0 < told["parity"]["max_difference"] < 1e-5
         assert told["lineage"]["path"] == str(root / "pipeline")
     assert main(["ckpt", "list", f"run.path={reference}"]) == 0
-    listed = capsys.readouterr().out.splitlines()[2:]
-    for line, (step, told) in zip(listed, found.items(), strict=True):
+    checkpoints, _, lineage_of_all = capsys.readouterr().out.partition("\n\nLineage\n")
+    assert lineage_of_all.splitlines()[1].split()[:3] == ["this", "run", "pretrain"]
+    assert str(root / "pipeline") in lineage_of_all.splitlines()[2]
+    for line, (step, told) in zip(checkpoints.splitlines()[2:], found.items(), strict=True):
         assert told is not None
         parity, lineage = told["parity"], told["lineage"]
         for word in (f"{parity['max_difference']:.1e}", told["data"]["fingerprint"], lineage["fingerprint"], "valid"):

@@ -14,6 +14,7 @@ from small_run import Ended, lines, numbers, overrides, run_gang, write_input
 from consumers.checkpoint import list_checkpoints, open_checkpoint
 from consumers.checkpoint_files import read_certificate
 from consumers.run_directory import facets_of
+from qwenimg_dist.commands.main import main
 from qwenimg_dist.compose import load_config
 
 STEPS = 8
@@ -67,17 +68,28 @@ def reference(root: Path) -> Path:
     return root / "reference"
 
 
-def test_dpo_starts_at_ln_2_from_the_averaged_weights_and_moves(root: Path, reference: Path) -> None:
+def test_dpo_starts_at_ln_2_from_the_averaged_weights_and_moves(
+    root: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = lines(reference / "metrics.jsonl")
     assert [line["step"] for line in log] == list(range(1, STEPS + 1))
     assert log[0]["train/loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert log[0]["train/winner_error"] == pytest.approx(log[0]["train/winner_reference_error"], rel=1e-6)
     assert any(abs(float(line["train/loss"]) - np.log(2)) > 1e-3 for line in log[1:])  # type: ignore[arg-type]
+    evaluated = [line for line in log if "eval/loss" in line]
+    assert [line["step"] for line in evaluated] == [4, 8]
+    assert all({"eval/pair_accuracy", "eval/pair_margin", "eval/raw/pair_loss"} <= line.keys() for line in evaluated)
+    assert all(0 < float(line["eval/pair_accuracy"]) <= 1 for line in evaluated)  # type: ignore[arg-type]
     told = read_certificate(list_checkpoints(reference)[-1].path)
     assert told is not None
     parent = told["lineage"]["parent"]
     assert (parent["step"], parent["weights"]) == (2, "ema")
     assert parent["lineage"]["path"] == str(root / "pipeline")
+    assert main(["ckpt", "list", f"run.path={reference}"]) == 0
+    chain = capsys.readouterr().out.partition("\n\nLineage\n")[2].splitlines()[1:]
+    assert [line.split()[:2] for line in chain] == [["this", "run"], ["from", "sft"], ["from", "-"]]
+    assert str(root / "sft") in chain[1]
+    assert told["lineage"]["fingerprint"] in chain[1]
 
 
 def test_killed_in_the_pass_and_in_training_is_the_same_run(root: Path, reference: Path) -> None:
