@@ -33,6 +33,7 @@ from qwenimg_dist.config import Config, training_identity
 from qwenimg_dist.data.catalog import RunFacets
 from qwenimg_dist.data.facets import DataError, hold_lock
 from qwenimg_dist.data.generations import LedgerConfig
+from qwenimg_dist.data.replay import read_replay
 from qwenimg_dist.files import write_json
 from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
 from qwenimg_dist.models.pipeline import fingerprint_component, pipeline_dir
@@ -58,6 +59,7 @@ _MOVED_BY_FRESH: Final = (
     "bad_samples.jsonl",
     "faults",
     "generations.jsonl",
+    "progress.json",
     "index",
     "takedown",
     "samples",
@@ -100,6 +102,8 @@ def preflight(config: Config) -> Prepared:
     facets = facets_of(config, pipeline)
     if not config.follow:
         check_ready(dirs, facets)
+    if config.train.replay_generations:
+        read_replay(Path(config.train.replay_generations))
     weights = SafetensorsDirectory(pipeline / "transformer")
     num_layers = int(load_transformer_config(pipeline / "transformer")["num_layers"])
     groups = parameter_groups({name: weights.shape(name) for name in weights.names}, config.optim, num_layers)

@@ -42,6 +42,7 @@ from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.data.generation_log import FILE as GENERATIONS_FILE
 from qwenimg_dist.data.generation_log import read_lines
 from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.replay import take_over
 from qwenimg_dist.files import write_json
 from qwenimg_dist.metrics import RunLog, truncate_logs
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
@@ -302,8 +303,15 @@ def _open_data(
             raise Stopped
         time.sleep(_POLL_S)
     datasets = ranks.together(lambda: {name: Dataset.open(folder) for name, folder in dirs.items()})
-    generations = Generations(prepared.run_dir, datasets, prepared.facets, prepared.ledger, follow=config.follow)
-    _on_first(ranks, lambda: _check_generations(config, generations, known, prepared.run_dir))
+    generations = Generations(
+        prepared.run_dir,
+        datasets,
+        prepared.facets,
+        prepared.ledger,
+        follow=config.follow,
+        max_ahead_bytes=config.cluster.max_ahead_bytes,
+    )
+    _on_first(ranks, lambda: _check_generations(config, generations, known, prepared.run_dir, hooks))
     await_batch(generations, ranks, hooks, min(step, config.train.steps - 1))
     if note := _on_first(ranks, lambda: generations.not_yet_taken_down):
         _say(ranks, hooks, f"warning: {note}")
@@ -336,7 +344,10 @@ def _tell_plan(config: Config, generations: Generations, ranks: Ranks, hooks: Ho
         hooks.say(line)
 
 
-def _check_generations(config: Config, generations: Generations, known: int, run_dir: Path) -> None:
+def _check_generations(config: Config, generations: Generations, known: int, run_dir: Path, hooks: Hooks) -> None:
+    if config.train.replay_generations:
+        file = Path(config.train.replay_generations)
+        hooks.say(f"replaying {take_over(run_dir, file)} generations of {file}")
     generations.verify(tars=config.data.max_bad_samples == 0)
     recorded = len(read_lines(run_dir / GENERATIONS_FILE)[0])
     if recorded < known:

@@ -80,7 +80,7 @@ class UnitActor:
         os.environ["OMP_NUM_THREADS"] = str(job.num_threads)
         cv2.setNumThreads(1)  # pictures are worked on in threads already; OpenCV would take every core of the node
         self._job = job
-        self._config = Config.model_validate_json(job.config_json)
+        self._config = _on_its_device(Config.model_validate_json(job.config_json))
         self._dataset = Dataset.open(job.data_path)
         self._fence = fence.enter(self._dataset.root)
         self._plan = make_plan(self._config, text_facet=job.text_facet, latents_facets=job.latents_facets)
@@ -123,6 +123,13 @@ class UnitActor:
             torch.set_num_threads(self._job.num_threads)
             self._encoders = PipelineEncoders.load(Path(self._job.pipeline_dir), self._config)
         return self._encoders
+
+
+def _on_its_device(config: Config) -> Config:
+    """A producer that reserves no GPU sees none, whatever device the ranks train on."""
+    if config.cluster.gpus_per_producer > 0:
+        return config
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"device": "cpu"})})
 
 
 def describe_failure(error: Exception) -> Failure:

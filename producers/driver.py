@@ -10,6 +10,7 @@ must happen in source order and so in one place. Only the holder of the data set
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any, Final
 from producers import fence
 from producers.dedup import DigestIndex, load_index, settle_unit
 from producers.enhance import enhance_rows
+from producers.hold import Hold
 from producers.listing import ListingChange, sync_listing
 from producers.near import load_near_index, settle_near
 from producers.near_index import HammingIndex
@@ -67,6 +69,8 @@ class Driver:
     """Called before a round writes anything: the last moment to refuse."""
     stopping: Callable[[], bool] = lambda: False
     """Asked between tasks; once true, started tasks are finished and no other is begun."""
+    hold: Hold | None = None
+    """Asked before each unit is encoded; None never holds back."""
     _workers: Workers | None = None
     _index: DigestIndex | None = None
     _near: HammingIndex | None = None
@@ -112,20 +116,29 @@ class Driver:
         schedule = _Schedule(pending, scan_ahead=workers.num_workers + 2)
         while not schedule.finished:
             while not self.stopping() and workers.num_idle() > 0:
-                task = schedule.next_task()
+                task = schedule.next_task(self._has_room)
                 if task is None:
                     break
                 workers.submit(task)
             if self.stopping() and schedule.in_flight == 0:
                 return False
+            if schedule.in_flight == 0 and workers.num_idle() > 0:  # held back
+                time.sleep(_POLL_S)
+                self.observer.tick()
+                continue
             for outcome in workers.wait(_POLL_S):
                 for unit in schedule.done(outcome.task):
                     self._settle(unit)
                 if outcome.report is not None:
                     self._watched.add(outcome.report.unit)  # the next look decides whether it needs to stay
+                    if self.hold is not None:
+                        self.hold.unit_done(outcome.report.unit)
                     self.observer.unit_done(outcome.report)
             self.observer.tick()
         return True
+
+    def _has_room(self, num_encoding: int) -> bool:
+        return self.hold is None or self.hold.room(num_encoding)
 
     def _rescan(self, pending: Sequence[Pending], workers: Workers) -> bool:
         """Scan what was settled before, but whose scan was lost (`data repair`): nothing can be settled without the
@@ -202,20 +215,22 @@ class _Schedule:
         self._scan_ahead = scan_ahead
         self._open = len(pending)
         """Units not yet encoded."""
+        self._encoding = 0
         self.in_flight = 0
 
     @property
     def finished(self) -> bool:
         return self._open == 0
 
-    def next_task(self) -> Task | None:
-        """The task to start now; None if everything that could start waits for one in flight."""
+    def next_task(self, has_room: Callable[[int], bool]) -> Task | None:
+        """The task to start now; None if everything that could start waits for one in flight, or for room."""
         ahead = self._open - len(self._to_scan)
         if self._to_scan and (ahead < self._scan_ahead or not self._to_encode):
             one = self._to_scan.popleft()
             task = Task(kind="scan", unit=one.unit, again=one.scan_again)
-        elif self._to_encode:
+        elif self._to_encode and has_room(self._encoding):
             task = Task(kind="encode", unit=self._to_encode.popleft())
+            self._encoding += 1
         else:
             return None
         self.in_flight += 1
@@ -226,6 +241,7 @@ class _Schedule:
         self.in_flight -= 1
         if task.kind == "encode":
             self._open -= 1
+            self._encoding -= 1
             return []
         self._scanned.add(task.unit)
         ready = []

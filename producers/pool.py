@@ -45,9 +45,10 @@ _LESS_MEMORY: Final = "lower encode.image_batch_pixels or filters.resolution.max
 
 
 @contextlib.contextmanager
-def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+def ray_session(cluster: ClusterConfig, *, cpus: float | None = None) -> Iterator[None]:
     """Ray, started on 127.0.0.1 and ended with the block, or joined at `cluster.address`; one that runs is used.
 
+    `cpus` are what all actors together reserve; None: the producers.
     Inside a submitted job Ray itself names the address (`RAY_ADDRESS`), and that cluster is joined.
     """
     if ray.is_initialized():
@@ -61,7 +62,8 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         ray.init(address=address, **quiet)
     else:
         # More actors than CPUs must still start: the user's figure decides, not the machine's.
-        num_cpus = max(os.cpu_count() or 1, math.ceil(cluster.producers * cluster.cpus_per_producer))
+        cpus = cluster.producers * cluster.cpus_per_producer if cpus is None else cpus
+        num_cpus = max(os.cpu_count() or 1, math.ceil(cpus))
         ray.init(
             address="local",
             num_cpus=num_cpus,

@@ -41,8 +41,11 @@ class Gauges(Protocol):
 class ProduceProgress(Observer):
     """Units, images per second, what was not admitted and why, time left."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, bar: bool = True, line_every_s: float = _LINE_EVERY_S) -> None:
+        """`bar=False` writes lines on a terminal too, where another display has the bar."""
         self._console = console
+        self._has_bar = bar and console.is_terminal
+        self._line_every_s = line_every_s
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._total = self._done = 0
@@ -66,7 +69,7 @@ class ProduceProgress(Observer):
         self._reasons.clear()
         self._began = self._last_line = time.monotonic()
         self._recent = deque([(self._began, 0)])
-        if self._console.is_terminal:
+        if self._has_bar:
             self._bar = Progress(
                 TextColumn("units"),
                 BarColumn(),
@@ -93,7 +96,7 @@ class ProduceProgress(Observer):
             self.gauges.state(images_per_s=self._rate(), units_left=units_left, left_s=self._left_s())
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, rates=self._rates(), left=f"{left} left")
-        elif self._done == self._total or now - self._last_line >= _LINE_EVERY_S:
+        elif self._done == self._total or now - self._last_line >= self._line_every_s:
             spent = show_time(now - self._began)
             self._line(f"{self._done}/{self._total} units, {self._rates()}, {spent}, about {left} left")
 

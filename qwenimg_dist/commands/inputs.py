@@ -1,7 +1,9 @@
-"""What several commands need of their input: required paths, and the config that a run directory was made with."""
+"""What several commands need of their input: required paths, the config that a run directory was made with, errors of
+the file system in words."""
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -44,3 +46,11 @@ def run_config(run_dir: Path, args: list[str]) -> Config:
         named = {word.partition("=")[0].removeprefix("model.") for word in args if word.startswith("model.")}
         plain["model"] = {**plain["model"], **{key: given[key] for key in named}}
     return validate(plain)
+
+
+def describe_os_error(error: OSError) -> str:
+    """For a person; a full disk with the way out."""
+    if error.errno == errno.ENOSPC:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}; what is committed is kept: make room and run the same command again"
+    return f"{type(error).__name__}: {error}"

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Final
 
+from qwenimg_dist.commands.inputs import describe_os_error
 from qwenimg_dist.compose import did_you_mean
 
 COMMANDS: Final = {
     "demo": "qwenimg_dist.commands.demo",
     "produce": "qwenimg_dist.commands.produce",
     "train": "qwenimg_dist.commands.train",
+    "run": "qwenimg_dist.commands.run",
     "data": "qwenimg_dist.commands.data",
     "ckpt": "qwenimg_dist.commands.ckpt",
     "report": "qwenimg_dist.commands.report",
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _fail(_describe(error), 1)
+        return _fail(describe_os_error(error), 1)
     except Exception as error:  # the last line of defence: a named failure, the traceback for the report
         traceback.print_exc()
         return _fail(f"{type(error).__name__}: {error}", 1)
@@ -79,15 +81,6 @@ def overview() -> str:
 def load_summary(name: str) -> str:
     """A command's one line."""
     return str(load(name).SUMMARY)
-
-
-def _describe(error: OSError) -> str:
-    import errno
-
-    if error.errno == errno.ENOSPC:
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"the disk is full{where}; what is committed is kept: make room and run the same command again"
-    return f"{type(error).__name__}: {error}"
 
 
 def _fail(message: str, code: int = 2) -> int:

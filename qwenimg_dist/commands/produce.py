@@ -9,14 +9,13 @@ goes on; what is committed is kept. Bad input is refused before anything is writ
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 from rich.console import Console
@@ -24,6 +23,7 @@ from rich.console import Console
 from producers import fence
 from producers.actor import Job
 from producers.driver import Driver
+from producers.hold import Hold
 from producers.listing import ListingChange, check_kind
 from producers.plan import Plan, make_plan
 from producers.progress import ProduceProgress
@@ -33,6 +33,7 @@ from producers.sources.folder import describe
 from producers.workers import ProduceError, Workers
 from qwenimg_dist.commands.data import look_closer
 from qwenimg_dist.commands.inputs import required
+from qwenimg_dist.commands.stopping import catch_signals, stop_signals
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.facets import DataError, Dataset
@@ -45,19 +46,65 @@ _WORKERS_GONE_S: Final = 60.0
 _FOLLOW_POLL_S: Final = 2.0
 _SETTLED_S: Final = 2.0
 """While following, a file counts as written once it was not touched for this long."""
-_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 def run(args: list[str]) -> int:
     """Bring the data set up to date with source and config. Returns 1 if that failed or was stopped halfway."""
     config = load_config(args)
-    data_path = Path(required(config.data.path, "data.path"))
+    production = prepare(config)
+    console = Console(soft_wrap=True)
+    stop = threading.Event()
+    try:
+        finished = drive(production, ProduceProgress(console), stop)
+    except ProduceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    show_funnel(production, console)
+    if not finished and not config.follow:
+        print("error: stopped before the end; the same command goes on from here", file=sys.stderr)
+        return 1
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Production:
+    """A `produce` that may begin: what can be refused without writing was not."""
+
+    config: Config
+    source: Source
+    found: Found
+    """The first look at the source."""
+    pipeline_dir: Path
+    plan: Plan
+
+    @property
+    def data_path(self) -> Path:
+        return Path(required(self.config.data.path, "data.path"))
+
+
+def prepare(config: Config) -> Production:
+    """Look at source and config. Raises ValueError for anything unusable in either."""
+    required(config.data.path, "data.path")
     source = open_source(config.source)
     found = source.find()
     pipeline_dir, plan = _plan(config)
-    console = Console(soft_wrap=True)
+    return Production(config=config, source=source, found=found, pipeline_dir=pipeline_dir, plan=plan)
+
+
+def drive(
+    production: Production,
+    progress: ProduceProgress,
+    stop: threading.Event,
+    *,
+    on_listed: Callable[[int], None] = lambda num_pending: None,
+) -> bool:
+    """Produce until the source is done, with `follow` until `stop`; producers and locks are given back at the end.
+
+    `on_listed` hears once how many units there are to do. Returns False if stopped before the end. Raises ValueError
+    (nothing was written) and `ProduceError`.
+    """
+    config, source = production.config, production.source
     with ExitStack() as stack:
-        stop = threading.Event()
         ray_is_up = False
 
         def join_ray() -> None:
@@ -72,17 +119,17 @@ def run(args: list[str]) -> int:
 
         def before_writing() -> None:
             join_ray()
-            _catch_signals(stop)  # Ray has put its own handlers there
+            catch_signals(stop)  # Ray has put its own handlers there
 
-        if not (data_path / "dataset.json").exists():
+        if not (production.data_path / "dataset.json").exists():
             join_ray()
-        dataset = Dataset.create(data_path, config.data.unit_size)
+        dataset = Dataset.create(production.data_path, config.data.unit_size)
         check_kind(dataset, sample_kind(config.source))
         stack.enter_context(dataset.lock())
         fence.sweep(dataset, timeout_s=_WORKERS_GONE_S)
         remember_origin(dataset, Origin(kind=config.source.kind, root=_absolute(source.root)))
         stack.callback(_sweep_after, dataset)  # runs after the workers' end
-        progress = stack.enter_context(ProduceProgress(console))
+        stack.enter_context(progress)
 
         def make_workers() -> Workers:
             from producers.pool import RayWorkers
@@ -90,49 +137,59 @@ def run(args: list[str]) -> int:
 
             join_ray()
             progress.gauges = RayGauges()
-            workers = RayWorkers(_job(config, pipeline_dir, plan, source), config.cluster)
+            workers = RayWorkers(_job(production), config.cluster)
             stack.callback(workers.close)
-            _catch_signals(stop)  # Ray has put its own handlers there
+            catch_signals(stop)
             return workers
 
         driver = Driver(
             dataset=dataset,
-            plan=plan,
+            plan=production.plan,
             root=source.root,
             make_workers=make_workers,
             before_writing=before_writing,
             observer=progress,
             stopping=stop.is_set,
+            hold=_hold(production, dataset, progress),
         )
-        with _signals(stop):
-            try:
-                finished = _rounds(driver, source, found, config.follow, stop, progress)
-            except ProduceError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 1
-    counted = funnel(dataset)
+        with stop_signals(stop):
+            return _rounds(driver, production, stop, progress, on_listed)
+
+
+def _hold(production: Production, dataset: Dataset, progress: ProduceProgress) -> Hold | None:
+    config = production.config
+    if config.cluster.max_ahead_bytes is None or config.run.path is None:
+        return None
+    facets = production.plan.facets
+    return Hold(dataset, facets, Path(config.run.path), config.cluster.max_ahead_bytes, say=progress.say)
+
+
+def show_funnel(production: Production, console: Console) -> None:
+    """What became of the rows, on a terminal or as text."""
+    counted = funnel(Dataset.open(production.data_path))
     for table in counted.tables():
         console.print(table.rich() if console.is_terminal else table.text(), highlight=False)
     if counted.reasons:
-        console.print(look_closer(config.data.path, counted), highlight=False, markup=False)
-    if not finished and not config.follow:
-        print("error: stopped before the end; the same command goes on from here", file=sys.stderr)
-        return 1
-    return 0
+        console.print(look_closer(production.config.data.path, counted), highlight=False, markup=False)
 
 
 def _rounds(
-    driver: Driver, source: Source, found: Found, follow: bool, stop: threading.Event, progress: ProduceProgress
+    driver: Driver,
+    production: Production,
+    stop: threading.Event,
+    progress: ProduceProgress,
+    on_listed: Callable[[int], None],
 ) -> bool:
     """One round, or with `follow` rounds until a stop; False if the last one did not reach its end."""
     said: set[str] = set()
-    finished = _round(driver, found, progress, said, every_unit=True)
+    found = production.found
+    finished = _round(driver, found, progress, said, every_unit=True, on_listed=on_listed)
     for what, number in sorted(found.dropped.items()):
         progress.say(f"dropped {number} {what}")
-    while follow and not stop.is_set():
+    while production.config.follow and not stop.is_set():
         began = time.monotonic()
         try:
-            found = source.find(min_age_s=_SETTLED_S)
+            found = production.source.find(min_age_s=_SETTLED_S)
             finished = _round(driver, found, progress, said, every_unit=False)
         except ValueError as error:  # a line half written, a folder emptied: what is there next time counts
             progress.say(f"looking again: {error}")
@@ -140,7 +197,15 @@ def _rounds(
     return finished
 
 
-def _round(driver: Driver, found: Found, progress: ProduceProgress, said: set[str], *, every_unit: bool) -> bool:
+def _round(
+    driver: Driver,
+    found: Found,
+    progress: ProduceProgress,
+    said: set[str],
+    *,
+    every_unit: bool,
+    on_listed: Callable[[int], None] = lambda num_pending: None,
+) -> bool:
     change = driver.list_source(found)
     if every_unit and found.ignored.total():
         progress.say(f"no rows for {describe(found.ignored)}")
@@ -151,6 +216,7 @@ def _round(driver: Driver, found: Found, progress: ProduceProgress, said: set[st
     pending = driver.pending(None if every_unit else change.units)
     if pending or every_unit:
         progress.say(_announce(change, len(pending)))
+    on_listed(len(pending))
     return driver.produce(pending, change.num_rows)
 
 
@@ -179,14 +245,15 @@ def _plan(config: Config) -> tuple[Path, Plan]:
     return folder, plan
 
 
-def _job(config: Config, pipeline_dir: Path, plan: Plan, source: Source) -> Job:
+def _job(production: Production) -> Job:
+    config = production.config
     return Job(
         config_json=config.model_dump_json(),
-        data_path=str(Path(required(config.data.path, "data.path")).resolve()),
-        pipeline_dir=str(pipeline_dir.resolve()),
-        text_facet=plan.text_facet,
-        latents_facets=dict(plan.latents_facets),
-        root=_absolute(source.root),
+        data_path=str(production.data_path.resolve()),
+        pipeline_dir=str(production.pipeline_dir.resolve()),
+        text_facet=production.plan.text_facet,
+        latents_facets=dict(production.plan.latents_facets),
+        root=_absolute(production.source.root),
         num_threads=max(1, int(config.cluster.cpus_per_producer)),
     )
 
@@ -199,29 +266,3 @@ def _sweep_after(dataset: Dataset) -> None:
     """What cannot be removed now is left to the next run: nothing is wrong with a stray."""
     with suppress(DataError, OSError):
         fence.sweep(dataset, timeout_s=_WORKERS_GONE_S)
-
-
-@contextmanager
-def _signals(stop: threading.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT ask for a stop; what was there before comes back afterwards."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    _catch_signals(stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _catch_signals(stop: threading.Event) -> None:
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice
-        stop.set()
-
-    if threading.current_thread() is threading.main_thread():
-        for number in _STOP_SIGNALS:
-            signal.signal(number, ask)

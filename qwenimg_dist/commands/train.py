@@ -14,20 +14,20 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final, TextIO
+from typing import Any, Final, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qwenimg_dist.commands.inputs import required
+from qwenimg_dist.commands.stopping import stop_signals
+from qwenimg_dist.commands.train_display import TrainDisplay
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import ClusterConfig, Config
 
@@ -36,7 +36,6 @@ SUMMARY: Final = "one stage on a gang of ZeRO-3 ranks; the same command again re
 STOP_FILE: Final = ".stop"
 LOG_FILE: Final = "train.log"
 _POLL_S: Final = 0.5
-_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _SHOWN_CAUSE_LINES: Final = 12
 
 
@@ -49,25 +48,12 @@ def run(args: list[str]) -> int:
     from consumers.run_directory import preflight  # imports torch
 
     preflight(config)  # bad input is named in seconds, before Ray and with nothing written
-    if _is_complete(config, run_dir):
-        if degraded := _verdict(config, run_dir):
-            print(f"error: {degraded}", file=sys.stderr)
-            return 1
-        print(f"training complete already: {run_dir}", file=sys.stderr)
-        return 0
+    if (ended := already_ended(config, run_dir)) is not None:
+        return ended.tell()
     from producers.pool import machines, ray_session
 
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # The session counts CPUs for actors; here they are the ranks.
-    cluster = config.cluster.model_copy(
-        update={
-            "producers": max(config.cluster.ranks, config.cluster.producers),
-            "cpus_per_producer": max(config.cluster.cpus_per_rank, config.cluster.cpus_per_producer),
-        }
-    )
     stop = threading.Event()
-    with ray_session(cluster), _signals(stop):
+    with ray_session(config.cluster, cpus=config.cluster.ranks * config.cluster.cpus_per_rank), stop_signals(stop):
         check_room(config.cluster, machines())
         return _train(config, run_dir, stop)
 
@@ -82,6 +68,15 @@ def _dry_run(config: Config) -> int:
     for warning in plan.warnings():
         console.print(f"warning: {warning}", highlight=False, markup=False)
     return 0
+
+
+def already_ended(config: Config, run_dir: Path) -> Ended | None:
+    """How a run that has come to its last step ended; None if there is something left to train."""
+    if not _is_complete(config, run_dir):
+        return None
+    if degraded := _verdict(config, run_dir):
+        return Ended(outcome="failed", code=1, message=f"error: {degraded}")
+    return Ended(outcome="complete", code=0, message=f"training complete already: {run_dir}")
 
 
 def _is_complete(config: Config, run_dir: Path) -> bool:
@@ -105,55 +100,126 @@ def _verdict(config: Config, run_dir: Path) -> str:
     return Guard(config.evaluate, start.losses if start else {}, state.get("guard")).verdict
 
 
+def _needs(cluster: ClusterConfig) -> dict[str, float]:
+    return {"CPU": cluster.cpus_per_rank, "GPU": 1.0 if cluster.device == "cuda" else 0.0}
+
+
+def places(cluster: ClusterConfig, machines: Sequence[Mapping[str, float]]) -> int:
+    """How many ranks have room on these machines at once, were they free."""
+    need = [(name, amount) for name, amount in _needs(cluster).items() if amount]
+    return sum(min(int(machine.get(name, 0.0) / amount) for name, amount in need) for machine in machines)
+
+
 def check_room(cluster: ClusterConfig, machines: Sequence[Mapping[str, float]]) -> None:
     """Raise ValueError if these machines, were they free, have no room for all ranks at once.
 
     Ray Train would wait for them for ever, without a word.
     """
-    need = {"CPU": cluster.cpus_per_rank, "GPU": 1.0 if cluster.device == "cuda" else 0.0}
-    places = [
-        min(int(machine.get(name, 0.0) / amount) for name, amount in need.items() if amount) for machine in machines
-    ]
-    if sum(places) < cluster.ranks:
+    if (room := places(cluster, machines)) < cluster.ranks:
+        need = _needs(cluster)
         there = "; ".join(f"{m.get('CPU', 0.0):g} CPUs and {m.get('GPU', 0.0):g} GPUs" for m in machines)
         raise ValueError(
             f"cluster.ranks={cluster.ranks} ranks need {need['CPU']:g} CPUs and {need['GPU']:g} GPUs each, Ray has "
-            f"machines of {there or 'nothing'}: room for {sum(places)}. Lower cluster.ranks, set cluster.device=cpu, "
+            f"machines of {there or 'nothing'}: room for {room}. Lower cluster.ranks, set cluster.device=cpu, "
             "or set cluster.address to a cluster that has them"
         )
 
 
 def _train(config: Config, run_dir: Path, stop: threading.Event) -> int:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    command_id = uuid.uuid4().hex[:12]
-    stop_file = run_dir / f"{STOP_FILE}-{command_id}"  # a second `train` started by mistake must not stop this one
-    gang = _Gang(config, command_id)
-    console = Console(soft_wrap=True, stderr=True)  # not as a context: that would hold every line back to its end
-    with _Display(console, config, run_dir) as display:
-        gang.start()
-        while gang.is_alive():
-            display.update()
-            if stop.is_set() and not display.heard:
-                console.print("stopped before the ranks were there; nothing was changed", highlight=False)
-                return 0
-            if stop.is_set() and not stop_file.exists():
-                console.print("stopping: the ranks save and end", highlight=False)
-                stop_file.touch()
-            gang.join(_POLL_S)
-        display.update()
-    stop_file.unlink(missing_ok=True)
-    if gang.error is not None:
-        what = f"training failed (restarts allowed: {config.cluster.max_restarts})"
-        print(f"error: {what}: {_cause(gang.error)}", file=sys.stderr)
-        return 1
-    answer: dict[str, Any] = gang.answer or {}
-    if "error" in answer:
-        print(f"error: {answer['error']}", file=sys.stderr)
-        return int(answer["code"])
-    outcome = answer.get("outcome", "ended")
-    goes_on = " (the same command goes on)" if outcome == "stopped" else ""
-    print(f"training {outcome}: {run_dir}{goes_on}", file=sys.stderr)
-    return 0
+    with Training(config, run_dir) as training:
+        training.start(config.cluster.ranks)
+        while training.poll():
+            if stop.is_set():
+                training.stop()
+    return training.ended().tell()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a gang ended."""
+
+    outcome: Literal["complete", "stopped", "unstarted", "failed"]
+    """`unstarted`: told to stop before its ranks were there."""
+    code: int
+    message: str
+
+    def tell(self) -> int:
+        """Print the message; returns the exit code."""
+        print(self.message, file=sys.stderr)
+        return self.code
+
+
+class Training:
+    """The gang of a run directory as the command sees it: started, shown, asked to stop. For the main thread.
+
+    A gang that has ended may be followed by another one, on other ranks: to the run it is the same command.
+    """
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._config = config
+        self._run_dir = run_dir
+        self._command_id = uuid.uuid4().hex[:12]
+        # A second `train` started by mistake must not stop this one.
+        self._stop_file = run_dir / f"{STOP_FILE}-{self._command_id}"
+        self._gang: _Gang | None = None
+        self._unstarted = False
+        # Not as a context: that would hold every line back to its end.
+        self.console = Console(soft_wrap=True, stderr=True)
+        self._display = TrainDisplay(self.console, run_dir / LOG_FILE, config.train.steps)
+
+    def __enter__(self) -> Training:
+        self._display.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._display.end()
+        self._stop_file.unlink(missing_ok=True)
+
+    def start(self, ranks: int) -> None:
+        """Start a gang of so many ranks; none is at work."""
+        self._stop_file.unlink(missing_ok=True)
+        cluster = self._config.cluster.model_copy(update={"ranks": ranks})
+        self._gang = _Gang(self._config.model_copy(update={"cluster": cluster}), self._command_id)
+        self._gang.start()
+
+    def poll(self) -> bool:
+        """Show what is new, and wait a moment; False once the gang has ended."""
+        assert self._gang is not None
+        if self._unstarted:
+            return False
+        alive = self._gang.is_alive()
+        self._display.update()
+        if alive:
+            self._gang.join(_POLL_S)
+        return alive
+
+    def stop(self, why: str = "stopping: the ranks save and end", *, abandon: bool = True) -> None:
+        """Ask the ranks to save and end; may be called again and again. With `abandon`, ranks that have said nothing
+        yet are not waited for: there is nothing to save."""
+        if abandon and not self._display.heard:
+            self._unstarted = True
+        elif not self._stop_file.exists():
+            self.console.print(why, highlight=False)
+            self._stop_file.touch()
+
+    def ended(self) -> Ended:
+        """How it ended. Only after `poll` was False."""
+        assert self._gang is not None
+        if self._unstarted:
+            message = "stopped before the ranks were there; nothing was changed"
+            return Ended(outcome="unstarted", code=0, message=message)
+        if self._gang.error is not None:
+            what = f"training failed (restarts allowed: {self._config.cluster.max_restarts})"
+            return Ended(outcome="failed", code=1, message=f"error: {what}: {_cause(self._gang.error)}")
+        answer = self._gang.answer or {}
+        if "error" in answer:
+            return Ended(outcome="failed", code=int(answer["code"]), message=f"error: {answer['error']}")
+        stopped = answer.get("outcome") == "stopped"
+        message = f"training {answer.get('outcome', 'ended')}: {self._run_dir}"
+        if stopped:
+            return Ended(outcome="stopped", code=0, message=f"{message} (the same command goes on)")
+        return Ended(outcome="complete", code=0, message=message)
 
 
 class _Gang(threading.Thread):
@@ -174,6 +240,8 @@ class _Gang(threading.Thread):
 
 
 def _trainer(config: Config, command_id: str) -> Any:
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -234,77 +302,7 @@ def _rank(job: dict[str, Any]) -> dict[str, Any]:
     return {"outcome": outcome}
 
 
-class _Display:
-    """What the ranks wrote to `train.log` and how far they are: a bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self, console: Console, config: Config, run_dir: Path) -> None:
-        self._console = console
-        self._log = run_dir / LOG_FILE
-        self._position = self._log.stat().st_size if self._log.exists() else 0
-        self.heard = False
-        """Whether the ranks have said anything: until then there is nothing to save."""
-        self._bar = Progress(
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("starting the ranks", total=config.train.steps)
-
-    def __enter__(self) -> _Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self) -> None:
-        """Show what is new."""
-        for line in self._new_lines():
-            self.heard = True
-            words = line.split(maxsplit=2)
-            if self._console.is_terminal and words[:1] == ["step"] and "/" in words[1]:
-                self._bar.update(self._task, completed=int(words[1].partition("/")[0]), description=words[2])
-            else:
-                self._console.print(line, highlight=False, markup=False)
-
-    def _new_lines(self) -> Iterator[str]:
-        if not self._log.exists():
-            return
-        with open(self._log, encoding="utf-8", errors="replace") as source:
-            source.seek(self._position)
-            yield from self._whole_lines(source)
-
-    def _whole_lines(self, source: TextIO) -> Iterator[str]:
-        while (line := source.readline()).endswith("\n"):
-            self._position = source.tell()
-            yield line.rstrip("\n")
-
-
 def _cause(error: BaseException) -> str:
     """The last lines of what the ranks said: Ray nests every rank's whole traceback."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return "\n  ".join(lines[-_SHOWN_CAUSE_LINES:])
-
-
-@contextmanager
-def _signals(stop: threading.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT ask for a stop. Installed after Ray, which puts its own handlers there."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in _STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

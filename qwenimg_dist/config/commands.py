@@ -27,6 +27,15 @@ class ClusterConfig(Section):
     cpus_per_rank: PositiveFloat = 1
     cpus_per_producer: PositiveFloat = 1
     gpus_per_producer: NonNegativeFloat = 0
+    """0 encodes on the CPUs, also with `device=cuda`: training keeps all GPUs, and each producer is far slower."""
+    elastic: bool = False
+    """`run`: once the source is exhausted, the gang saves, ends, and goes on with the producers' places as further
+    ranks. Costs one save, one start, and rounding that differs from then on. Off, these places lie idle."""
+    max_ahead_bytes: PositiveInt | None = None
+    """Producers begin no further unit while so many bytes of committed units wait to be trained on: in `run`, and in a
+    `produce` that has `run.path` set to the run that follows it. Bounds the disk that a stalled training fills; nothing
+    is deleted. Less than a few units per producer makes training wait; it never stands still for it, since a waiting
+    run is always produced for. `None` never holds them back."""
     address: str | None = None
     """Ray address (`auto` inside a submitted job); `None` starts a local Ray on 127.0.0.1."""
     unit_retries: NonNegativeInt = 3

@@ -339,6 +339,10 @@ class TrainConfig(Section):
     """A rank that lives but has not come from one stage or micro-batch to the next for so long is ended likewise. Must
     exceed the longest single stage: loading the weights, compiling, one save, one sample grid. Collectives give up five
     minutes later."""
+    replay_generations: str | None = None
+    """A `generations.jsonl` of another run: its generations are taken over before the first step, so that samples come
+    in the same order, which for a run that followed its producers also depends on when units became ready. All their
+    units must be there as that run read them. Beyond its last generation the run goes on by itself. Costs nothing."""
     fresh: bool = False
     """Start from step 0 even if the run directory holds checkpoints; they are moved aside."""
     dry_run: bool = False

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from qwenimg_dist.data.ahead import Stretch, part_bytes, write_progress
 from qwenimg_dist.data.catalog import HEAD, Catalog, CatalogFolder, Catalogs, Ints, RunFacets
 from qwenimg_dist.data.catalog_build import PARTS, build_catalog
 from qwenimg_dist.data.facets import DataError, Dataset
@@ -42,6 +43,7 @@ from qwenimg_dist.schema import SOURCE_COMPLETE
 
 INDEX: Final = "index"
 _VISIBLE_S: Final = 60.0
+_TELL_EVERY_S: Final = 1.0
 _GROWTH: Final = 10
 """A generation that continues an epoch adds at least 1 / this of the epoch's units so far."""
 
@@ -100,8 +102,13 @@ class Generations:
         config: LedgerConfig,
         *,
         follow: bool,
+        max_ahead_bytes: int | None = None,
     ) -> None:
-        """`dataset` are several by name if the config has a `mix`, which a run that follows may not have."""
+        """`dataset` are several by name if the config has a `mix`, which a run that follows may not have.
+
+        `max_ahead_bytes` is what producers are held back by: half of it is enough for a generation, whatever share of
+        the epoch that is, since waiting for more could be in vain.
+        """
         if follow and config.mix is not None:
             raise ValueError("a run on several data sets cannot follow their producers: shares are settled once")
         self.run = run
@@ -109,6 +116,10 @@ class Generations:
         self.facets = facets
         self.config = config
         self.follow = follow
+        self._max_ahead_bytes = max_ahead_bytes
+        self._unit_bytes: dict[tuple[int, int], int] = {}
+        self._told = -float("inf")
+        self._told_waiting = False
         self.lines: list[Generation] = []
         self._catalogs = Catalogs({name: one.root for name, one in self.datasets.items()})
         self._catalog_of: list[int | None] = []  # beside `lines`
@@ -201,13 +212,29 @@ class Generations:
         while self._ledger is None or not self._ledger.available(step):
             lines = self._next(step)
             if not lines:
+                self._tell(step, waiting=True)
                 return "wait"
             if self._ledger is None:
                 self._try([*self.lines, *lines])
             for line in lines:
                 append_line(self.run / FILE, line)
             self.refresh()
+            self._told = -float("inf")
+        self._tell(step, waiting=False)
         return "ready"
+
+    def _tell(self, step: int, *, waiting: bool) -> None:
+        """Now and then, let producers know how far training is, see `ahead.py`."""
+        if self.settled or not (self.follow or self.count):
+            return
+        if waiting == self._told_waiting and time.monotonic() - self._told < _TELL_EVERY_S:
+            return
+        self._told, self._told_waiting = time.monotonic(), waiting
+        mine = [(line.phase, line) for line in self.lines if line.phase is not None]
+        used = {phase: iter(self.ledger.used(phase, step)) for phase in {phase for phase, _ in mine}}
+        stretches = [Stretch(first=line.first_unit, end=line.units, share=next(used[phase])) for phase, line in mine]
+        done = step + 1 >= self.config.phases[-1].last_step
+        write_progress(self.run, step, stretches, waiting=waiting, done=done)
 
     def refresh(self, count: int | None = None) -> None:
         """Read lines that were appended since. With `count`, wait until that many are visible (shared file systems
@@ -387,13 +414,27 @@ class Generations:
             raise DataError(why_not_ready(dataset, self.facets))
         if closed and mine and complete and self._empty_epoch(step, mine):
             self.ledger.batch(step)  # raises, saying what is missing
-        if not complete and len(units) < max(1, -(-first_unit // _GROWTH)):
+        if not complete and len(units) < max(1, -(-first_unit // _GROWTH)) and not self._fills_the_room(units):
             return None
         if not units and (closed or not mine):
             return None
         return self._make(
             self.count, step, phase=phase, epoch=epoch, first_unit=first_unit, units=units, last=complete, name=""
         )
+
+    def _fills_the_room(self, units: Sequence[UnitPins]) -> bool:
+        """Whether producers may be held back by these units, so that no more of them may come."""
+        if self._max_ahead_bytes is None or not units:
+            return False
+        (dataset,) = self.datasets.values()
+        total = 0
+        for unit in units:
+            key = (unit.unit, unit.rows_parts)
+            if key not in self._unit_bytes:
+                parts = [part for part in unit.parts() if part.facet in self.facets.names]
+                self._unit_bytes[key] = part_bytes(dataset, parts)
+            total += self._unit_bytes[key]
+        return 2 * total >= self._max_ahead_bytes
 
     def _empty_epoch(self, step: int, mine: Sequence[Generation]) -> bool:
         """All epochs so far together gave the step's stream no batch: more epochs will not help."""

@@ -37,7 +37,7 @@ from qwenimg_dist.data.catalog import Catalogs
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.mix import Mix
 from qwenimg_dist.data.order import BLOCK_UNITS, WINDOW, Segment, Stream
-from qwenimg_dist.data.phases import PlannedPhase, phase_at, quota
+from qwenimg_dist.data.phases import PlannedPhase, phase_at, quota, steps_by_resolution
 from qwenimg_dist.data.samples import Selection
 from qwenimg_dist.data.tally import Tally, tally
 from qwenimg_dist.schema import Bucket
@@ -168,6 +168,23 @@ class Ledger:
         """Batches of all segments that a stream has (one epoch where its segment repeats)."""
         with self._lock:
             return self._streams[phase, resolution].num_batches
+
+    def used(self, phase: int, step: int) -> list[float]:
+        """Of each segment of a phase, in order, the share of its batches that the steps before `step` have taken."""
+        planned = self.phases[phase]
+        taken = steps_by_resolution(planned.weights, min(max(0, step - planned.first_step), planned.num_steps))
+        with self._lock:
+            batches = [self._streams[phase, resolution].batches_of_segments for resolution in sorted(taken)]
+            shares = []
+            for segment, ends in enumerate(zip(*batches, strict=True)):
+                of_all = sum(end - start for start, end in ends)
+                used = sum(
+                    min(max(0, taken[resolution] - start), end - start)
+                    for resolution, (start, end) in zip(sorted(taken), ends, strict=True)
+                )
+                # What fills no batch is carried into the segment after it.
+                shares.append(used / of_all if of_all else float(segment + 1 < len(batches[0])))
+        return shares
 
     def tally(self, phase: int, resolution: int) -> Tally:
         """What all steps that a phase has at a resolution hold, counted without making the batches."""

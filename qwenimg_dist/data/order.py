@@ -236,6 +236,11 @@ class Stream:
         """Batches of all segments; of one that repeats, its first epoch's."""
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def batches_of_segments(self) -> list[tuple[int, int]]:
+        """(first batch, end) of each segment of a growing epoch."""
+        return list(zip([0, *self._ends], self._ends, strict=False))
+
     def why_exhausted(self) -> str:
         """What to tell the user when a batch is asked for that there is none of."""
         name = f"{self.phase} at {self.resolution} px"

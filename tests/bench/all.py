@@ -19,6 +19,7 @@ BENCHMARKS: Final = (
     "padding",
     "loader",
     "data_wait",
+    "backpressure",
     "picture_path",
     "filters",
     "ocr",
