@@ -1,0 +1,102 @@
+"""`run` on a Ray cluster of three raylets on loopback: a machine is lost, another joins; the head itself is killed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+from run_command import BOUND, ending, kept_keys, num_ready, num_steps, ray_processes, real_keys, start, until, words
+from small_run import lines
+from undisturbed import write_source
+
+from qwenimg_dist.data.facets import Dataset
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+HERE = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 1024**2}
+UNITS, STEPS = 20, 24
+
+
+def start_cluster() -> Cluster:
+    head = {**HERE, "num_cpus": 1, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, shutdown_at_exit=False, head_node_args=head)
+    for _ in range(2):
+        cluster.add_node(num_cpus=2, **HERE)
+    return cluster
+
+
+def end_cluster(cluster: Cluster) -> None:
+    """As if all its machines lost power."""
+    for node in [*cluster.worker_nodes]:
+        cluster.remove_node(node, allow_graceful=False)
+    cluster.remove_node(cluster.head_node, allow_graceful=False)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    made = start_cluster()
+    yield made
+    if made.head_node is not None:
+        end_cluster(made)
+
+
+def with_a_rank(cluster: Cluster) -> Any:
+    """A machine, not the head, that a rank runs on."""
+    for node in cluster.worker_nodes:
+        raylet = node.all_processes["raylet"][0].process
+        if ray_processes(raylet.pid, "TrainWorker"):
+            return node
+    raise AssertionError("no rank runs beside the head")
+
+
+def command(root: Path, cluster: Cluster) -> list[str]:
+    extra = (f"train.steps={STEPS}", "checkpoint.every=2", f"cluster.max_ahead_bytes={BOUND}")
+    return words(root, "run", *extra, f"cluster.address={cluster.address}", "cluster.max_restarts=8")
+
+
+def assert_whole(root: Path) -> None:
+    """Every step once, and the first epoch has every sample once."""
+    run = root / "run"
+    samples = lines(run / "samples.jsonl")
+    assert [line["step"] for line in samples] == list(range(1, STEPS + 1))
+    first = [line["step"] for line in lines(run / "metrics.jsonl") if line["train/epoch"] == 0]
+    kept = kept_keys(Dataset.open(root / "data"))
+    assert len(kept) == 5 * UNITS - 1
+    assert real_keys(samples, first) == kept  # type: ignore[arg-type]
+
+
+def test_a_machine_is_lost_and_another_one_joins(tmp_path: Path, cluster: Cluster) -> None:
+    write_source(tmp_path / "source", 5 * UNITS, 5 * UNITS)
+    log = tmp_path / "run" / "train.log"
+    with ending(start("run", *command(tmp_path, cluster))) as process:
+        until(lambda: num_steps(tmp_path, "run") >= 3, process)
+        assert num_ready(tmp_path) < UNITS
+        cluster.remove_node(with_a_rank(cluster), allow_graceful=False)
+        until(lambda: "the gang failed" in log.read_text(), process)
+        cluster.add_node(num_cpus=2, **HERE)
+        out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, out + err
+    assert_whole(tmp_path)
+
+
+def test_the_head_is_killed_and_the_same_command_goes_on_on_a_new_one(tmp_path: Path, cluster: Cluster) -> None:
+    write_source(tmp_path / "source", 5 * UNITS, 5 * UNITS)
+    with ending(start("run", *command(tmp_path, cluster))) as process:
+        until(lambda: num_steps(tmp_path, "run") >= 3, process)
+        assert num_ready(tmp_path) < UNITS
+        cluster.remove_node(cluster.head_node, allow_graceful=False)
+        process.communicate(timeout=400)
+    assert process.returncode not in (0, None)
+    again = start_cluster()
+    try:
+        # The other machines of the old cluster may still be at work: locks keep them apart.
+        with ending(start("run", *command(tmp_path, again))) as process:
+            out, err = process.communicate(timeout=900)
+        assert process.returncode == 0, out + err
+        assert_whole(tmp_path)
+    finally:
+        end_cluster(again)
+        for node in [*cluster.worker_nodes]:
+            cluster.remove_node(node, allow_graceful=False)
