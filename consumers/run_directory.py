@@ -44,7 +44,8 @@ from qwenimg_dist.versions import git_commit, package_versions
 
 STARTS: Final = "starts.jsonl"
 """One line per start of the gang, for `report.html`."""
-_LOCK_WAIT_S: Final = 60.0
+_LOCK_WAIT_S: Final = 150.0
+"""Ranks on other machines outlive a Ray head that was killed by the minute that Ray looks for it."""
 _EXTEND: Final = (
     ". The number of steps is fixed per run, since the schedule follows it: to train its result further, give it as "
     "start_from of a new run"

@@ -42,7 +42,8 @@ from qwenimg_dist.report.funnel import funnel
 
 SUMMARY: Final = "a source of pictures and captions -> filtered, encoded shards and their index; resumable"
 
-_WORKERS_GONE_S: Final = 60.0
+_WORKERS_GONE_S: Final = 150.0
+"""Those on other machines outlive a Ray head that was killed by the minute that Ray looks for it."""
 _FOLLOW_POLL_S: Final = 2.0
 _SETTLED_S: Final = 2.0
 """While following, a file counts as written once it was not touched for this long."""

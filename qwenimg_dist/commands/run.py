@@ -25,7 +25,7 @@ from producers.workers import ProduceError
 from qwenimg_dist.commands import produce
 from qwenimg_dist.commands.inputs import describe_os_error, required
 from qwenimg_dist.commands.stopping import catch_signals, stop_signals
-from qwenimg_dist.commands.train import Ended, Training, already_ended, check_room, places
+from qwenimg_dist.commands.train import Ended, Training, already_ended, check_room, places, prepare_environment
 from qwenimg_dist.compose import load_config, validate
 from qwenimg_dist.config import ClusterConfig, Config
 
@@ -49,6 +49,7 @@ def run(args: list[str]) -> int:
         return ended.tell()
     from producers.pool import machines, ray_session
 
+    prepare_environment()
     cluster, stop = config.cluster, threading.Event()
     with ray_session(cluster, cpus=_cpus(cluster)), stop_signals(stop):
         check_room_for_both(cluster, machines())

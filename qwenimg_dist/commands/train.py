@@ -52,10 +52,17 @@ def run(args: list[str]) -> int:
         return ended.tell()
     from producers.pool import machines, ray_session
 
+    prepare_environment()
     stop = threading.Event()
     with ray_session(config.cluster, cpus=config.cluster.ranks * config.cluster.cpus_per_rank), stop_signals(stop):
         check_room(config.cluster, machines())
         return _train(config, run_dir, stop)
+
+
+def prepare_environment() -> None:
+    """Before Ray starts, whose processes inherit it."""
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 
 
 def _dry_run(config: Config) -> int:
@@ -240,8 +247,6 @@ class _Gang(threading.Thread):
 
 
 def _trainer(config: Config, command_id: str) -> Any:
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
