@@ -1,4 +1,5 @@
 """`torchrun --nproc-per-node N -m consumers OVERRIDES`: training without Ray.
+`torchrun ... -m consumers eval OVERRIDES` is `qwenimg-dist eval`.
 
 `cluster.ranks` is not read here: the ranks are those that torchrun started. Exit codes: 0 done or stopped and saved,
 1 failed, 2 unusable input.
@@ -13,13 +14,15 @@ import sys
 from consumers.errors import TrainingError
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
+from qwenimg_dist.config_of_run import config_for_eval
 
 
 def main(arguments: list[str]) -> int:
     """Train with Hydra overrides as arguments; returns the exit code."""
     rank = os.environ.get("RANK", "0")
     try:
-        outcome = _train(load_config(arguments))  # a mistyped key is named before torch is imported
+        # A mistyped key is named before torch is imported.
+        told = _compare(arguments[1:]) if arguments[:1] == ["eval"] else _train(load_config(arguments))
     except ValueError as error:
         _say(f"error: {error}" if rank == "0" else f"rank {rank} stopped, rank 0 says why")
         return 2
@@ -27,17 +30,25 @@ def main(arguments: list[str]) -> int:
         _say(f"error: {error}" if rank == "0" else f"rank {rank} stopped, rank 0 says why")
         return 1
     if rank == "0":
-        _say(f"training {outcome}")
+        _say(told)
     return 0
 
 
 def _train(config: Config) -> str:
     if config.train.dry_run:
-        return _dry_run(config)
+        return f"training {_dry_run(config)}"
     from consumers.session import Hooks
     from consumers.trainer import train
 
-    return train(config, Hooks(say=_say, command_id=_command_id()))
+    return f"training {train(config, Hooks(say=_say, command_id=_command_id()))}"
+
+
+def _compare(overrides: list[str]) -> str:
+    config = config_for_eval(overrides)
+    from consumers.compare import compare
+    from consumers.session import Hooks
+
+    return f"comparison {compare(config, Hooks(say=_say, command_id=_command_id()))}"
 
 
 def _dry_run(config: Config) -> str:

@@ -363,8 +363,17 @@ class Engine:
 class FrozenModel:
     """A second transformer, sharded as the trained one, without optimiser or gradients. Made by `build_frozen`."""
 
-    def __init__(self, deepspeed_engine: Any) -> None:
+    def __init__(self, deepspeed_engine: Any, ranks: Ranks) -> None:
+        self.ranks = ranks
         self._engine = deepspeed_engine
+
+    @property
+    def transformer(self) -> Any:
+        """As `Engine.transformer`; call it without gradients."""
+        return self._engine
+
+    def train(self, mode: bool = True) -> None:
+        """There is nothing to train: it stays as it is, whoever measures it."""
 
     @torch.no_grad()
     def predict(
@@ -402,7 +411,7 @@ def build_frozen(
     if config.engine.compile:
         qwen.compile_blocks(module)  # as the trained model, whose rounding it must share
     deepspeed_engine.eval()
-    return FrozenModel(deepspeed_engine)
+    return FrozenModel(deepspeed_engine, ranks)
 
 
 def build_engine(

@@ -184,7 +184,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
 
         known = int(loaded.state["generations"]) if loaded else 0
         hooks.stage("opening the data")
-        generations, stream = _open_data(config, prepared, ranks, hooks, progress.step, known, stack)
+        generations, stream = open_data(config, prepared, ranks, hooks, progress.step, known, stack)
         _on_first(ranks, lambda: _tell_plan(config, generations, ranks, hooks, progress.step))
         batches = {phase.index: sorted(phase.weights) for phase in prepared.ledger.phases}
         held_out, start = baseline(
@@ -283,7 +283,7 @@ def await_batch(generations: Generations, ranks: Ranks, hooks: Hooks, step: int)
         time.sleep(_POLL_S)
 
 
-def _open_data(
+def open_data(
     config: Config,
     prepared: Prepared,
     ranks: Ranks,
@@ -292,6 +292,7 @@ def _open_data(
     known: int,
     stack: contextlib.ExitStack,
 ) -> tuple[Generations, Stream]:
+    """The data sets' generations and this rank's stream, waited for where there are none yet. Collective."""
     waiting = False
     dirs = prepared.data_dirs
     while not _on_first(ranks, lambda: all((folder / "dataset.json").is_file() for folder in dirs.values())):

@@ -15,14 +15,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
 from consumers.checkpoint_files import MANIFEST, CheckpointError, Which, list_checkpoints, read_certificate
 from consumers.checkpoint_files import checkpoints_dir as checkpoints_of
 from consumers.checkpoint_reader import CheckpointReader, open_checkpoint
-from qwenimg_dist.config import Config
+from qwenimg_dist.config import Config, StartFromConfig
 from qwenimg_dist.files import write_json
 from qwenimg_dist.models.pipeline import CERTIFICATE, ID_LENGTH, PROVENANCE, fingerprint_component
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
@@ -62,8 +62,6 @@ class CheckpointWeights:
     """A checkpoint's masters or averages as a source of initial weights (`engine.WeightSource`), fp32."""
 
     def __init__(self, reader: CheckpointReader, which: Which) -> None:
-        if which == "ema" and not reader.has_ema:
-            raise CheckpointError(f"{reader.path} has no EMA: set start_from.weights=raw")
         self._reader = reader
         self._which = which
 
@@ -109,13 +107,16 @@ def find_start(
             "another run.path, or start anew here with train.fresh=true"
         )
     try:
-        found = _open(Path(given), config, recorded)
+        pinned = config.start_from
+        if recorded is not None and recorded["kind"] == "checkpoint":
+            pinned = pinned.model_copy(update={"step": recorded["step"]})
+        found = open_weights(Path(given), pinned)
     except (ValueError, OSError) as error:
         if recorded is None or not has_own:
             raise ValueError(f"start_from={given}: {error}") from error
         return StartWeights(record=recorded, source=None, checkpoint=None)
     assert found.source is not None
-    _check_architecture(found.source, pipeline, given)
+    check_architecture(found.source, pipeline, f"start_from={given}")
     if recorded is not None and found.fingerprint != recorded["fingerprint"]:
         raise ValueError(
             f"start_from={given} holds weights {found.fingerprint}, {run_dir} started from {recorded['fingerprint']} "
@@ -168,10 +169,12 @@ def parent_of_pipeline(pipeline: Path) -> dict[str, Any] | None:
     return parent
 
 
-def _open(path: Path, config: Config, recorded: dict[str, Any] | None) -> StartWeights:
+def open_weights(path: Path, wanted: StartFromConfig, *, key: str = "start_from") -> StartWeights:
+    """The weights of a run, of one of its checkpoints, or of a pipeline directory. Raises ValueError; `key` is what
+    messages call the setting."""
     if (path / "model_index.json").is_file():
-        if config.start_from.step is not None:
-            raise ValueError("an exported pipeline has no steps: leave start_from.step out")
+        if wanted.step is not None:
+            raise ValueError(f"an exported pipeline has no steps: leave {key}.step out")
         fingerprint = fingerprint_component(path / "transformer")
         parent = parent_of_pipeline(path) or {"run": str(path), "step": None, "weights": None}
         record = {
@@ -183,23 +186,21 @@ def _open(path: Path, config: Config, recorded: dict[str, Any] | None) -> StartW
             "parent": parent,
         }
         return StartWeights(record=record, source=SafetensorsDirectory(path / "transformer"), checkpoint=None)
-    step = config.start_from.step if recorded is None else recorded["step"]
     if (path / MANIFEST).is_file():
         reader = CheckpointReader(path)
-        if step not in (None, reader.step):
-            raise ValueError(f"it is the checkpoint of step {reader.step}, not {step}")
+        if wanted.step not in (None, reader.step):
+            raise ValueError(f"it is the checkpoint of step {reader.step}, not {wanted.step}")
     elif checkpoints_of(path).is_dir():
-        reader = open_checkpoint(path, step)
+        reader = open_checkpoint(path, wanted.step)
     else:
         raise ValueError(
             "it is neither a run directory (with `checkpoints`), a checkpoint (`step-...`), nor an exported pipeline "
             "(with model_index.json)"
         )
-    return _of_checkpoint(path, reader, config)
+    return _of_checkpoint(path, reader, wanted.weights, key)
 
 
-def _of_checkpoint(path: Path, reader: CheckpointReader, config: Config) -> StartWeights:
-    weights = config.start_from.weights
+def _of_checkpoint(path: Path, reader: CheckpointReader, weights: Literal["ema", "raw"], key: str) -> StartWeights:
     theirs = read_certificate(reader.path) or {}
     # The manifest holds the sha256 of every file, so its own stands for every byte.
     manifest = (reader.path / MANIFEST).read_bytes()
@@ -215,11 +216,14 @@ def _of_checkpoint(path: Path, reader: CheckpointReader, config: Config) -> Star
         "fingerprint": fingerprint,
         "parent": parent,
     }
+    if weights == "ema" and not reader.has_ema:
+        raise CheckpointError(f"{reader.path} has no EMA: set {key}.weights=raw")
     source = CheckpointWeights(reader, "ema" if weights == "ema" else "master")
     return StartWeights(record=record, source=source, checkpoint=reader.path)
 
 
-def _check_architecture(source: WeightSource, pipeline: Path, given: str) -> None:
+def check_architecture(source: WeightSource, pipeline: Path, given: str) -> None:
+    """Raise ValueError naming the tensors unless the source has those of the pipeline's transformer."""
     stock = SafetensorsDirectory(pipeline / "transformer")
     problem = ""
     if set(source.names) != set(stock.names):
@@ -232,8 +236,8 @@ def _check_architecture(source: WeightSource, pipeline: Path, given: str) -> Non
             problem = f"{others[0]} is {tuple(source.shape(others[0]))}, there {stock.shape(others[0])}"
     if problem:
         raise ValueError(
-            f"start_from={given} is of another architecture than model.path={pipeline}: {problem}. Set model to the "
-            "one that the earlier run trained"
+            f"{given} is of another architecture than model.path={pipeline}: {problem}. Set model to the one that the "
+            "earlier run trained"
         )
 
 

@@ -48,7 +48,7 @@ def train(config: Config, hooks: Hooks | None = None) -> Outcome:
     """
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_rank)))
     with (
-        _stop_signals(hooks or Hooks()) as hooks,
+        stop_signals(hooks or Hooks()) as hooks,
         watched(config, hooks) as hooks,
         contextlib.ExitStack() as afterwards,
     ):
@@ -265,7 +265,7 @@ def _save(session: Session) -> None:
 
 
 @contextlib.contextmanager
-def _stop_signals(hooks: Hooks) -> Iterator[Hooks]:
+def stop_signals(hooks: Hooks) -> Iterator[Hooks]:
     """SIGTERM and SIGINT ask for a stop at the next step. Left alone outside the main thread (Ray's workers)."""
     if threading.current_thread() is not threading.main_thread():
         yield hooks

@@ -21,6 +21,7 @@ from typing import Final
 from rich.console import Console
 
 from qwenimg_dist.compose import load_config
+from qwenimg_dist.config import Config
 from qwenimg_dist.demo.scores import Score, score_cells
 from qwenimg_dist.demo.shapes import caption, split, write_folder
 
@@ -75,12 +76,25 @@ def run(args: list[str]) -> int:
     config = load_config(["stage=demo", *args])
     root = Path(config.demo.path)
     console = Console(soft_wrap=True)
-    pictures = root / "pictures"
+    make_pictures(config, console)
+    write_prompts(root)
+    steps = plan(root, [word for word in args if not word.startswith("demo.")])
+    begin = time.monotonic()
+    if not run_steps(steps, console):
+        return 1
+    return conclude(root, steps, console, time.monotonic() - begin)
+
+
+def make_pictures(config: Config, console: Console) -> None:
+    """The folder that plays the user's pictures, if it is not there yet."""
+    pictures = Path(config.demo.path) / "pictures"
     if not (pictures / "metadata.jsonl").is_file():
         counts = write_folder(pictures, num_images=config.demo.num_images, seed=config.demo.seed)
         console.print(f"made {sum(counts.values())} files in {pictures}: {counts}", highlight=False)
-    write_prompts(root)
-    steps = plan(root, [word for word in args if not word.startswith("demo.")])
+
+
+def run_steps(steps: Sequence[Step], console: Console) -> bool:
+    """Run what is not done yet, in order; False where a command failed."""
     progress = Progress(steps, console)
     for index, step in enumerate(steps):
         if step.done_if is not None and step.done_if.exists():
@@ -89,10 +103,11 @@ def run(args: list[str]) -> int:
         progress.announce(index)
         code = subprocess.run([sys.executable, "-m", "qwenimg_dist", *step.args], check=False).returncode
         if code != 0:
-            console.print(f"[red]step {step.title!r} ended with exit code {code}[/]; `demo` again goes on from here")
-            return 1
+            again = "the same command again goes on from here"
+            console.print(f"[red]step {step.title!r} ended with exit code {code}[/]; {again}")
+            return False
         progress.spent_typical_s += step.typical_s
-    return conclude(root, steps, console, time.monotonic() - progress.started)
+    return True
 
 
 def plan(root: Path, extra: Sequence[str]) -> list[Step]:

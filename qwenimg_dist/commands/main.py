@@ -18,11 +18,13 @@ from qwenimg_dist.compose import did_you_mean
 
 COMMANDS: Final = {
     "demo": "qwenimg_dist.commands.demo",
+    "demo-post": "qwenimg_dist.commands.demo_post",
     "produce": "qwenimg_dist.commands.produce",
     "train": "qwenimg_dist.commands.train",
     "run": "qwenimg_dist.commands.run",
     "data": "qwenimg_dist.commands.data",
     "ckpt": "qwenimg_dist.commands.ckpt",
+    "eval": "qwenimg_dist.commands.eval",
     "report": "qwenimg_dist.commands.report",
     "sample": "qwenimg_dist.commands.sample",
     "config": "qwenimg_dist.commands.config",

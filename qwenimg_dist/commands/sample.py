@@ -17,6 +17,7 @@ from qwenimg_dist.commands.inputs import run_config, usable_device
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.models.prompt_enhance import NEGATIVE_PROMPT, enhance
+from qwenimg_dist.prompts_file import prompts_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,13 +49,8 @@ def run(args: list[str]) -> int:
 
 
 def read_prompts(config: Config) -> list[str]:
-    """`sample.prompts`, then the lines of `sample.prompts_file`."""
-    prompts = list(config.sample.prompts)
-    if config.sample.prompts_file is not None:
-        file = Path(config.sample.prompts_file)
-        if not file.is_file():
-            raise ValueError(f"sample.prompts_file={file} is not a file")
-        prompts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """`sample.prompts`, then those of `sample.prompts_file`."""
+    prompts = [prompt.text for prompt in prompts_of(config)]
     if not prompts:
         raise ValueError("nothing to draw: set sample.prompts=[...] or sample.prompts_file=FILE")
     return prompts

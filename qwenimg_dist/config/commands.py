@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from qwenimg_dist.config.post_training import StartFrom, StartFromConfig
 from qwenimg_dist.config.section import Section
 
 
@@ -71,7 +72,7 @@ class SampleConfig(Section):
     """A pipeline directory; `None` takes `export.path`, else the newest valid checkpoint of `run.path`."""
     prompts: tuple[str, ...]
     prompts_file: str | None = None
-    """One prompt per line; besides `prompts`."""
+    """One prompt per line, or a `.jsonl` with the key `prompt` and what rewards need besides; after `prompts`."""
     out: str
     """The grid, a PNG file."""
     cells: str | None = None
@@ -90,6 +91,29 @@ class SampleConfig(Section):
     columns: PositiveInt
 
 
+class EvalConfig(Section):
+    """What `eval` puts beside what. Pictures are drawn as `sample` says, judged as `reward` says, held-out losses
+    measured as `evaluate` says; where it runs is `cluster`."""
+
+    path: str | None = None
+    """The model that is judged: a run directory, one of its checkpoints, or an export. `None` is `run.path`."""
+    step: PositiveInt | None = None
+    """Checkpoint of the run; `None` is the newest valid one."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Which of a checkpoint's weights."""
+    against: StartFrom = StartFromConfig()
+    """What it is compared with, as `start_from` names weights (`eval.against=PATH` for short). Without a path, what it
+    started from by its lineage; that must still be there."""
+    losses: bool = True
+    """Held-out losses of both on the same frozen samples, noise and sigmas. They need the data set that the run was
+    trained on (or another one: `data.path`), and cost as much as one evaluation of a training run for each model."""
+    shown: PositiveInt = 24
+    """Pictures of each model in the grids of the page; all are drawn, judged and kept."""
+    out: str | None = None
+    """Folder of the result; `None` is a folder in the run directory, named by all that decides the numbers. What is
+    there of the same comparison is not done again, what is of another one is refused."""
+
+
 class DemoConfig(Section):
     """The demo's own sizes; all else stands in `stage=demo`."""
 
@@ -98,6 +122,14 @@ class DemoConfig(Section):
     num_images: PositiveInt
     """Good pictures in the generated folder; the junk comes besides."""
     seed: NonNegativeInt
+    early_step: PositiveInt = 500
+    """`demo-post` goes on from this step of the demo: few enough that about half of its pictures are wrong."""
+    sft_steps: PositiveInt = 40
+    dpo_steps: PositiveInt = 60
+    grpo_steps: PositiveInt = 40
+    """Length of the stages of `demo-post`."""
+    pair_seeds: PositiveInt = 8
+    """Pictures per prompt, of which the best and the worst make a pair."""
 
 
 class InspectConfig(Section):

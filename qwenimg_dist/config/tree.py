@@ -9,6 +9,7 @@ from pydantic import PositiveInt, model_validator
 from qwenimg_dist.config.commands import (
     ClusterConfig,
     DemoConfig,
+    EvalConfig,
     ExportConfig,
     InspectConfig,
     LoggerConfig,
@@ -70,6 +71,7 @@ class Config(Section):
     sample: SampleConfig
     reward: RewardConfig = RewardConfig()
     pairs: PairsConfig = PairsConfig()
+    eval: EvalConfig = EvalConfig()
     demo: DemoConfig
     inspect: InspectConfig = InspectConfig()
     follow: bool = False

@@ -10,19 +10,10 @@ from typing import Any
 import pytest
 import torch
 from small_run import overrides
+from written_checkpoint import write_checkpoint
 
 from consumers.certificate import parent_of_pipeline
-from consumers.checkpoint_files import (
-    Piece,
-    checkpoints_dir,
-    describe,
-    rank_file,
-    step_name,
-    write_certificate,
-    write_manifest,
-    write_rank_file,
-    write_state,
-)
+from consumers.checkpoint_files import checkpoints_dir, describe, rank_file, write_manifest
 from consumers.run_directory import preflight
 from consumers.start_from import START_FROM, StartWeights, find_start
 from qwenimg_dist.compose import load_config
@@ -31,31 +22,6 @@ from qwenimg_dist.files import write_json
 from qwenimg_dist.models.pipeline import PROVENANCE
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 from qwenimg_dist.report.run_events import lineage_text
-
-
-def write_checkpoint(root: Path, run: str, step: int, *, ranks: int = 3, ema: bool = True) -> Path:
-    """A checkpoint of the small pipeline as `ranks` ranks write it: masters are the weights + step, averages - step."""
-    source = SafetensorsDirectory(root / "pipeline" / "transformer")
-    folder = checkpoints_dir(root / run) / step_name(step)
-    folder.mkdir(parents=True)
-    records = []
-    for rank in range(ranks):
-        pieces = []
-        for name in source.names:
-            flat = source.read(name).float().flatten()
-            size = -(-len(flat) // ranks)
-            start, stop = min(rank * size, len(flat)), min((rank + 1) * size, len(flat))
-            for which, change in (("master", step), ("ema", -step))[: 1 + ema]:
-                if stop > start:
-                    values = flat[start:stop] + change
-                    pieces.append(Piece(which=which, name=name, start=start, stop=stop, values=values))  # type: ignore[arg-type]
-        records.append(write_rank_file(folder / rank_file(rank, ranks), pieces))
-    shapes = {name: {"shape": list(source.shape(name)), "group": "decay"} for name in source.names}
-    records.append(write_state(folder, {"step": step, "parameters": shapes}))
-    certificate = {"data": {"fingerprint": "da7a"}, "lineage": {"model": "small", "fingerprint": "0" * 12}}
-    records.append(write_certificate(folder, certificate))
-    write_manifest(folder, step, ranks, records)
-    return folder
 
 
 @pytest.fixture

@@ -1,0 +1,43 @@
+"""Prompts from a file: lines of a text file, or rows of a `.jsonl` with whatever a reward needs to know besides.
+
+Place in the flow: `sample` and `eval` read `sample.prompts_file` through it. Refuses a row without a prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qwenimg_dist.config import Config
+from qwenimg_dist.rewards.base import Prompt
+
+_COLUMNS = ("prompt", "caption", "text")
+
+
+def prompts_of(config: Config) -> list[Prompt]:
+    """`sample.prompts`, then those of `sample.prompts_file`. Raises ValueError naming the file and line."""
+    found = [Prompt(text=text) for text in config.sample.prompts]
+    if config.sample.prompts_file is not None:
+        found += read_prompts_file(Path(config.sample.prompts_file))
+    return found
+
+
+def read_prompts_file(file: Path) -> list[Prompt]:
+    """One prompt per line, blank ones left out; of a `.jsonl`, the key `prompt`, the others are its metadata."""
+    if not file.is_file():
+        raise ValueError(f"sample.prompts_file={file} is not a file")
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    if file.suffix != ".jsonl":
+        return [Prompt(text=line.strip()) for line in lines if line.strip()]
+    return [_row(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _row(file: Path, number: int, line: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{file}, line {number}: no JSON ({error})") from error
+    name = next((name for name in _COLUMNS if isinstance(row, dict) and isinstance(row.get(name), str)), None)
+    if name is None or not row[name].strip():
+        raise ValueError(f"{file}, line {number}: no prompt under {' or '.join(_COLUMNS)}")
+    return Prompt(text=row[name].strip(), metadata={key: value for key, value in row.items() if key != name})

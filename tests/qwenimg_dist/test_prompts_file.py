@@ -1,0 +1,31 @@
+"""Prompts of a file: lines, or rows with what a reward needs to know; a bad row is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qwenimg_dist.compose import load_config
+from qwenimg_dist.prompts_file import prompts_of, read_prompts_file
+
+
+def test_lines_and_rows_after_those_of_the_command(tmp_path: Path) -> None:
+    lines = tmp_path / "prompts.txt"
+    lines.write_bytes("\ufeff a red circle \n\n一只狐狸\n".encode())
+    config = load_config(["sample.prompts=[first]", f"sample.prompts_file={lines}"])
+    assert [one.text for one in prompts_of(config)] == ["first", "a red circle", "一只狐狸"]
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text('{"prompt": " a sign ", "quote": "OPEN"}\n\n{"caption": "b", "n": [1]}\n')
+    found = read_prompts_file(rows)
+    assert [(one.text, dict(one.metadata)) for one in found] == [("a sign", {"quote": "OPEN"}), ("b", {"n": [1]})]
+
+
+@pytest.mark.parametrize("row", ["[1]", '{"prompt": 3}', '{"prompt": " "}', "{", '"text"'])
+def test_a_bad_row_is_named(tmp_path: Path, row: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "good"}\n' + row + "\n")
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 2"):
+        read_prompts_file(file)
+    with pytest.raises(ValueError, match="is not a file"):
+        read_prompts_file(tmp_path / "none.txt")
