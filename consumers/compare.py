@@ -233,7 +233,8 @@ def conclude(comparison: Comparison) -> None:
     if comparison.prompts and config.reward.active:
         judged = [json.loads(_rewards(out, name).read_text()) for name in SIDES]
         rewards = told.compare_rewards(*judged, per_prompt=len(config.sample.seeds))
-    verdict = told.verdict(losses, rewards, tolerance=config.evaluate.guard_tolerance)
+    other = "what it came from" if comparison.is_ancestor else "the other model"
+    verdict = told.verdict(losses, rewards, tolerance=config.evaluate.guard_tolerance, other=other)
     result = {
         "format": told.FORMAT,
         **{name: _described(comparison, name) for name in SIDES},

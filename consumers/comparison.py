@@ -51,6 +51,8 @@ class Comparison:
     """Of the model; empty if it has none."""
     no_losses: str
     """Why held-out losses are not measured; empty where they are."""
+    is_ancestor: bool
+    """Whether the other model is what the model's run started from."""
 
     @property
     def cells(self) -> list[Cell]:
@@ -152,6 +154,7 @@ def plan_comparison(config: Config) -> Comparison:
         prompts=prompts,
         certificate=certificate,
         no_losses=no_losses,
+        is_ancestor=start.fingerprint == (certificate.get("lineage") or {}).get("fingerprint"),
     )
 
 

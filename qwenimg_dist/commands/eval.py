@@ -50,7 +50,7 @@ def _on_ranks(config: Config) -> int | None:
     cluster = config.cluster
     with ray_session(cluster, cpus=cluster.ranks * cluster.cpus_per_rank), stop_signals(stop):
         check_room(cluster, machines())
-        with Training(config, Path(str(config.run.path)), work="eval") as gang:
+        with Training(config, Path(str(config.run.path)), work="comparison") as gang:
             gang.start(cluster.ranks)
             while gang.poll():
                 if stop.is_set():

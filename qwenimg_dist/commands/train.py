@@ -33,6 +33,8 @@ from qwenimg_dist.config import ClusterConfig, Config
 
 SUMMARY: Final = "one stage on a gang of ZeRO-3 ranks; the same command again resumes"
 
+Work = Literal["training", "comparison"]
+
 STOP_FILE: Final = ".stop"
 LOG_FILE: Final = "train.log"
 _POLL_S: Final = 0.5
@@ -162,10 +164,12 @@ class Training:
     A gang that has ended may be followed by another one, on other ranks: to the run it is the same command.
     """
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
+    def __init__(self, config: Config, run_dir: Path, *, work: Work = "training") -> None:
+        """`work` is what the ranks do there; of a comparison `run_dir` is the folder of the result."""
         run_dir.mkdir(parents=True, exist_ok=True)
         self._config = config
         self._run_dir = run_dir
+        self._work = work
         self._command_id = uuid.uuid4().hex[:12]
         # A second `train` started by mistake must not stop this one.
         self._stop_file = run_dir / f"{STOP_FILE}-{self._command_id}"
@@ -187,7 +191,7 @@ class Training:
         """Start a gang of so many ranks; none is at work."""
         self._stop_file.unlink(missing_ok=True)
         cluster = self._config.cluster.model_copy(update={"ranks": ranks})
-        self._gang = _Gang(self._config.model_copy(update={"cluster": cluster}), self._command_id)
+        self._gang = _Gang(self._config.model_copy(update={"cluster": cluster}), self._command_id, self._work)
         self._gang.start()
 
     def poll(self) -> bool:
@@ -217,13 +221,13 @@ class Training:
             message = "stopped before the ranks were there; nothing was changed"
             return Ended(outcome="unstarted", code=0, message=message)
         if self._gang.error is not None:
-            what = f"training failed (restarts allowed: {self._config.cluster.max_restarts})"
+            what = f"{self._work} failed (restarts allowed: {self._config.cluster.max_restarts})"
             return Ended(outcome="failed", code=1, message=f"error: {what}: {_cause(self._gang.error)}")
         answer = self._gang.answer or {}
         if "error" in answer:
             return Ended(outcome="failed", code=int(answer["code"]), message=f"error: {answer['error']}")
         stopped = answer.get("outcome") == "stopped"
-        message = f"training {answer.get('outcome', 'ended')}: {self._run_dir}"
+        message = f"{self._work} {answer.get('outcome', 'ended')}: {self._run_dir}"
         if stopped:
             return Ended(outcome="stopped", code=0, message=f"{message} (the same command goes on)")
         return Ended(outcome="complete", code=0, message=message)
@@ -232,8 +236,9 @@ class Training:
 class _Gang(threading.Thread):
     """Ray Train's `fit` in a thread of its own, so that the main thread keeps its signal handlers."""
 
-    def __init__(self, config: Config, command_id: str) -> None:
+    def __init__(self, config: Config, command_id: str, work: Work) -> None:
         super().__init__(daemon=True, name="ray-train")
+        self._work = work
         self._config = config
         self._command_id = command_id
         self.answer: dict[str, Any] | None = None
@@ -241,12 +246,12 @@ class _Gang(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.answer = _trainer(self._config, self._command_id).fit().return_value
+            self.answer = _trainer(self._config, self._command_id, self._work).fit().return_value
         except Exception as error:  # handed to the main thread, which reports it
             self.error = error
 
 
-def _trainer(config: Config, command_id: str) -> Any:
+def _trainer(config: Config, command_id: str, work: Work) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -258,7 +263,12 @@ def _trainer(config: Config, command_id: str) -> Any:
     resources = {"CPU": cluster.cpus_per_rank, **({"GPU": 1.0} if on_gpu else {})}
     return TorchTrainer(
         _rank,
-        train_loop_config={"config": config.model_dump(mode="json"), "cwd": str(Path.cwd()), "command_id": command_id},
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "cwd": str(Path.cwd()),
+            "command_id": command_id,
+            "work": work,
+        },
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=cluster.ranks, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(
@@ -275,8 +285,12 @@ def _rank(job: dict[str, Any]) -> dict[str, Any]:
     """What each rank runs. What a new start would meet again is returned, not raised: Ray would restart the gang."""
     from consumers.errors import TrainingError
     from consumers.session import Hooks
-    from consumers.trainer import train
     from qwenimg_dist.compose import validate
+
+    if job["work"] == "training":
+        from consumers.trainer import train as work
+    else:
+        from consumers.compare import compare as work
 
     with suppress(OSError):  # relative paths mean what they mean to the command; on another node they may not exist
         os.chdir(job["cwd"])
@@ -299,7 +313,7 @@ def _rank(job: dict[str, Any]) -> dict[str, Any]:
             log_file=str((run_dir / LOG_FILE).absolute()),
             command_id=str(job["command_id"]),
         )
-        outcome = train(config, hooks)
+        outcome = work(config, hooks)
     except ValueError as error:
         return {"error": str(error), "code": 2}
     except TrainingError as error:

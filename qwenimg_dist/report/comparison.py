@@ -155,14 +155,27 @@ def _loss(start: Values, model: Values) -> dict[str, Any]:
     }
 
 
-def verdict(losses: Mapping[str, Any] | None, rewards: Mapping[str, Any] | None, *, tolerance: float) -> dict[str, Any]:
-    """`answer` and a line that says why. A loss counts as worse beyond `tolerance` (relative), at the whole or at any
-    class; a difference whose interval holds nought counts as none."""
+def verdict(
+    losses: Mapping[str, Any] | None,
+    rewards: Mapping[str, Any] | None,
+    *,
+    tolerance: float,
+    other: str = "what it came from",
+) -> dict[str, Any]:
+    """`answer` and a line that says why; `other` is what the line calls the other model.
+
+    A loss counts as worse beyond `tolerance` (relative), at the whole or at any class; a difference whose interval
+    holds nought counts as none.
+    """
     states: list[Answer] = []
     words: list[str] = []
     if rewards is not None:
         total = rewards["total"]
         states.append(_state(total, better=1))
+        if not total["num"]:
+            words.append("no picture could be judged")
+    if rewards is not None and rewards["total"]["num"]:
+        total = rewards["total"]
         interval = f"95 % {total['low']:+.3f} to {total['high']:+.3f}" if _bounded(total) else "no interval"
         words.append(
             f"reward {total['start']:.3f} -> {total['model']:.3f} ({total['mean']:+.3f}, {interval}, "
@@ -180,10 +193,10 @@ def verdict(losses: Mapping[str, Any] | None, rewards: Mapping[str, Any] | None,
     if "better" in states or "worse" in states:
         answer = "mixed" if "better" in states and "worse" in states else "better" if "better" in states else "worse"
     told = {
-        "better": "BETTER than what it came from",
-        "worse": "WORSE than what it came from",
-        "mixed": "MIXED: better in one, worse in another",
-        "no difference": "NO DIFFERENCE shown to what it came from",
+        "better": f"BETTER than {other}",
+        "worse": f"WORSE than {other}",
+        "mixed": "MIXED, better in one and worse in another",
+        "no difference": f"NO DIFFERENCE shown to {other}",
     }[answer]
     return {"answer": answer, "line": f"{told}: {'; '.join(words)}"}
 
@@ -236,12 +249,12 @@ def write_page(out: Path, result: Mapping[str, Any], grids: Sequence[GridPair], 
         ),
     ]
     subtitle = f"{model}, against {start}"
-    write_report(out / PAGE, title="Is it better than what it came from?", subtitle=subtitle, sections=sections)
+    write_report(out / PAGE, title="Is it better?", subtitle=subtitle, sections=sections)
     return out / PAGE
 
 
 def _verdict_pieces(result: Mapping[str, Any]) -> tuple[Piece, ...]:
-    tiles = [KeyFigure(label="against what it came from", value=result["verdict"]["answer"])]
+    tiles = [KeyFigure(label="verdict", value=result["verdict"]["answer"])]
     if result["rewards"]:
         total = result["rewards"]["total"]
         note = f"{_number(total['start'])} -> {_number(total['model'])}, 95 % {_range(total)}"

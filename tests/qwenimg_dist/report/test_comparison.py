@@ -110,6 +110,15 @@ def test_one_side_of_the_numbers_is_enough_and_a_nan_is_worse() -> None:
     assert verdict(compare_losses(errors(np.ones((20, 2))), errors(broken)), None, tolerance=0.05)["answer"] == "worse"
 
 
+def test_where_nothing_could_be_judged_that_is_said(tmp_path: Path) -> None:
+    nothing = compare_rewards(judged([None, None]), judged([0.5, None]), per_prompt=1)
+    found = verdict(losses(1.0, 0.2), nothing, tolerance=0.05, other="the other model")
+    assert found["line"].startswith("NO DIFFERENCE shown to the other model: no picture could be judged; held-out loss")
+    side = {"told": "x"}
+    result = {"start": side, "model": side, "verdict": found, "rewards": nothing, "losses": losses(1.0), "settings": {}}
+    assert "1 before" not in write_page(tmp_path, result, [], {}).read_text()
+
+
 def test_losses_by_quantile_and_bucket_and_only_of_the_same_samples() -> None:
     start, model = np.ones((4, 2)), np.array([[1.1, 1.3], [1.0, 1.0], [1.1, 1.3], [1.0, 1.0]])
     found = compare_losses(errors(start), errors(model))
