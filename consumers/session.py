@@ -29,6 +29,7 @@ from consumers.held_out import Start
 from consumers.objectives import build_objective
 from consumers.objectives.base import Objective
 from consumers.parameter_groups import describe, to_json
+from consumers.planning.plan import check_device
 from consumers.ranks import Ranks
 from consumers.reference_pass import Watch, open_reference
 from consumers.reporting import ReportWriter
@@ -158,6 +159,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             prepared = replace(prepared, start=weights, model_fingerprint=weights.fingerprint)
         grids = _grids(config, prepared, ranks)
 
+        check_device(config, ranks)
         hooks.stage("loading the weights")
         transformer = prepared.pipeline / "transformer"
         model = load_transformer_config(transformer)

@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "produce": "qwenimg_dist.commands.produce",
     "train": "qwenimg_dist.commands.train",
     "run": "qwenimg_dist.commands.run",
+    "plan": "qwenimg_dist.commands.plan",
     "data": "qwenimg_dist.commands.data",
     "ckpt": "qwenimg_dist.commands.ckpt",
     "eval": "qwenimg_dist.commands.eval",

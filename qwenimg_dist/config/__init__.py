@@ -6,7 +6,7 @@ resolvers that run code. Filters are validated by their own files (`producers/fi
 them.
 """
 
-from qwenimg_dist.config.commands import ClusterConfig, InspectConfig, LoggerConfig
+from qwenimg_dist.config.commands import ClusterConfig, InspectConfig, LoggerConfig, PlanConfig
 from qwenimg_dist.config.data import EditEncodeConfig
 from qwenimg_dist.config.identity import flatten, stable_hash, training_identity
 from qwenimg_dist.config.pairs import PairsConfig
@@ -44,6 +44,7 @@ __all__ = [
     "PairsConfig",
     "PairsSource",
     "Phase",
+    "PlanConfig",
     "PromptsSource",
     "RewardConfig",
     "Section",

@@ -49,7 +49,46 @@ class ClusterConfig(Section):
     """Restarts of the training gang after a rank died."""
     peak_tflops: PositiveFloat | None = None
     """Dense bf16 TFLOP/s of one rank's device, what `train/mfu` is measured by; `None` takes the data sheet's of GPUs
-    that are known by name. Costs nothing; a measured matrix rate instead gives the share of what can be reached."""
+    that are known by name (`plan` an H100's). Costs nothing; a measured matrix rate instead gives the share of what can
+    be reached."""
+    gpus_per_node: PositiveInt = 8
+    """Ranks that share a node, for `plan`: what travels within it, and what a node's memory must hold."""
+    device_memory_gib: PositiveFloat | None = None
+    """Memory of one GPU (on CPUs: what a rank may take), which `plan` holds its sum against; `None` compares nothing.
+    Ranks on GPUs ask the GPU itself before they load the weights."""
+    host_memory_gib: PositiveFloat | None = None
+    """Memory of one node, for `plan` likewise."""
+    intra_node_gbps: PositiveFloat = 3600
+    """Gbit/s that one GPU takes in from others of its node (NVLink, one direction), for `plan`."""
+    inter_node_gbps: PositiveFloat = 400
+    """Gbit/s of the network per GPU, between nodes (a node's adapters divided by its GPUs, one direction), for
+    `plan`."""
+
+
+class PlanConfig(Section):
+    """What `plan` assumes where there is nothing to look at, and what it and the check before a run let pass."""
+
+    headroom: float = Field(default=0.08, ge=0, lt=1)
+    """Share of a GPU's memory that must stay free: CUDA's context and NCCL's buffers (1 to 3 GB), fragmentation, and
+    the 2 % by which the sum is off. Lower fits more, and may end a run at its first large batch."""
+    force: bool = False
+    """Go on although the sum says that it cannot fit: `plan` then ends with exit code 0, `train` begins."""
+    mfu: float | None = Field(default=None, gt=0, le=1)
+    """Share of the peak that a step's useful FLOPs reach; `None` takes what an H200 gave on 16 blocks
+    (`tests/bench/gpu.py`): 0.25 eager, 0.4 compiled. Recomputation is counted besides."""
+    network_efficiency: float = Field(default=0.8, gt=0, le=1)
+    """Share of the links' rate that large collectives reach; an assumption."""
+    images: PositiveInt = 1_000_000
+    """Rows of the data set, where `data.path` names none."""
+    text_tokens: PositiveInt = 150
+    """Tokens of the mean caption, likewise."""
+    captions: PositiveFloat = 1.0
+    """Captions per picture, likewise."""
+    probe: bool = False
+    """Start `cluster.ranks` ranks here and time a few real steps of every phase (random weights, random batches) in the
+    place of the assumed `mfu`. Costs a start of the ranks and some steps of each."""
+    probe_steps: PositiveInt = 3
+    """Micro-batches that are timed per phase and resolution, after one that is not; the median counts."""
 
 
 class RunConfig(Section):

@@ -13,6 +13,7 @@ from qwenimg_dist.config.commands import (
     ExportConfig,
     InspectConfig,
     LoggerConfig,
+    PlanConfig,
     RunConfig,
     SampleConfig,
 )
@@ -74,6 +75,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     demo: DemoConfig
     inspect: InspectConfig = InspectConfig()
+    plan: PlanConfig = PlanConfig()
     follow: bool = False
     """`produce` watches the source, `train` waits for new units, until the other side is done."""
 

@@ -97,7 +97,7 @@ def _config(job: Mapping[str, Any]) -> Any:
     from qwenimg_dist.compose import load_config
 
     engine = [f"engine.precision={job['precision']}", f"engine.gather={job['gather']}"]
-    return load_config([*engine, f"optim.ema_decay={EMA_DECAY}"])
+    return load_config([*engine, f"optim.ema_decay={EMA_DECAY}", *job.get("overrides", [])])
 
 
 def _train(job: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def main() -> int:
         }
         _alone({**job, "task": "write"}, folder)
         facts = _alone({**job, "task": "activations", "answer": str(folder / "facts.json")}, folder)
-        _require_memory(25 * facts["parameters"])
+        require_memory(25 * facts["parameters"])
         report = _report(args.precision, args.gather, size, facts)
         measure = _export_round if args.export else _round
         rounds = [measure(job, folder / f"round-{number}", facts) for number in range(num_repeats(args))]
@@ -316,12 +316,13 @@ def _alone(job: dict[str, Any], folder: Path) -> Any:
     return json.loads(Path(job["answer"]).read_text()) if "answer" in job else None
 
 
-def _require_memory(needed: float) -> None:
+def require_memory(needed: float) -> None:
+    """End here if the machine has less free."""
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     available = next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
     if available < needed:
         raise SystemExit(
-            f"memory.py needs {needed / 1e9:.1f} GB of free memory, {available / 1e9:.1f} GB are; try --quick"
+            f"this benchmark needs {needed / 1e9:.1f} GB of free memory, {available / 1e9:.1f} GB are; try --quick"
         )
 
 

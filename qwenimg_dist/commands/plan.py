@@ -1,0 +1,78 @@
+"""What a run will need and how long it will take, before anything is started.
+
+    qwenimg-dist plan model=qwen_image_2512 cluster=nodes_8x8 [data.path=DATA stage=... any override] [--json]
+
+Device memory of a rank by phase, host memory, disk, traffic, steps, hours, and a model of what more GPUs would give.
+Without data.path the data is assumed (`plan.images`, `plan.text_tokens`), and said. What cannot fit is refused with
+exit code 2, with the overrides that would make it fit, each recomputed; `plan.force=true` ends with 0 all the same.
+`plan.probe=true` starts `cluster.ranks` ranks here and times a few real steps instead of assuming a rate. Writes
+nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Console
+
+from qwenimg_dist.compose import load_config
+
+if TYPE_CHECKING:
+    from consumers.planning.plan import JobPlan
+    from consumers.planning.timing import Probe
+
+_START_S: Final = 300.0
+SUMMARY: Final = "memory, disk, traffic and hours of a run before it starts; refuses what cannot fit, says what would"
+
+
+def run(args: list[str]) -> int:
+    """Print the plan. Returns 2 if it cannot fit, unless `plan.force=true`, and 1 if a probe failed."""
+    as_json = "--json" in args
+    overrides = [word for word in args if word != "--json"]
+    config = load_config(overrides)
+    from consumers.planning.fit import changes_that_fit  # imports torch
+    from consumers.planning.plan import make_job_plan
+    from consumers.planning.report import assumptions, change_lines, tables, to_json, verdict
+
+    plan = make_job_plan(config, world_size=config.cluster.ranks)
+    if config.plan.probe and (not plan.faults or config.plan.force):
+        from qwenimg_dist.commands.rank_actors import RanksError
+
+        try:
+            probe = _probe(plan)
+        except RanksError as error:
+            print(f"error: the probe failed: {error}", file=sys.stderr)
+            return 1
+        plan = make_job_plan(config, world_size=config.cluster.ranks, data=plan.data, probe=probe)
+    changes = changes_that_fit(plan, overrides, load_config) if plan.faults else []
+    code = 2 if plan.faults and not config.plan.force else 0
+    if as_json:
+        print(json.dumps(to_json(plan, changes), indent=1))
+        return code
+    console = Console(soft_wrap=True)
+    for table in tables(plan):
+        console.print(table.rich() if console.is_terminal else table.text(), highlight=False, markup=False)
+    lines = [*assumptions(plan), verdict(plan), *(change_lines(changes) if plan.faults else [])]
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+    return code
+
+
+def _probe(plan: JobPlan) -> Probe:
+    from consumers.planning.probe import cases_of, job_of, measured, probe
+    from producers.pool import machines, ray_session
+    from qwenimg_dist.commands.rank_actors import rank_actors
+    from qwenimg_dist.commands.train import check_room
+
+    cluster = plan.config.cluster
+    cases = cases_of(plan.config, plan.model, plan.data, world_size=plan.world_size)
+    # The session counts CPUs for actors; here they are the ranks.
+    as_actors = {"producers": cluster.ranks, "cpus_per_producer": cluster.cpus_per_rank}
+    print(f"probing: {cluster.ranks} ranks, {len(cases)} cases", file=sys.stderr)
+    with ray_session(cluster.model_copy(update=as_actors)):
+        check_room(cluster, machines())
+        with rank_actors(cluster, start_timeout_s=_START_S) as ranks:
+            job = job_of(plan.config, plan.model, cases)
+            return measured(ranks.call(probe, job, timeout_s=plan.config.train.stall_timeout_s)[0])
