@@ -1,0 +1,182 @@
+"""Every file in launch/ is parsed and held to the schema of what reads it."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from dockerfile_parse import DockerfileParser
+
+from qwenimg_dist.commands.main import COMMANDS
+from qwenimg_dist.compose import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+KUBERAY = {"raycluster.yaml": "RayCluster", "rayjob.yaml": "RayJob"}
+# The fields of ray.io/v1 that are used here, each checked against KubeRay's CRD of August 2026.
+_CLUSTER_FIELDS = {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
+_HEAD_FIELDS = {"rayStartParams", "template"}
+_GROUP_FIELDS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+_JOB_FIELDS = {
+    "entrypoint",
+    "runtimeEnvYAML",
+    "backoffLimit",
+    "submitterConfig",
+    "activeDeadlineSeconds",
+    "shutdownAfterJobFinishes",
+    "ttlSecondsAfterFinished",
+    "rayClusterSpec",
+}
+
+
+def _load(name: str) -> dict[str, Any]:
+    loaded = yaml.safe_load((LAUNCH / name).read_text(encoding="utf-8"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def _cluster_spec(name: str) -> dict[str, Any]:
+    spec = _load(f"kuberay/{name}")["spec"]
+    spec = spec.get("rayClusterSpec", spec)
+    assert isinstance(spec, dict)
+    return spec
+
+
+def _pods(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield spec["headGroupSpec"]["template"]
+    for group in spec["workerGroupSpecs"]:
+        yield group["template"]
+
+
+def test_all_files_are_known_here() -> None:
+    found = {str(path.relative_to(LAUNCH)) for path in LAUNCH.rglob("*") if path.is_file()}
+    assert found == {"README.md", "Dockerfile", "runtime_env.yaml", "ray_cluster.yaml"} | {
+        f"kuberay/{k}" for k in KUBERAY
+    }
+
+
+def test_the_runtime_env_is_what_ray_takes_and_installs_nothing() -> None:
+    from ray.runtime_env import RuntimeEnv
+
+    plain = _load("runtime_env.yaml")
+    RuntimeEnv(**plain)  # refuses unknown keys and wrong types
+    assert set(plain) == {"excludes", "env_vars"}, "packages belong into the image"
+    assert all(isinstance(value, str) for value in plain["env_vars"].values())
+    assert int(plain["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 600, "a large save takes minutes"
+    assert not [name for name in plain["env_vars"] if name.endswith(("_KEY", "_TOKEN"))]
+
+
+def test_the_runtime_env_takes_the_package_along_and_nothing_large(tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import create_package
+
+    for name in ("runs", "demo", "outputs", ".git", ".venv", "qwenimg_dist/demo", "conf/stage"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file.py").write_text("x")
+    (tmp_path / "latents.tar").write_text("x")
+    package = tmp_path.parent / "package.zip"
+    create_package(str(tmp_path), package, include_gitignore=True, excludes=_load("runtime_env.yaml")["excludes"])
+    with zipfile.ZipFile(package) as archive:
+        taken = {name for name in archive.namelist() if not name.endswith("/")}
+    assert taken == {"qwenimg_dist/demo/file.py", "conf/stage/file.py"}
+
+
+def test_rays_launcher_accepts_the_cluster_file() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    plain = _load("ray_cluster.yaml")
+    prepared = prepare_config(plain)
+    validate_config(prepared)
+    assert prepared["available_node_types"]["local.cluster.node"]["min_workers"] == len(plain["provider"]["worker_ips"])
+    starts = [line for line in plain["head_start_ray_commands"] + plain["worker_start_ray_commands"] if "start" in line]
+    assert starts
+    assert all("RAY_AUTH_MODE=token" in line for line in starts)
+    assert "--dashboard-host=127.0.0.1" in plain["head_start_ray_commands"][1]
+    assert any(option.startswith("--shm-size=") for option in plain["docker"]["run_options"])
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_files_have_known_fields_tokens_and_room_to_end(name: str) -> None:
+    whole, spec = _load(f"kuberay/{name}"), _cluster_spec(name)
+    assert (whole["apiVersion"], whole["kind"]) == ("ray.io/v1", KUBERAY[name])
+    assert set(spec) == _CLUSTER_FIELDS
+    assert spec["authOptions"]["mode"] == "token"
+    assert set(spec["headGroupSpec"]) == _HEAD_FIELDS
+    assert spec["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
+    for group in spec["workerGroupSpecs"]:
+        assert set(group) == _GROUP_FIELDS
+        assert group["minReplicas"] == group["replicas"] == group["maxReplicas"], "a gang waits for its last machine"
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_pods_are_valid_kubernetes_with_shared_memory(name: str) -> None:
+    for template in _pods(_cluster_spec(name)):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **template}
+        kubernetes_validate.validate(pod, desired_version="1.33", strict=True)
+        shm = next(volume for volume in template["spec"]["volumes"] if volume["name"] == "shm")
+        assert shm["emptyDir"]["medium"] == "Memory"
+        assert template["spec"]["terminationGracePeriodSeconds"] >= 600
+        for container in template["spec"]["containers"]:
+            assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+            keys = [variable for variable in container["env"] if variable["name"].endswith(("_KEY", "_TOKEN"))]
+            assert [list(variable) for variable in keys] == [["name", "valueFrom"]] * 2, "keys come from a secret"
+
+
+def test_the_job_has_the_clusters_pods_and_the_runtime_envs_variables() -> None:
+    job = _load("kuberay/rayjob.yaml")["spec"]
+    assert set(job) == _JOB_FIELDS
+    assert job["rayClusterSpec"] == _cluster_spec("raycluster.yaml")
+    assert yaml.safe_load(job["runtimeEnvYAML"])["env_vars"] == _load("runtime_env.yaml")["env_vars"]
+    assert job["backoffLimit"] > 0
+    assert job["submitterConfig"]["backoffLimit"] == 0
+    assert job["activeDeadlineSeconds"] > 0
+    assert job["shutdownAfterJobFinishes"]
+    assert job["ttlSecondsAfterFinished"] > 0
+
+
+def _entrypoints() -> list[str]:
+    """Every `python -m qwenimg_dist ...` of these files and of README.md's, as one line each."""
+    texts = [_load("kuberay/rayjob.yaml")["spec"]["entrypoint"]]
+    for readme in (LAUNCH / "README.md", ROOT / "README.md"):
+        joined = readme.read_text(encoding="utf-8").replace("\\\n", " ")
+        texts += [
+            line[line.index("python -m qwenimg_dist") :]
+            for line in joined.splitlines()
+            if "-- " in line and "python -m qwenimg_dist" in line and "..." not in line
+        ]
+    return texts
+
+
+@pytest.mark.parametrize("entrypoint", _entrypoints())
+def test_entrypoints_compose(entrypoint: str) -> None:
+    words = shlex.split(entrypoint)
+    assert words[:3] == ["python", "-m", "qwenimg_dist"]
+    assert words[3] in COMMANDS
+    config = load_config(words[4:])
+    gpus = sum(
+        group["replicas"] * int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
+        for group in _cluster_spec("raycluster.yaml")["workerGroupSpecs"]
+    )
+    assert config.cluster.ranks == gpus
+    assert not set("'\"[]{}$") & set(entrypoint), "these get mangled on the way"
+
+
+def test_the_image_installs_torch_alone_first_and_does_not_run_as_root() -> None:
+    parser = DockerfileParser(fileobj=io.BytesIO((LAUNCH / "Dockerfile").read_bytes()))
+    steps = [(step["instruction"], step["value"]) for step in parser.structure if step["instruction"] != "COMMENT"]
+    users = [value for name, value in steps if name == "USER"]
+    assert users[-1] == "ray"
+    installs = [value for name, value in steps if name == "RUN" and "pip install" in value]
+    assert "TORCH" in installs[0]
+    assert "qwenimg-dist" in installs[1]
+    base = next(value for name, value in steps if name == "ARG" and value.startswith("BASE="))
+    assert f":{_cluster_spec('raycluster.yaml')['rayVersion']}-" in base, "head and nodes need one version of Ray"
+    copied = {value.split()[-2] for name, value in steps if name == "COPY"}
+    assert {"qwenimg_dist", "producers", "consumers", "conf"} <= copied
+    assert all((ROOT / word).exists() for name, value in steps if name == "COPY" for word in value.split()[1:-1])
