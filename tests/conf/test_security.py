@@ -34,6 +34,7 @@ def scan(files: list[str], *options: str, cwd: Path = ROOT) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_no_secret_is_tracked() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     texts = [name for name in tracked.stdout.splitlines() if not name.endswith((".safetensors", "tokenizer.json"))]
