@@ -24,6 +24,7 @@ from rich.progress import (
 
 from producers.driver import Observer
 from producers.unit import UnitReport
+from qwenimg_dist.report.table import show_time
 
 _LINE_EVERY_S: Final = 10.0
 _RATE_OVER_S: Final = 120.0
@@ -134,11 +135,3 @@ def show_reasons(reasons: Counter[str]) -> str:
     if len(+reasons) > _NUM_REASONS:
         named.append("...")
     return f"{reasons.total():,} not admitted" + (f" ({', '.join(named)})" if named else "")
-
-
-def show_time(seconds: float) -> str:
-    """`42 s`, `7 min`, `3 h 05 min`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

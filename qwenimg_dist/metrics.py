@@ -20,6 +20,9 @@ from typing import Any, BinaryIO, Final
 from qwenimg_dist.config import LoggerConfig
 
 STEP_KEY: Final = "train/global_step"
+PRODUCE_STEP_KEY: Final = "produce/units"
+_KINDS: Final = {STEP_KEY: ("train/*", "eval/*", "norms/*", "reward/*"), PRODUCE_STEP_KEY: ("produce/*",)}
+"""The x-axis of a run -> the metrics that are drawn over it."""
 _BLOCK_BYTES: Final = 1 << 18
 
 # Dense bf16 tensor FLOP/s from the vendors' data sheets, by a part of the device's name; longest match wins.
@@ -79,7 +82,7 @@ def truncate_after(file: Path, step: int) -> int:
     with open(file, "r+b") as log:
         end = keep = log.seek(0, os.SEEK_END)
         dropped = 0
-        for start, line in _lines_from_the_end(log, end):
+        for start, line in lines_from_the_end(log, end):
             found = _step_of(line) if line.endswith(b"\n") else None
             if found is not None and found <= step:
                 break
@@ -90,7 +93,7 @@ def truncate_after(file: Path, step: int) -> int:
     return dropped
 
 
-def _lines_from_the_end(log: BinaryIO, end: int) -> Iterator[tuple[int, bytes]]:
+def lines_from_the_end(log: BinaryIO, end: int) -> Iterator[tuple[int, bytes]]:
     """(offset, line with its newline where it has one), the last line first."""
     held, at = b"", end  # bytes from `at` on that were not given yet
     while at > 0 or held:
@@ -102,6 +105,22 @@ def _lines_from_the_end(log: BinaryIO, end: int) -> Iterator[tuple[int, bytes]]:
             begin = max(0, at - _BLOCK_BYTES)
             log.seek(begin)
             held, at = log.read(at - begin) + held, begin
+
+
+def last_entries(file: Path, num: int) -> list[dict[str, Any]]:
+    """The last `num` whole objects of a JSON-lines file, oldest first; damaged lines do not count."""
+    found: list[dict[str, Any]] = []
+    if not file.is_file():
+        return found
+    with open(file, "rb") as log:
+        for _, line in lines_from_the_end(log, log.seek(0, os.SEEK_END)):
+            if len(found) == num:
+                break
+            if line.endswith(b"\n"):
+                with contextlib.suppress(ValueError):
+                    entry = json.loads(line)
+                    found += [entry] if isinstance(entry, dict) else []
+    return found[::-1]
 
 
 def _step_of(line: bytes) -> int | None:
@@ -118,15 +137,29 @@ def _plain(value: Any) -> Any:
 class Wandb:
     """One W&B run. Its own step is never set: the x-axis is `train/global_step`, so a resume may repeat steps."""
 
-    def __init__(self, config: LoggerConfig, run_dir: Path, *, run_id: str | None, values: Mapping[str, Any]) -> None:
-        """`run_id` is the checkpoint's, to continue that run; `values` is what W&B shows as config (no secrets)."""
+    def __init__(
+        self,
+        config: LoggerConfig,
+        run_dir: Path,
+        *,
+        run_id: str | None,
+        values: Mapping[str, Any],
+        step_key: str = STEP_KEY,
+        group: str | None = None,
+    ) -> None:
+        """`run_id` is the checkpoint's, to continue that run; `values` is what W&B shows as config (no secrets).
+        Files of an offline run go to `run_dir`, which also names the group where neither `group` nor the config does.
+        """
         import wandb
+
+        self._step_key = step_key
 
         online = config.wandb == "online"
         self._run = wandb.init(
             project=config.project,
             # An offline attempt cannot continue an earlier one; the group holds them together.
-            group=config.group or run_dir.resolve().name,
+            group=config.group or group or run_dir.resolve().name,
+            job_type=step_key.partition("/")[0],
             name=config.name,
             mode="online" if online else "offline",
             id=run_id if online else None,
@@ -136,21 +169,21 @@ class Wandb:
             # No command line, environment or address of a remote: each may hold a token.
             settings=wandb.Settings(x_disable_meta=True, disable_git=True, console="off", silent=True),
         )
-        self._run.define_metric(STEP_KEY)
-        for kind in ("train/*", "eval/*", "norms/*"):
-            self._run.define_metric(kind, step_metric=STEP_KEY)
+        self._run.define_metric(step_key)
+        for kind in _KINDS[step_key]:
+            self._run.define_metric(kind, step_metric=step_key)
         self._image, self._table = wandb.Image, wandb.Table
         self.run_id: str | None = self._run.id if online else None
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        self._run.log({**values, STEP_KEY: step})
+        self._run.log({**values, self._step_key: step})
 
     def log_picture(self, step: int, name: str, file: Path) -> None:
-        self._run.log({f"eval/{name}": self._image(str(file)), STEP_KEY: step})
+        self._run.log({f"eval/{name}": self._image(str(file)), self._step_key: step})
 
     def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         table = self._table(columns=list(columns), data=[[_plain(value) for value in row] for row in rows])
-        self._run.log({name: table, STEP_KEY: step})
+        self._run.log({name: table, self._step_key: step})
 
     def close(self) -> None:
         self._run.finish()

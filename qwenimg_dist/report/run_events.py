@@ -157,17 +157,22 @@ def _bad_samples(run_dir: Path) -> Iterator[Piece]:
         yield Table(title=f"Samples that could not be read ({len(found)})", columns=("key", "problem"), rows=rows)
 
 
-def _warnings(run_dir: Path) -> Iterator[Piece]:
-    """The last warnings of the command's log, folded away."""
+def last_warnings(run_dir: Path) -> list[str]:
+    """The last lines of the command's log that tell of something wrong, oldest first."""
     file = run_dir / "train.log"
     if not file.is_file():
-        return
+        return []
     with open(file, "rb") as source:
         source.seek(max(0, file.stat().st_size - _LOG_BYTES))
         text = source.read().decode("utf-8", errors="replace")
     told = [one for one in text.splitlines() if "warning" in one.lower() or "error" in one.lower() or "died" in one]
-    if told:
-        yield Code(text="\n".join(told[-_LOG_LINES:]), summary=f"Last warnings of {file.name}")
+    return told[-_LOG_LINES:]
+
+
+def _warnings(run_dir: Path) -> Iterator[Piece]:
+    """The last warnings of the command's log, folded away."""
+    if told := last_warnings(run_dir):
+        yield Code(text="\n".join(told), summary="Last warnings of train.log")
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -98,6 +98,17 @@ def show_bytes(size: float) -> str:
     raise AssertionError("unreachable")
 
 
+def show_time(seconds: float) -> str:
+    """`42 s`, `7 min`, `3 h 05 min`, `3 days 4 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 72 else f"{hours // 24} days {hours % 24} h"
+
+
 def show_share(part: int, whole: int) -> str:
     """A share as per cent, `-` of nothing."""
     return f"{100 * part / whole:.1f} %" if whole else "-"

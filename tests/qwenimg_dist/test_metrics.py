@@ -140,7 +140,7 @@ def test_offline_files_hold_metrics_pictures_and_tables_and_no_secret(
     assert [line["train/global_step"] for line in found.history] == [1, 1, 7, 7, 7]
     assert found.history[0]["eval/bucket/64x32"] == 0.5
     assert found.history[2]["train/metric_1999"] == pytest.approx(1999 / 7)
-    kinds = ("train/*", "eval/*", "norms/*")
+    kinds = ("train/*", "eval/*", "norms/*", "reward/*")
     assert {name: found.metrics[name] for name in kinds} == dict.fromkeys(kinds, "train/global_step")
     picture, table = found.history[3], found.history[4]
     assert (picture["eval/samples/width"], picture["eval/samples/height"]) == (48, 32)
