@@ -1,8 +1,8 @@
 """The figures of `produce` in W&B, in the group of the run that trains on them.
 
-Place in the flow: the driver's process makes one where `logger` asks for it, beside the Ray gauges; both are told by the
-progress display. Over units brought up to date by this start: pictures opened and kept, reasons, rate, what is left; at
-the end the funnel as a table. Refuses to fail producing: a tracker that is lost is said once and left out.
+Place in the flow: the driver's process makes one where `logger` asks for it, beside the Ray gauges; both are told by
+the progress display. Over units brought up to date by this start: pictures opened and kept, reasons, rate, what is
+left; at the end the funnel as a table. Refuses to fail producing: a tracker that is lost is said once and left out.
 """
 
 from __future__ import annotations

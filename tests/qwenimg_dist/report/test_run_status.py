@@ -20,7 +20,8 @@ def run_dir(tmp_path: Path) -> Path:
     run = tmp_path / "run"
     producer = FakeProducer(tmp_path / "data", unit_size=16)
     producer.add(make_rows(40))
-    producer.produce(num_units=2)
+    producer.produce([0, 1])
+    producer._listing(2, producer.unit_rows(2))
     (run / "checkpoints" / "step-00000100").mkdir(parents=True)
     (run / "checkpoints" / "step-00000200").mkdir()  # never committed
     manifest = run / "checkpoints" / "step-00000100" / "manifest.json"
