@@ -26,6 +26,7 @@ from consumers.curriculum import lr_at
 from consumers.engine import StepResult, start_distributed, stop_distributed
 from consumers.errors import DegradedError, TrainingError
 from consumers.fault_dump import dump_keys, dump_micro_batch
+from consumers.rank_log import rank_logged
 from consumers.session import Hooks, Session, Stopped, await_batch, open_session
 from consumers.throughput import RANK_COLUMNS
 from consumers.watch import draw_grids, due_norms, evaluate
@@ -50,6 +51,7 @@ def train(config: Config, hooks: Hooks | None = None) -> Outcome:
     with (
         stop_signals(hooks or Hooks()) as hooks,
         watched(config, hooks) as hooks,
+        rank_logged(config, hooks) as hooks,
         contextlib.ExitStack() as afterwards,
     ):
         try:

@@ -17,6 +17,9 @@ class LoggerConfig(Section):
     project: str = "qwenimg-dist"
     group: str | None = None
     name: str | None = None
+    every_rank: bool = False
+    """Every rank writes `RUN/logs/rank-NNNNN.jsonl`: per step the seconds of each stage, its messages, how it ended.
+    Shows the one rank that is slow; costs a small write per rank and step on the run's storage."""
 
 
 class ClusterConfig(Section):
