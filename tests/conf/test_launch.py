@@ -163,7 +163,8 @@ def test_entrypoints_compose(entrypoint: str) -> None:
         group["replicas"] * int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
         for group in _cluster_spec("raycluster.yaml")["workerGroupSpecs"]
     )
-    assert config.cluster.ranks == gpus
+    producing = config.cluster.producers * config.cluster.gpus_per_producer
+    assert config.cluster.ranks + (producing if words[3] == "run" else 0) == gpus
     assert not set("'\"[]{}$") & set(entrypoint), "these get mangled on the way"
 
 
