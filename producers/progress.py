@@ -32,7 +32,7 @@ _NUM_REASONS: Final = 3
 
 
 class Gauges(Protocol):
-    """Where else the figures go, see `ray_metrics.py`."""
+    """Where else the figures go, see `ray_metrics.py` and `tracking.py`."""
 
     def unit_done(self, report: UnitReport) -> None: ...
 
@@ -54,7 +54,7 @@ class ProduceProgress(Observer):
         self._began = self._last_line = time.monotonic()
         self._recent: deque[tuple[float, int]] = deque()
         """When units were finished lately, and how many pictures each had opened."""
-        self.gauges: Gauges | None = None
+        self.gauges: list[Gauges] = []
 
     def __enter__(self) -> ProduceProgress:
         return self
@@ -91,10 +91,10 @@ class ProduceProgress(Observer):
         while len(self._recent) > 2 and now - self._recent[0][0] > _RATE_OVER_S:
             self._recent.popleft()
         left = show_time(self._left_s())
-        if self.gauges is not None:
-            self.gauges.unit_done(report)
+        for gauges in self.gauges:
+            gauges.unit_done(report)
             units_left = self._total - self._done
-            self.gauges.state(images_per_s=self._rate(), units_left=units_left, left_s=self._left_s())
+            gauges.state(images_per_s=self._rate(), units_left=units_left, left_s=self._left_s())
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, rates=self._rates(), left=f"{left} left")
         elif self._done == self._total or now - self._last_line >= self._line_every_s:

@@ -27,11 +27,11 @@ _EVERY_S: Final = 10.0
 class WandbGauges:
     """`Gauges` of the progress display. Raises ValueError if W&B does not start."""
 
-    def __init__(self, config: LoggerConfig, data_path: Path, group: str) -> None:
-        """Offline files go to `data_path`."""
+    def __init__(self, config: LoggerConfig, folder: Path, group: str) -> None:
+        """Offline files go to `folder`."""
         try:
             self._wandb: Wandb | None = Wandb(
-                config, data_path, run_id=None, values={}, step_key=PRODUCE_STEP_KEY, group=group
+                config, folder, run_id=None, values={}, step_key=PRODUCE_STEP_KEY, group=group
             )
         except Exception as error:
             raise ValueError(

@@ -30,6 +30,7 @@ from producers.progress import ProduceProgress
 from producers.sources import open_source, sample_kind
 from producers.sources.base import Found, Source
 from producers.sources.folder import describe
+from producers.tracking import WandbGauges
 from producers.workers import ProduceError, Workers
 from qwenimg_dist.commands.data import look_closer
 from qwenimg_dist.commands.inputs import required
@@ -44,6 +45,8 @@ SUMMARY: Final = "a source of pictures and captions -> filtered, encoded shards 
 
 _WORKERS_GONE_S: Final = 150.0
 """Those on other machines outlive a Ray head that was killed by the minute that Ray looks for it."""
+_TRACKING: Final = ".tracking"
+"""Of W&B, in the data set: hidden, since every other folder is a facet."""
 _FOLLOW_POLL_S: Final = 2.0
 _SETTLED_S: Final = 2.0
 """While following, a file counts as written once it was not touched for this long."""
@@ -137,7 +140,7 @@ def drive(
             from producers.ray_metrics import RayGauges
 
             join_ray()
-            progress.gauges = RayGauges()
+            progress.gauges = [RayGauges(), *_tracked(production, dataset, stack)]
             workers = RayWorkers(_job(production), config.cluster)
             stack.callback(workers.close)
             catch_signals(stop)
@@ -155,6 +158,19 @@ def drive(
         )
         with stop_signals(stop):
             return _rounds(driver, production, stop, progress, on_listed)
+
+
+def _tracked(production: Production, dataset: Dataset, stack: ExitStack) -> list[WandbGauges]:
+    """W&B, where the logger asks for it; it gets the funnel at the end of the stack."""
+    config = production.config
+    if config.logger.wandb == "off":
+        return []
+    run_or_data = Path(config.run.path) if config.run.path else production.data_path
+    folder = production.data_path / _TRACKING
+    folder.mkdir(exist_ok=True)
+    gauges = WandbGauges(config.logger, folder, group=run_or_data.resolve().name)
+    stack.callback(lambda: gauges.finish(funnel(dataset).tables()))
+    return [gauges]
 
 
 def _hold(production: Production, dataset: Dataset, progress: ProduceProgress) -> Hold | None:

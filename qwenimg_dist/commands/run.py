@@ -8,10 +8,13 @@ holds them back; with `cluster.elastic=true` their places become ranks then. SIG
 with exit code 0. When one side fails, the other one is brought to its end, saved, and the exit code is the failure's.
 Ended in any way, the same command goes on, and so do `produce` and `train follow=true` one by one on the same
 directories.
+
+    qwenimg-dist run status run.path=RUN [--json]        how it stands, from anywhere that sees the storage
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -38,6 +41,8 @@ _GOES_ON: Final = "the same command goes on"
 
 def run(args: list[str]) -> int:
     """Produce and train. Returns 0 when trained or stopped and saved, 1 when a side failed, 2 for unusable input."""
+    if args[:1] == ["status"]:
+        return _status(args[1:])
     config = load_config(args)
     run_dir = Path(required(config.run.path, "run.path"))
     training_config = check_config(config)
@@ -62,6 +67,18 @@ def run(args: list[str]) -> int:
     if producing.listed.is_set():
         produce.show_funnel(production, Console(soft_wrap=True))
     return conclude(ended, producing, stopped=stop.is_set())
+
+
+def _status(args: list[str]) -> int:
+    from qwenimg_dist.report.run_status import run_status
+
+    config = load_config([word for word in args if word != "--json"])
+    found = run_status(Path(required(config.run.path, "run.path")))
+    if "--json" in args:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        Console(soft_wrap=True).print(found.table().text(), highlight=False, markup=False)
+    return 0
 
 
 def check_config(config: Config) -> Config:

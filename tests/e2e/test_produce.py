@@ -18,6 +18,7 @@ from produce_command import TIMEOUT_S, produce, start, tree_hash, wait_for
 from producer_world import rows_of
 from safetensors.torch import load as load_safetensors
 from skimage.metrics import structural_similarity
+from wandb_file import finished, offline_files
 
 from producers.sources.base import encode_uri
 from qwenimg_dist.commands.main import main
@@ -42,7 +43,7 @@ def words(folder: PhotoFolder) -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(folder: PhotoFolder, words: list[str]) -> Dataset:
-    done = produce(*words)
+    done = produce(*words, "logger=offline")
     assert done.returncode == 0, done.stdout + done.stderr
     for stage in ("listed", "readable", "unique", "admitted", "encoded 64 px", "encoded 128 px", "truncated"):
         assert stage in done.stdout
@@ -71,6 +72,16 @@ def test_every_file_has_a_row_and_every_loss_its_reason(made: Dataset, folder: P
     }
     complete = json.loads((made.root / "source-complete.json").read_text())
     assert complete == {"units": len(made.units(LISTING)), "rows": len(decided)}
+
+
+def test_the_figures_and_the_funnel_are_in_wandb_s_offline_file(made: Dataset) -> None:
+    (file,) = offline_files(made.root / ".tracking")  # hidden: it is no facet
+    found = finished(file)
+    assert (found.run.run_group, found.run.job_type) == (made.root.name, "produce")
+    last = next(line for line in reversed(found.history) if "produce/kept" in line)
+    assert last["produce/units"] == len(made.units(ROWS))
+    assert last["produce/kept"] == sum(row["status"] == "kept" for row in rows_of(made, ROWS).values()) > 0
+    assert [key for line in found.history for key in line if key.startswith("produce/") and key.endswith("/path")]
 
 
 def test_records_name_the_parts_and_count_the_reasons(made: Dataset) -> None:

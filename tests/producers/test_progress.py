@@ -70,7 +70,7 @@ def test_the_rate_is_that_of_the_last_minutes(clock: Clock) -> None:
 
     gauges = Gauges()
     with ProduceProgress(Console(file=io.StringIO())) as shown:
-        shown.gauges = gauges
+        shown.gauges.append(gauges)
         shown.begin(40)
         clock.now += 600  # models were loaded
         shown.unit_done(report(0))

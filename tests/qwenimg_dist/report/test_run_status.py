@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fake_dataset import FakeProducer, make_rows
 
+from qwenimg_dist.commands.main import main
 from qwenimg_dist.metrics import last_entries
 from qwenimg_dist.report.run_status import run_status
 
@@ -84,3 +85,12 @@ def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
         sink.seek(0, os.SEEK_END)
         sink.write(b'\n{"step": 1}\nnot json\n{"step": 2}\n{"step": 3}\n')
     assert last_entries(file, 2) == [{"step": 2}, {"step": 3}]
+
+
+def test_the_command_shows_it_and_speaks_json(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "status", f"run.path={run_dir}"]) == 0
+    assert "160 of 400 (40%)" in capsys.readouterr().out
+    assert main(["run", "status", "--json", f"run.path={run_dir}"]) == 0
+    assert json.loads(capsys.readouterr().out)["last_checkpoint"] == 100
+    assert main(["run", "status", f"run.path={run_dir / 'nothing'}"]) == 2
+    assert "not a run directory" in capsys.readouterr().err
