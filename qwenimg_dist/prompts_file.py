@@ -1,6 +1,6 @@
 """Prompts from a file: lines of a text file, or rows of a `.jsonl` with whatever a reward needs to know besides.
 
-Place in the flow: `sample` and `eval` read `sample.prompts_file` through it. Refuses a row without a prompt.
+Place in the flow: `sample`, `eval` and `pairs` read `sample.prompts_file` through it. Refuses a row without a prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def read_prompts_file(file: Path) -> list[Prompt]:
     """One prompt per line, blank ones left out; of a `.jsonl`, the key `prompt`, the others are its metadata."""
     if not file.is_file():
         raise ValueError(f"sample.prompts_file={file} is not a file")
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    lines = file.read_text(encoding="utf-8-sig").split("\n")  # a prompt may hold what else Unicode calls a line's end
     if file.suffix != ".jsonl":
         return [Prompt(text=line.strip()) for line in lines if line.strip()]
     return [_row(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -48,7 +48,7 @@ def _on_ranks(config: Config) -> int | None:
 
     stop = threading.Event()
     cluster = config.cluster
-    with ray_session(cluster, cpus=cluster.ranks * cluster.cpus_per_rank), stop_signals(stop):
+    with ray_session(cluster, cpus=cluster.ranks * cluster.cpus_per_rank + cluster.reward_cpus), stop_signals(stop):
         check_room(cluster, machines())
         with Training(config, Path(str(config.run.path)), work="comparison") as gang:
             gang.start(cluster.ranks)

@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "eval": "qwenimg_dist.commands.eval",
     "report": "qwenimg_dist.commands.report",
     "sample": "qwenimg_dist.commands.sample",
+    "pairs": "qwenimg_dist.commands.pairs",
     "config": "qwenimg_dist.commands.config",
 }
 

@@ -99,7 +99,7 @@ def check_config(config: Config) -> Config:
 
 
 def _cpus(cluster: ClusterConfig) -> float:
-    return cluster.ranks * cluster.cpus_per_rank + cluster.producers * cluster.cpus_per_producer
+    return cluster.ranks * cluster.cpus_per_rank + cluster.producers * cluster.cpus_per_producer + cluster.reward_cpus
 
 
 def check_room_for_both(cluster: ClusterConfig, machines: Sequence[Mapping[str, float]]) -> None:

@@ -18,7 +18,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -30,6 +30,7 @@ from qwenimg_dist.commands.stopping import stop_signals
 from qwenimg_dist.commands.train_display import TrainDisplay
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import ClusterConfig, Config
+from qwenimg_dist.rewards.base import Score
 
 SUMMARY: Final = "one stage on a gang of ZeRO-3 ranks; the same command again resumes"
 
@@ -56,7 +57,8 @@ def run(args: list[str]) -> int:
 
     prepare_environment()
     stop = threading.Event()
-    with ray_session(config.cluster, cpus=config.cluster.ranks * config.cluster.cpus_per_rank), stop_signals(stop):
+    cpus = config.cluster.ranks * config.cluster.cpus_per_rank + config.cluster.reward_cpus
+    with ray_session(config.cluster, cpus=cpus), stop_signals(stop):
         check_room(config.cluster, machines())
         return _train(config, run_dir, stop)
 
@@ -174,16 +176,23 @@ class Training:
         # A second `train` started by mistake must not stop this one.
         self._stop_file = run_dir / f"{STOP_FILE}-{self._command_id}"
         self._gang: _Gang | None = None
+        self._rewards = ExitStack()
+        self._reward_actors: Sequence[Any] = ()
         self._unstarted = False
         # Not as a context: that would hold every line back to its end.
         self.console = Console(soft_wrap=True, stderr=True)
         self._display = TrainDisplay(self.console, run_dir / LOG_FILE, config.train.steps)
 
     def __enter__(self) -> Training:
+        if self._config.cluster.reward_actors and self._config.reward.active:
+            from qwenimg_dist.commands.reward_actors import reward_actors
+
+            self._reward_actors = self._rewards.enter_context(reward_actors(self._config))
         self._display.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._rewards.close()
         self._display.end()
         self._stop_file.unlink(missing_ok=True)
 
@@ -191,7 +200,8 @@ class Training:
         """Start a gang of so many ranks; none is at work."""
         self._stop_file.unlink(missing_ok=True)
         cluster = self._config.cluster.model_copy(update={"ranks": ranks})
-        self._gang = _Gang(self._config.model_copy(update={"cluster": cluster}), self._command_id, self._work)
+        config = self._config.model_copy(update={"cluster": cluster})
+        self._gang = _Gang(config, self._command_id, self._work, self._reward_actors)
         self._gang.start()
 
     def poll(self) -> bool:
@@ -236,22 +246,24 @@ class Training:
 class _Gang(threading.Thread):
     """Ray Train's `fit` in a thread of its own, so that the main thread keeps its signal handlers."""
 
-    def __init__(self, config: Config, command_id: str, work: Work) -> None:
+    def __init__(self, config: Config, command_id: str, work: Work, reward_actors: Sequence[Any]) -> None:
         super().__init__(daemon=True, name="ray-train")
         self._work = work
         self._config = config
         self._command_id = command_id
+        self._reward_actors = reward_actors
         self.answer: dict[str, Any] | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self.answer = _trainer(self._config, self._command_id, self._work).fit().return_value
+            trainer = _trainer(self._config, self._command_id, self._work, self._reward_actors)
+            self.answer = trainer.fit().return_value
         except Exception as error:  # handed to the main thread, which reports it
             self.error = error
 
 
-def _trainer(config: Config, command_id: str, work: Work) -> Any:
+def _trainer(config: Config, command_id: str, work: Work, reward_actors: Sequence[Any]) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -268,6 +280,7 @@ def _trainer(config: Config, command_id: str, work: Work) -> Any:
             "cwd": str(Path.cwd()),
             "command_id": command_id,
             "work": work,
+            "reward_actors": list(reward_actors),
         },
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=cluster.ranks, use_gpu=on_gpu, resources_per_worker=resources),
@@ -312,6 +325,7 @@ def _rank(job: dict[str, Any]) -> dict[str, Any]:
             say=say,
             log_file=str((run_dir / LOG_FILE).absolute()),
             command_id=str(job["command_id"]),
+            score=_score(config, job["reward_actors"]),
         )
         outcome = work(config, hooks)
     except ValueError as error:
@@ -319,6 +333,15 @@ def _rank(job: dict[str, Any]) -> dict[str, Any]:
     except TrainingError as error:
         return {"error": str(error), "code": 1}
     return {"outcome": outcome}
+
+
+def _score(config: Config, actors: Sequence[Any]) -> Score | None:
+    """By the reward actors; None where there are none, and the rank judges itself."""
+    if not actors:
+        return None
+    from qwenimg_dist.commands.reward_actors import RewardClient
+
+    return RewardClient(actors, config.reward, rank=int(os.environ.get("RANK", "0"))).score
 
 
 def _cause(error: BaseException) -> str:

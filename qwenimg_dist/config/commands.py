@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -50,6 +50,15 @@ class ClusterConfig(Section):
     """Pictures of one unit that may kill the process which opens them; more, and `produce` stops and says so."""
     max_restarts: NonNegativeInt = 3
     """Restarts of the training gang after a rank died."""
+    reward_actors: NonNegativeInt = 0
+    """Ray actors that judge the ranks' pictures; 0 judges in a process beside each rank, on the rank's CPUs (and its
+    GPU, with `reward.device=cuda`). Each loads all rewards."""
+    cpus_per_reward_actor: PositiveFloat = 1
+    gpus_per_reward_actor: NonNegativeFloat = 0
+    """A share, such as 0.25, puts several on one GPU; training needs a whole one per rank."""
+    reward_env: dict[str, Any] | None = None
+    """Ray runtime environment of these actors, such as `{pip: [PACKAGE]}`, for rewards that need other packages than
+    training has. It must have this package too."""
     peak_tflops: PositiveFloat | None = None
     """Dense bf16 TFLOP/s of one rank's device, what `train/mfu` is measured by; `None` takes the data sheet's of GPUs
     that are known by name (`plan` an H100's). Costs nothing; a measured matrix rate instead gives the share of what can
@@ -66,6 +75,11 @@ class ClusterConfig(Section):
     inter_node_gbps: PositiveFloat = 400
     """Gbit/s of the network per GPU, between nodes (a node's adapters divided by its GPUs, one direction), for
     `plan`."""
+
+    @property
+    def reward_cpus(self) -> float:
+        """What all reward actors reserve."""
+        return self.reward_actors * self.cpus_per_reward_actor
 
 
 class PlanConfig(Section):

@@ -29,3 +29,9 @@ def test_a_bad_row_is_named(tmp_path: Path, row: str) -> None:
         read_prompts_file(file)
     with pytest.raises(ValueError, match="is not a file"):
         read_prompts_file(tmp_path / "none.txt")
+
+
+def test_other_ends_of_lines_than_n_are_part_of_a_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes('{"prompt": "a\u2028b"}\r\n{"prompt": "c"}\r\n'.encode())
+    assert [one.text for one in read_prompts_file(file)] == ["a\u2028b", "c"]

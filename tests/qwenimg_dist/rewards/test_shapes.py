@@ -10,7 +10,8 @@ from qwenimg_dist.demo.photos import generic_picture
 from qwenimg_dist.demo.shapes import Scene, all_scenes, render
 from qwenimg_dist.models.tiny import ASSETS
 from qwenimg_dist.rewards import shapes as judging
-from qwenimg_dist.rewards.shapes import Verdict, judge, score
+from qwenimg_dist.rewards.base import Prompt
+from qwenimg_dist.rewards.shapes import Verdict, asked_for, grade, judge, score
 
 NOTHING = Verdict(colour=None, shape=None, background=None)
 
@@ -97,3 +98,43 @@ def test_a_true_outline_overlaps_almost_wholly(shape: str, monkeypatch: pytest.M
     monkeypatch.setattr(judging, "_MIN_OVERLAP", 0.92)
     image = render(Scene("blue", shape, "white"), 128, np.random.default_rng(3))
     assert judge(image).shape == shape
+
+
+def test_the_grade_has_slopes_where_verdicts_have_steps() -> None:
+    red_circle = render(Scene("red", "circle", "white"), 64, np.random.default_rng(0))
+    assert grade(red_circle, "red", "circle") == 1.0
+    assert grade(red_circle, "blue", "circle") == 0.5
+    assert grade(red_circle, "red", "cross") == 0.5
+    assert grade(red_circle, "blue", "cross") == 0.0
+    assert grade(Image.new("RGB", (64, 64), (246, 246, 246)), "red", "circle") == 0.0
+    # From a square to a circle in steps, and from red to orange: every step is seen, in the right direction.
+    square = render(Scene("red", "square", "white"), 64, np.random.default_rng(0))
+    steps = [grade(Image.blend(square, red_circle, share), "red", "circle") for share in (0.2, 0.4, 0.5, 0.6, 0.8)]
+    assert steps == sorted(steps)
+    assert len({round(step, 3) for step in steps}) >= 3
+    orange = render(Scene("orange", "circle", "white"), 64, np.random.default_rng(0))
+    steps = [grade(Image.blend(orange, red_circle, share), "red", "circle") for share in (0.0, 0.4, 0.6, 1.0)]
+    assert steps == sorted(steps)
+    assert steps[0] == 0.5 < steps[2] < steps[3]
+
+
+@pytest.mark.parametrize("side_px", [64, 128])
+def test_true_renders_are_graded_right_and_others_not(side_px: int) -> None:
+    right, wrong = [], []
+    for scene, image in pictures(side_px, rounds=1, seed=14)[::2]:
+        right.append(grade(image, scene.colour, scene.shape))
+        other = next(name for name in ("circle", "cross") if name != scene.shape)
+        wrong.append(grade(image, scene.colour, other))
+    assert np.mean(right) >= 0.97
+    assert min(right) >= 0.7
+    assert max(wrong) <= 0.75
+    assert np.mean(wrong) <= 0.6
+
+
+def test_what_is_asked_for_comes_from_metadata_or_words() -> None:
+    prompt = Prompt(text="a red circle on a white background")
+    assert asked_for(prompt) == ("red", "circle")
+    assert asked_for(Prompt(text=prompt.text, metadata={"colour": "blue", "shape": "cross"})) == ("blue", "cross")
+    assert asked_for(Prompt(text=prompt.text, metadata={"colour": "blue"})) == ("red", "circle")
+    with pytest.raises(ValueError, match="metadata names 'pink'"):
+        asked_for(Prompt(text=prompt.text, metadata={"colour": "pink", "shape": "cross"}))
