@@ -130,11 +130,18 @@ class Assembler:
             begin += size
         return made
 
+    def text(self, position: int) -> torch.Tensor:
+        """(T, D) features of one text, in the compute dtype and memory of its own."""
+        self._tolerant = False
+        return self._texts(np.array([position]), [1])[0][0][0].clone()
+
     def _latents(self, rows: Ints, resolution: int, bucket: Bucket, further: Sequence[str]) -> torch.Tensor:
         """(1 + further, n, 16, h, w) as stored, fp32 where catalogs differ: means, then the others in their order."""
         num = 1 + len(further)
         groups = list(self._catalogs.latents_places(rows, resolution, bucket, further=further))
         indexes = [catalog.latents[resolution] for catalog, _, _ in groups]
+        if not indexes[0].facet:  # prompts, of which the run draws the pictures
+            return torch.zeros(()).expand(num, len(rows), *indexes[0].shape(bucket))
         stored = {index.dtype for index in indexes}
         dtype = _TORCH[stored.pop()] if len(stored) == 1 else torch.float32
         shape = indexes[0].shape(bucket)

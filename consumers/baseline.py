@@ -22,6 +22,7 @@ from consumers.held_out import (
 )
 from consumers.run_directory import Prepared
 from consumers.stream import Stream
+from consumers.validation_data import validation_generations
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.generations import Generations
 from qwenimg_dist.files import write_json
@@ -43,12 +44,19 @@ def baseline(
     ranks = engine.ranks
     if not config.evaluate.every:
         return HeldOut(config, {}, None), None
+    measured = validation_generations(config, prepared, generations, ranks)
+    if measured is None:
+        say(
+            "warning: prompts have no pictures to validate on, so nothing guards against degradation: give a data set "
+            "of images as evaluate.data_path, or set evaluate.every=0"
+        )
+        return HeldOut(config, {}, None), None
     start = start_from_json(ranks.on_first(lambda: read_start(prepared.run_dir)))
     if start is not None and (kept := differences(config, start)):
         say(f"warning: the held-out set of a run is fixed, so it goes on with {kept}")
     budgets = {r: phase.micro_batch_tokens for phase in prepared.ledger.phases for r in phase.weights}
-    others = ranks.on_first(lambda: find_other_classes(config, generations, start, set(budgets)))
-    classes = ranks.together(lambda: make_held_out(config, generations, stream, start, budgets, others))
+    others = ranks.on_first(lambda: find_other_classes(config, measured, start, set(budgets)))
+    classes = ranks.together(lambda: make_held_out(config, measured, stream, start, budgets, others))
     held_out = HeldOut(config, classes, start)
     if start is None and step == 0:
         start = held_out.start_of(held_out.measure(engine, None, lambda: stage("the starting model's held-out losses")))

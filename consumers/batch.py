@@ -15,11 +15,30 @@ from qwenimg_dist.schema import Bucket
 
 
 @dataclass(frozen=True, kw_only=True)
+class RolloutStep:
+    """One stochastic step that the pictures of a micro-batch took, to be trained on (`rollout.py`)."""
+
+    sigma: float
+    sigma_next: float
+    x: torch.Tensor
+    """(b, 16, height / 8, width / 8) fp32 where it began."""
+    x_next: torch.Tensor
+    """As `x`: where it ended."""
+    log_prob: torch.Tensor
+    """(b,) fp32 of `x_next`, by the policy that drew it."""
+    advantages: torch.Tensor
+    """(b,) fp32: how much better the picture was than its group; 0 where that is not known."""
+    reference_mean: torch.Tensor | None
+    """As `x`: where the reference would have gone on average; None where it is not asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """One forward pass of one rank: b samples of one bucket, texts padded to the longest of the b."""
 
     latents: torch.Tensor
-    """(b, 16, height / 8, width / 8) normalised posterior mean: as stored while on the host, fp32 after `to`."""
+    """(b, 16, height / 8, width / 8) normalised posterior mean: as stored while on the host, fp32 after `to`. Of
+    prompts, zeros that take no memory."""
     logvar: torch.Tensor | None
     """As `latents`: log-variance of the posterior, where the objective asked for it."""
     text: torch.Tensor
@@ -40,11 +59,15 @@ class MicroBatch:
     reference: torch.Tensor | None = None
     """(b, K, 2) fp32 errors of the reference for chosen and rejected at each of a pair's K draws, where they were
     computed beforehand (`reference.py`)."""
+    negative: torch.Tensor | None = None
+    """(T, D) features of the empty prompt, as `text`, where rollouts are guided against it."""
+    rollout: RolloutStep | None = None
+    """What the rollout of these prompts did at one step."""
 
     @property
     def pictures_per_row(self) -> int:
         """How many pictures a forward of one row computes."""
-        return 1 if self.rejected is None else 2
+        return 1 if self.rejected is None and self.negative is None else 2
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """On a device, latents in fp32 (made there, so that half as much travels); pinned memory does not block."""
@@ -60,6 +83,8 @@ class MicroBatch:
             rejected=None if self.rejected is None else self.rejected.to(device, non_blocking=True).float(),
             numbers=self.numbers,
             reference=None if self.reference is None else self.reference.to(device, non_blocking=True),
+            negative=None if self.negative is None else self.negative.to(device, non_blocking=True),
+            rollout=self.rollout,
         )
 
 

@@ -148,6 +148,12 @@ class Ranks:
             dist.broadcast(tensor, 0)
         return tensor
 
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks of equally shaped tensors, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def gather_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Equally shaped tensors of all ranks, concatenated along the first axis by rank."""
         if self.world_size == 1:

@@ -27,7 +27,7 @@ from consumers.objectives.dpo import pair_draws, pair_errors
 from consumers.reference_errors import Entries, ErrorTable, ReferenceErrors, entries_of
 from consumers.run_directory import Prepared
 from consumers.stream import Stream
-from qwenimg_dist.config import Config, DpoConfig
+from qwenimg_dist.config import Config, DpoConfig, GrpoConfig
 from qwenimg_dist.data.catalog import Catalog
 from qwenimg_dist.data.generations import Generations
 from qwenimg_dist.data.held_out import HeldOutBucket
@@ -65,14 +65,15 @@ def open_reference(
 ) -> Predict | None:
     """What the objective needs: a frozen model's call, or None with the errors given to the stream. Collective."""
     objective = config.objective
-    if not isinstance(objective, DpoConfig):
+    if isinstance(objective, DpoConfig) and objective.reference == "precomputed":
+        _precomputed(config, objective, prepared, engine, generations, stream, step=step, watch=watch)
         return None
-    if objective.reference == "online":
+    if isinstance(objective, DpoConfig) or (isinstance(objective, GrpoConfig) and objective.kl_weight):
         start = prepared.start
         if start is not None and start.source is None:
             raise ValueError(
-                f"objective.reference=online needs the weights that the run started from, and {start.told} is gone: "
-                "restore it, or give where it is now as start_from"
+                f"the reference is the weights that the run started from, and {start.told} is gone: restore it, or "
+                "give where it is now as start_from"
             )
         source = start.source if start is not None else None
         frozen = build_frozen(
@@ -80,6 +81,21 @@ def open_reference(
         )
         stack.callback(frozen.close)
         return frozen.predict
+    return None
+
+
+def _precomputed(
+    config: Config,
+    objective: DpoConfig,
+    prepared: Prepared,
+    engine: Engine,
+    generations: Generations,
+    stream: Stream,
+    *,
+    step: int,
+    watch: Watch,
+) -> None:
+    """Compute what is missing of the errors, and give all of them to the stream. Collective."""
     tables = list(_tables(config, objective, prepared, generations))
     incomplete = engine.ranks.on_first(lambda: [len(table.missing()) for table in tables])
     if step > 0 and not engine.ranks.on_first(lambda: all(table.complete for table in tables)):
@@ -97,7 +113,6 @@ def open_reference(
         engine.ranks.on_first(table.join)
     catalogs = generations.catalogs
     stream.reference = engine.ranks.together(lambda: ReferenceErrors(catalogs, tables))
-    return None
 
 
 def _tables(config: Config, objective: DpoConfig, prepared: Prepared, generations: Generations) -> Sequence[ErrorTable]:

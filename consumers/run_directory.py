@@ -39,7 +39,7 @@ from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
 from qwenimg_dist.models.pipeline import fingerprint_component, pipeline_dir
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 from qwenimg_dist.models.transformer import load_transformer_config
-from qwenimg_dist.schema import IMAGE, PREFERENCE, Kind
+from qwenimg_dist.schema import IMAGE, PREFERENCE, PROMPT, Kind
 from qwenimg_dist.versions import git_commit, package_versions
 
 STARTS: Final = "starts.jsonl"
@@ -50,7 +50,7 @@ _EXTEND: Final = (
     ". The number of steps is fixed per run, since the schedule follows it: to train its result further, give it as "
     "start_from of a new run"
 )
-FURTHER_OF_KIND: Final[dict[Kind, tuple[str, ...]]] = {IMAGE: (), PREFERENCE: ("rejected",)}
+FURTHER_OF_KIND: Final[dict[Kind, tuple[str, ...]]] = {IMAGE: (), PREFERENCE: ("rejected",), PROMPT: ()}
 """Tensors of a sample that are read besides its latents."""
 _MOVED_BY_FRESH: Final = (
     "checkpoints",
@@ -63,6 +63,7 @@ _MOVED_BY_FRESH: Final = (
     "progress.json",
     "index",
     "takedown",
+    "validation",
     "samples",
     "start_loss.json",
     START_FROM,
@@ -126,8 +127,12 @@ def preflight(config: Config) -> Prepared:
 
 def facets_of(config: Config, pipeline: Path) -> RunFacets:
     """The facets that the curriculum reads, for this model."""
-    latents = latents_facet_names(pipeline, config, sample_kind(config))
     wanted = {resolution for phase in config.curriculum.phases for resolution in phase.resolutions}
+    if sample_kind(config) == PROMPT:
+        return RunFacets(
+            text=text_facet_name(pipeline, config, PROMPT), latents={}, kind=PROMPT, drawn=tuple(sorted(wanted))
+        )
+    latents = latents_facet_names(pipeline, config, sample_kind(config))
     missing = sorted(wanted - set(latents))
     if missing:
         raise ValueError(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from consumers.curriculum import lr_at
+from consumers.objectives import is_guided, rows_per_sample
 from consumers.run_directory import preflight
 from consumers.stream import cut_for, pictures_of
 from consumers.zero_settings import check_hpz
@@ -133,11 +134,11 @@ class RunPlan:
 
 
 def make_plan(
-    ledger: Ledger, optim: OptimConfig, *, world_size: int, complete: bool = True, pictures: int = 1
+    ledger: Ledger, optim: OptimConfig, *, world_size: int, complete: bool = True, pictures: int = 1, repeat: int = 1
 ) -> RunPlan:
     """Count what the ledger has for every phase. One pass over the rows per phase and resolution.
 
-    `pictures` of a sample are computed at once: 2 of a pair.
+    `pictures` of a row are computed at once: 2 of a pair. Each sample fills `repeat` rows of a batch: a group's.
     """
     longest, shortest = _text_lengths(ledger)
     phases = []
@@ -145,7 +146,9 @@ def make_plan(
         streams = []
         for resolution in sorted(phase.weights):
             tally = ledger.tally(phase.index, resolution)
-            cuts = {b: _micro_batches(phase, b, (longest, shortest), world_size, pictures) for b in tally.buckets}
+            cuts = {
+                b: _micro_batches(phase, b, (longest, shortest), world_size, pictures, repeat) for b in tally.buckets
+            }
             streams.append(StreamPlan(resolution=resolution, tally=tally, micro_batches=cuts))
         phases.append(PhasePlan(phase=phase, lr=_rates(ledger.phases, optim, phase), streams=tuple(streams)))
     return RunPlan(phases=tuple(phases), world_size=world_size, complete=complete)
@@ -172,7 +175,8 @@ def dry_run(config: Config, *, world_size: int) -> RunPlan:
             config.optim,
             world_size=world_size,
             complete=not config.follow,
-            pictures=pictures_of(generations.facets.further),
+            pictures=pictures_of(generations.facets.further, guided=is_guided(config)),
+            repeat=rows_per_sample(config),
         )
 
 
@@ -190,10 +194,10 @@ def _text_lengths(ledger: Ledger) -> tuple[int, int]:
 
 
 def _micro_batches(
-    phase: PlannedPhase, bucket: Bucket, lengths: tuple[int, int], world_size: int, pictures: int
+    phase: PlannedPhase, bucket: Bucket, lengths: tuple[int, int], world_size: int, pictures: int, repeat: int
 ) -> MicroBatches:
     """`lengths` of the longest text and the shortest."""
-    size, image_tokens, budget = phase.global_batch, bucket.image_tokens, phase.micro_batch_tokens
+    size, image_tokens, budget = phase.global_batch * repeat, bucket.image_tokens, phase.micro_batch_tokens
     long, short = (
         cut_for(size, image_tokens, tokens, budget, rank=0, world=world_size, pictures=pictures) for tokens in lengths
     )

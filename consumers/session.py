@@ -26,19 +26,20 @@ from consumers.engine import Engine, build_engine
 from consumers.evaluate import HeldOut
 from consumers.guard import Guard
 from consumers.held_out import Start
-from consumers.objectives import build_objective
+from consumers.objectives import build_objective, is_guided, rows_per_sample
 from consumers.objectives.base import Objective
 from consumers.parameter_groups import describe, to_json
 from consumers.planning.plan import check_device
 from consumers.ranks import Ranks
 from consumers.reference_pass import Watch, open_reference
 from consumers.reporting import ReportWriter
+from consumers.rollout import Rollouts, open_rollouts
 from consumers.run_directory import Prepared, move_aside, preflight, run_lock, write_descriptions
 from consumers.run_plan import make_plan, write_plan
 from consumers.start_from import StartWeights, agree
 from consumers.stream import Stream, pictures_of
 from consumers.throughput import Throughput
-from qwenimg_dist.config import Config, training_identity
+from qwenimg_dist.config import Config, GrpoConfig, training_identity
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.data.generation_log import FILE as GENERATIONS_FILE
 from qwenimg_dist.data.generation_log import read_lines
@@ -117,6 +118,8 @@ class Session:
     start: Start | None
     guard: Guard
     grids: Grids | None
+    rollouts: Rollouts | None
+    """Of an objective that trains on pictures of the model's own."""
     throughput: Throughput
     certifier: Certifier
     log: RunLog | None
@@ -158,6 +161,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         if weights := agree(config, prepared.run_dir, prepared.pipeline, prepared.start, ranks):
             prepared = replace(prepared, start=weights, model_fingerprint=weights.fingerprint)
         grids = _grids(config, prepared, ranks)
+        rollouts = open_rollouts(config, prepared.pipeline, ranks, hooks.score, stack)
 
         check_device(config, ranks)
         hooks.stage("loading the weights")
@@ -212,6 +216,8 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             watch=_watch(ranks, hooks),
         )
         objective = build_objective(config, reference)
+        if rollouts:
+            rollouts.bind(engine, reference, generations.catalogs)
         yield Session(
             config=config,
             hooks=hooks,
@@ -226,10 +232,12 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             start=start,
             guard=_guard(config, start, loaded),
             grids=grids,
+            rollouts=rollouts,
             throughput=Throughput(
                 model,
                 ranks,
                 forwards_per_batch=objective.forwards_per_batch,
+                forwards_without_gradient=_forwards_of_rollouts(config),
                 peak_tflops=config.cluster.peak_tflops,
             ),
             certifier=certifier,
@@ -328,6 +336,8 @@ def open_data(
         pin_memory=ranks.device.type == "cuda",
         further=prepared.facets.further,
         tolerant=config.data.max_bad_samples > 0,
+        repeat=rows_per_sample(config),
+        guided=is_guided(config),
     )
     stack.callback(stream.close)
     return generations, stream
@@ -340,11 +350,19 @@ def _tell_plan(config: Config, generations: Generations, ranks: Ranks, hooks: Ho
         config.optim,
         world_size=ranks.world_size,
         complete=generations.settled,
-        pictures=pictures_of(generations.facets.further),
+        pictures=pictures_of(generations.facets.further, guided=is_guided(config)),
+        repeat=rows_per_sample(config),
     )
     write_plan(plan, generations.run)
     for line in plan.text().splitlines() if step == 0 else [f"warning: {warning}" for warning in plan.warnings()]:
         hooks.say(line)
+
+
+def _forwards_of_rollouts(config: Config) -> int:
+    objective = config.objective
+    if not isinstance(objective, GrpoConfig):
+        return 0
+    return objective.num_steps + (objective.window if objective.kl_weight else 0)
 
 
 def _check_generations(config: Config, generations: Generations, known: int, run_dir: Path, hooks: Hooks) -> None:

@@ -74,9 +74,23 @@ def cut_batch(
     return cut, np.where(cut.slots < len(batch.rows), batch.weights[cut.source], np.float32(0))
 
 
-def pictures_of(further: Sequence[str]) -> int:
-    """Pictures of a sample that a forward computes, where these tensors are read besides its latents."""
-    return 1 + ("rejected" in further)
+def pictures_of(further: Sequence[str], *, guided: bool = False) -> int:
+    """Pictures that a forward computes per row, where these tensors are read besides its latents, or where the empty
+    prompt's row goes beside it."""
+    return 1 + ("rejected" in further or guided)
+
+
+def repeated(batch: GlobalBatch, times: int) -> GlobalBatch:
+    """Every sample so many times in a row."""
+    if times == 1:
+        return batch
+    return replace(
+        batch,
+        rows=np.repeat(batch.rows, times),
+        texts=np.repeat(batch.texts, times),
+        weights=np.repeat(batch.weights, times),
+        num_by_dataset={name: num * times for name, num in batch.num_by_dataset.items()},
+    )
 
 
 class Stream:
@@ -93,8 +107,11 @@ class Stream:
         prefetch: int = PREFETCH,
         further: Sequence[str] = (),
         tolerant: bool = False,
+        repeat: int = 1,
+        guided: bool = False,
     ) -> None:
-        """`further` tensors of a sample are read besides its latents: `logvar`, `rejected`.
+        """`further` tensors of a sample are read besides its latents: `logvar`, `rejected`. Each sample of the ledger
+        fills `repeat` slots in a row. `guided` micro-batches have the empty prompt's features with them.
 
         With `tolerant`, what cannot be read of a training batch is told in `RankBatch.bad` instead of raised.
         """
@@ -106,6 +123,9 @@ class Stream:
         self._prefetch = prefetch
         self._further = tuple(further)
         self._tolerant = tolerant
+        self._repeat = repeat
+        self._guided = guided
+        self._negative: torch.Tensor | None = None
         self._assembler = Assembler(ledger.catalogs, compute_dtype=compute_dtype, pin_memory=pin_memory)
         self.reference: ReferenceErrors | None = None
         """Handed out with pairs, once it is here: set before the first `get`."""
@@ -208,10 +228,10 @@ class Stream:
         if not required and not self._ledger.available(step):
             return None
         begin = time.perf_counter()
-        batch = self._ledger.batch(step)
+        batch = repeated(self._ledger.batch(step), self._repeat)
         budget = self._ledger.phases[batch.phase].micro_batch_tokens
         tokens = self._ledger.catalogs.text_tokens(batch.texts)
-        pictures = pictures_of(self._further)
+        pictures = pictures_of(self._further, guided=self._guided)
         cut, weights = cut_batch(batch, tokens, budget, rank=self._rank, world=self._world, pictures=pictures)
         before = self._assembler.read_bytes
         micro_batches = self._assembler.micro_batches(
@@ -227,6 +247,10 @@ class Stream:
             tolerant=self._tolerant,
         )
         keys = self._ledger.catalogs.keys(batch.rows)
+        if self._guided:
+            if self._negative is None:
+                self._negative = self._assembler.text(self._ledger.catalogs.empty_text())
+            micro_batches = [replace(micro, negative=self._negative) for micro in micro_batches]
         if self.reference is not None:
             errors = self.reference.of(batch.rows[cut.source], batch.texts[cut.source], batch.resolution)
             micro_batches = self._with_reference(micro_batches, errors, [keys[at] for at in cut.source.tolist()])

@@ -36,12 +36,15 @@ class Throughput:
         ranks: Ranks,
         *,
         forwards_per_batch: int,
+        forwards_without_gradient: int = 0,
         peak_tflops: float | None = None,
     ) -> None:
-        """`peak_tflops` of one rank's device; None takes the data sheet's, by the device's name."""
+        """Forwards of every micro-batch, with a backward and without. `peak_tflops` of one rank's device; None takes
+        the data sheet's, by the device's name."""
         self._model = transformer_config
         self._ranks = ranks
-        self._forwards = forwards_per_batch
+        # A backward costs twice its forward. Recomputation is no useful work and is not counted.
+        self._forwards = 3 * forwards_per_batch + forwards_without_gradient
         self._peak = peak_tflops * 1e12 if peak_tflops else _peak_of(ranks.device)
         self.by_rank: list[list[float]] = []
         """Rows of `RANK_COLUMNS` at the last `metrics`, every rank's, on every rank."""
@@ -68,9 +71,8 @@ class Throughput:
         self._padding += batch.padding
         for micro in batch.micro_batches:
             useful, computed = micro_batch_flops(self._model, micro)
-            # A backward costs twice its forward. Recomputation is no useful work and is not counted.
-            self._useful += 3 * self._forwards * micro.pictures_per_row * useful
-            self._computed += 3 * self._forwards * micro.pictures_per_row * computed
+            self._useful += self._forwards * micro.pictures_per_row * useful
+            self._computed += self._forwards * micro.pictures_per_row * computed
 
     def metrics(self) -> dict[str, float]:
         """Collective. `train/…` values of the steps since the last call."""

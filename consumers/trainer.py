@@ -1,9 +1,11 @@
 """THE training loop: one for every stage and objective, under torchrun or Ray Train.
 
 Place in the flow: ledger and stream give this rank's cut of the step's global batch, the objective a loss, the engine
-an update. Randomness is derived from (seed, step, slot in the global batch), so that a repeated step is the same step,
-on any number of ranks. A step's number is the count of steps done: line 100 of the logs, checkpoint 100 and grid 100
-belong together. Deliberately left out: a copy of this loop per stage, callbacks, a scheduler with state.
+an update. An objective that trains on the model's own pictures has them drawn first (`rollout.py`), and may make
+several updates on them: that is one step all the same, and checkpoints fall between steps. Randomness is derived from
+(seed, step, slot in the global batch), so that a repeated step is the same step, on any number of ranks. A step's
+number is the count of steps done: line 100 of the logs, checkpoint 100 and grid 100 belong together. Deliberately left
+out: a copy of this loop per stage, callbacks, a scheduler with state.
 """
 
 from __future__ import annotations
@@ -13,20 +15,21 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final, Literal
 
 import torch
 
 from consumers.bad_samples import next_batch
-from consumers.batch import RankBatch
+from consumers.batch import MicroBatch, RankBatch
 from consumers.checkpoint import save_checkpoint
 from consumers.curriculum import lr_at
 from consumers.engine import StepResult, start_distributed, stop_distributed
 from consumers.errors import DegradedError, TrainingError
 from consumers.fault_dump import dump_keys, dump_micro_batch
 from consumers.rank_log import rank_logged
+from consumers.rollout import Round
 from consumers.session import Hooks, Session, Stopped, await_batch, open_session
 from consumers.throughput import RANK_COLUMNS
 from consumers.watch import draw_grids, due_norms, evaluate
@@ -94,20 +97,15 @@ def _loop(session: Session) -> Outcome:
         engine.checkpoint_activations(phase_at(phases, progress.step).activation_checkpointing)
         batch = next_batch(session)
 
-        # ---- Objective: losses and gradients, or None if a loss was not finite on some rank (or nothing was readable).
-        losses = _accumulate(session, batch) if batch.num_real else None
+        # ---- Pictures of the model's own, where the objective trains on these.
+        played = _play(session, batch)
+        micro_batches = played.micro_batches if played else batch.micro_batches
 
-        # ---- Clip, step, EMA.
-        session.hooks.stage("update")
-        lr = lr_at(phases, config.optim, progress.step)
-        norms = due_norms(session) if losses is not None else {}
-        if losses is None:
-            engine.discard_gradients()
-            result = StepResult(grad_norm=float("nan"), skipped=True)
-        else:
-            result = engine.step(lr)
-            if session.ema is not None and not result.skipped:
-                session.ema.update()
+        # ---- Objective: losses and gradients, or None if a loss was not finite on some rank (or nothing was readable);
+        # clip, step, EMA.
+        lr, before = lr_at(phases, config.optim, progress.step), time.perf_counter()
+        losses, norms, result = _update(session, batch, micro_batches, lr, idle=bool(played and played.idle))
+        update_s = time.perf_counter() - before
         fault_point("train_step")
         progress.step += 1
         progress.images += batch.num_real
@@ -116,7 +114,8 @@ def _loop(session: Session) -> Outcome:
 
         # ---- Log; evaluate: held-out losses and grids.
         session.hooks.stage("logging and evaluating")
-        _log(session, batch, losses, result, lr, norms, last=progress.step == last_step)
+        extra = {**norms, **({**played.metrics, "train/update_s": update_s} if played else {})}
+        _log(session, batch, losses, result, lr, extra, last=progress.step == last_step)
 
         # ---- Checkpoint if due.
         if progress.step % config.checkpoint.every == 0:
@@ -135,12 +134,66 @@ def _loop(session: Session) -> Outcome:
     return "complete" if progress.step >= last_step else "stopped"
 
 
-def _accumulate(session: Session, batch: RankBatch) -> dict[str, torch.Tensor] | None:
+def _play(session: Session, batch: RankBatch) -> Round | None:
+    """The rollouts of a step, with what a person should know of them; None where the objective needs none."""
+    if session.rollouts is None or not batch.num_real:
+        return None
+    step = session.progress.step
+    played = session.rollouts.play(batch, step=step, tell=session.hooks.stage)
+    if session.ranks.is_first:
+        for note in played.notes:
+            _warn(session, f"step {step + 1}: rewards: {note}")
+        if played.idle:
+            _warn(session, f"step {step + 1}: no update, since {played.idle}")
+    if session.log and played.grid:
+        session.log.picture(step + 1, "groups", played.grid)
+    return played
+
+
+def _update(
+    session: Session, batch: RankBatch, micro_batches: Sequence[MicroBatch], lr: float, *, idle: bool
+) -> tuple[dict[str, torch.Tensor] | None, dict[str, float], StepResult]:
+    """The optimiser updates of a step: one, or as many as the objective makes of its rollouts.
+
+    Returns sums on this rank, as means over the updates, norms where they are due, and how the last update ended.
+    """
+    engine = session.engine
+    norms: dict[str, float] = {}
+    if idle:  # nothing moves the model, AdamW's momentum neither
+        return None, {}, StepResult(grad_norm=0.0, skipped=False)
+    sums: list[dict[str, torch.Tensor]] = []
+    for _ in range(session.objective.updates_per_step):
+        losses = _accumulate(session, batch, micro_batches) if batch.num_real else None
+        session.hooks.stage("update")
+        if losses is None:
+            engine.discard_gradients()
+            return None, norms, StepResult(grad_norm=float("nan"), skipped=True)
+        norms = norms or due_norms(session)
+        result = engine.step(lr)
+        if session.ema is not None and not result.skipped:
+            session.ema.update()
+        sums.append(losses)
+        if result.skipped:
+            break
+    return _over_updates(sums), norms, result
+
+
+def _over_updates(sums: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Means over a step's updates; beside them the first one's, where there are several."""
+    if len(sums) == 1:
+        return sums[0]
+    means = {name: torch.stack([one[name] for one in sums]).mean() for name in sums[0]}
+    return means | {f"{name}_of_first_update": value for name, value in sums[0].items()}
+
+
+def _accumulate(
+    session: Session, batch: RankBatch, micro_batches: Sequence[MicroBatch]
+) -> dict[str, torch.Tensor] | None:
     """Backward of every micro-batch. Sums of loss and metrics on this rank; None, agreed by all, if not finite."""
     ranks, engine = session.ranks, session.engine
     scale = ranks.world_size / batch.num_real  # the engine averages over ranks
     sums: dict[str, torch.Tensor] = {}  # left on the device: to read one would wait for the backward
-    for index, micro in enumerate(batch.micro_batches):
+    for index, micro in enumerate(micro_batches):
         session.hooks.stage("forward and backward")
         output = session.objective.loss(engine.predict, micro.to(ranks.device), step=session.progress.step)
         if not ranks.all_finite(output.loss):
@@ -152,7 +205,7 @@ def _accumulate(session: Session, batch: RankBatch) -> dict[str, torch.Tensor] |
                 )
                 _warn(session, f"rank {ranks.rank}: step {step}: the loss is not finite in {where}: {told}")
             return None
-        engine.backward(output.loss * scale, last=index + 1 == len(batch.micro_batches))
+        engine.backward(output.loss * scale, last=index + 1 == len(micro_batches))
         for name, value in {"loss": output.loss, **output.metrics}.items():
             sums[name] = value.detach().double() + sums.get(name, 0.0)
     return sums
@@ -182,7 +235,7 @@ def _log(
     losses: dict[str, torch.Tensor] | None,
     result: StepResult,
     lr: float,
-    norms: dict[str, float],
+    extra: dict[str, float],
     *,
     last: bool,
 ) -> None:
@@ -190,8 +243,8 @@ def _log(
     if session.log:
         session.log.samples(step, str(batch.batch.bucket), batch.keys)
     evaluated = evaluate(session, batch.batch.phase, last=last)
-    extra = {**norms, **evaluated}
-    due = step % config.train.log_every == 0 or step == 1 or last or result.skipped or bool(extra)
+    due = step % config.train.log_every == 0 or step == 1 or last or result.skipped or bool(extra or evaluated)
+    extra = {**extra, **evaluated}
     if not due:
         return
     _check_log(session)
@@ -227,6 +280,7 @@ def _log(
     session.hooks.say(
         f"step {step}/{config.train.steps}  loss {values['train/loss']:.4f}  lr {lr:.2e}  {batch.batch.bucket}  "
         f"{rates['train/step_s']:.2f} s/step"
+        + (f"  reward {extra['reward/total']:.4f}" if "reward/total" in extra else "")
         + (f"  held-out {evaluated['eval/loss']:.4f}" if "eval/loss" in evaluated else "")
     )
 

@@ -7,12 +7,14 @@ from typing import Final
 from consumers.objectives.base import Objective, Predict
 from consumers.objectives.dpo import Dpo
 from consumers.objectives.flow_matching import FlowMatching
-from qwenimg_dist.config import Config
+from consumers.objectives.grpo import Grpo
+from qwenimg_dist.config import Config, GrpoConfig
 from qwenimg_dist.schema import Kind
 
 OBJECTIVES: Final[dict[str, type[Objective]]] = {
     "flow_matching": FlowMatching,
     "dpo": Dpo,
+    "grpo": Grpo,
 }
 
 
@@ -24,3 +26,13 @@ def build_objective(config: Config, reference: Predict | None = None) -> Objecti
 def sample_kind(config: Config) -> Kind:
     """The kind of samples that the configured objective trains on."""
     return OBJECTIVES[config.objective.kind].sample_kind
+
+
+def rows_per_sample(config: Config) -> int:
+    """Rows of a global batch that each of the ledger's samples gives: a prompt is drawn several times."""
+    return config.objective.group_size if isinstance(config.objective, GrpoConfig) else 1
+
+
+def is_guided(config: Config) -> bool:
+    """Whether every forward has the empty prompt's rows beside the prompts'."""
+    return isinstance(config.objective, GrpoConfig) and config.objective.guidance > 1.0

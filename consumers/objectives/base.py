@@ -44,7 +44,9 @@ class Objective(Protocol):
     sample_kind: Kind
     """Kind of samples in the data set."""
     forwards_per_batch: int
-    """Forwards of the trained model per micro-batch."""
+    """Forwards of the trained model per micro-batch, with their backward, over all updates of a step."""
+    updates_per_step: int
+    """Optimiser updates per step, each over all of its micro-batches."""
 
     def __init__(self, config: Any, *, seed: int, reference: Predict | None = None) -> None:
         """`config` is the objective's own part; `reference` the frozen model that the run starts from, where asked."""

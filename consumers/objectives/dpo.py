@@ -38,6 +38,7 @@ class Dpo:
 
     sample_kind: Kind = PREFERENCE
     forwards_per_batch = 1
+    updates_per_step = 1
 
     def __init__(self, config: DpoConfig, *, seed: int, reference: Predict | None = None) -> None:
         """`reference` is the frozen model; None where its errors come with the batch."""

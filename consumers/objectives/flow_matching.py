@@ -30,6 +30,7 @@ class FlowMatching:
 
     sample_kind: Kind = IMAGE
     forwards_per_batch = 1
+    updates_per_step = 1
 
     def __init__(self, config: FlowMatchingConfig, *, seed: int, reference: Predict | None = None) -> None:
         """There is no use for a `reference`."""

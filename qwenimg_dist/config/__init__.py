@@ -10,7 +10,7 @@ from qwenimg_dist.config.commands import ClusterConfig, InspectConfig, LoggerCon
 from qwenimg_dist.config.data import EditEncodeConfig
 from qwenimg_dist.config.identity import flatten, stable_hash, training_identity
 from qwenimg_dist.config.pairs import PairsConfig
-from qwenimg_dist.config.post_training import DpoConfig, StartFromConfig
+from qwenimg_dist.config.post_training import DpoConfig, GrpoConfig, StartFromConfig
 from qwenimg_dist.config.reward import RewardConfig
 from qwenimg_dist.config.section import Section
 from qwenimg_dist.config.sources import (
@@ -36,6 +36,7 @@ __all__ = [
     "FlowConfig",
     "FlowMatchingConfig",
     "FolderSource",
+    "GrpoConfig",
     "InspectConfig",
     "LoggerConfig",
     "ManifestSource",

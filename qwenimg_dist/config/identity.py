@@ -14,7 +14,13 @@ from qwenimg_dist.config.tree import Config
 # What changes a training run's numbers; the rest (where it runs, how often it logs or saves) may differ on resume.
 # Model and data are held to by fingerprint and digest, so that a path may change.
 _IDENTITY_SECTIONS = ("stage", "curriculum", "objective", "optim")
-_FREE_OF_OBJECTIVE = ("reference_path", "winner_tolerance")
+_FREE_OF_OBJECTIVE = (
+    "reference_path",
+    "winner_tolerance",
+    "reward_timeout_s",
+    "max_failed_rounds",
+    "group_grid_every",
+)
 _FREE_OF_REWARDS = ("batch_size",)
 _IDENTITY_KEYS = {
     "data": ("where", "held_out", "max_held_out", "weights", "caption_weights", "mix"),

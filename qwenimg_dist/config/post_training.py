@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from qwenimg_dist.config.section import Section
 from qwenimg_dist.config.training import FlowConfig, FlowMatchingConfig
@@ -77,4 +85,70 @@ class DpoConfig(FlowConfig):
         return self
 
 
-ObjectiveConfig = Annotated[FlowMatchingConfig | DpoConfig, Field(discriminator="kind")]
+class GrpoConfig(FlowConfig):
+    """Flow-GRPO: pictures that the model draws, judged by rewards (`reward`). The keys of sigma are for validation."""
+
+    kind: Literal["grpo"]
+    """Which objective this is."""
+    group_size: int = Field(default=16, ge=2)
+    """Pictures per prompt, whose rewards are compared with each other. `global_batch` counts prompts: a step draws
+    global_batch x group_size pictures. Larger groups judge more surely and cost in proportion."""
+    num_steps: int = Field(default=10, ge=2)
+    """Steps of a rollout's sampler, a forward each (of twice the rows with guidance). Far fewer than for good pictures
+    do, since rewards only compare; most of a step's time goes here."""
+    guidance: PositiveFloat = 4.0
+    """Guidance of rollouts, against the empty prompt, and trained through; 1 is off. With it every forward, the
+    trained ones too, has twice the rows. The better the pictures of rollouts, the less there is to be learnt from
+    them, and without guidance a large model's are poor."""
+    noise_level: PositiveFloat = 1.2
+    """a of the SDE's noise, a sqrt(sigma / (1 - sigma)). More explores more; too much spoils the pictures."""
+    window: PositiveInt = 2
+    """Steps of the sampler that are stochastic and trained on, in a row, drawn anew at every step and the same for all
+    pictures of it; the others are the ODE's. Each costs a forward and a backward per update."""
+    window_within: PositiveInt = 5
+    """The window lies within so many first steps, where the picture's composition is decided. The last step is never
+    stochastic."""
+    inner_updates: PositiveInt = 1
+    """Optimiser updates per step, each over all of its pictures and window. The first is on the policy that drew them
+    (ratio 1); further ones learn more from the same rollouts, as far as `clip` lets them. The rate is that of the
+    step, and so is everything else that counts steps."""
+    clip: PositiveFloat = 1e-4
+    """How far a ratio may leave 1 before its gradient is cut. Tiny, because log-probabilities are means over a
+    picture's elements."""
+    advantage_clip: PositiveFloat = 5.0
+    """Bound of a picture's advantage, in standard deviations of its group."""
+    kl_weight: NonNegativeFloat = 0.0
+    """Weight of the divergence from the model that the run starts from. Above 0 a second, frozen, sharded model is
+    held (2 bytes per parameter over all ranks in bf16) and asked once per window step in every rollout. Holds back
+    reward hacking, and learning."""
+    share_noise: bool = False
+    """The pictures of a group begin at one noise, so that only the window tells them apart: steadier gradients, less
+    spread of rewards."""
+    reward_timeout_s: PositiveFloat = 300.0
+    """A rank waits so long for the rewards of its pictures after it has drawn the last of them. What is missing then is
+    counted and left out of its groups; a reward that hangs is not asked again until it has come back."""
+    max_failed_rounds: PositiveInt = 3
+    """So many steps in a row without a single reward end the run."""
+    group_grid_every: NonNegativeInt = 20
+    """Steps between grids of the best and the worst picture of some groups (`samples/step-NNNNNNNN-groups.png`); 0
+    turns them off."""
+
+    @model_validator(mode="after")
+    def _what_rollouts_allow(self) -> GrpoConfig:
+        if self.posterior != "mode" or self.weighting != "none" or self.caption_dropout:
+            raise ValueError(
+                "rollouts have no latents and keep their prompts: posterior=mode weighting=none caption_dropout=0"
+            )
+        if self.window > self.window_within:
+            raise ValueError(
+                f"a `window` of {self.window} steps does not lie within `window_within`={self.window_within}"
+            )
+        if self.window_within >= self.num_steps:
+            raise ValueError(
+                f"`window_within`={self.window_within} reaches the last of `num_steps`={self.num_steps}, which cannot "
+                "be stochastic: lower it, or take more steps"
+            )
+        return self
+
+
+ObjectiveConfig = Annotated[FlowMatchingConfig | DpoConfig | GrpoConfig, Field(discriminator="kind")]

@@ -353,6 +353,10 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     every: NonNegativeInt = 500
     """Steps between held-out losses; 0 turns them off."""
+    data_path: str | None = None
+    """A data set of images whose held-out rows (by `data.held_out` and `data.max_held_out`) are validated on in the
+    place of the run's own: for runs on prompts, which have no pictures, and for finetuning on little, so that what the
+    model knew stays watched. `None` is the run's own; on prompts that is no validation."""
     sigma_quantiles: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     """Where in the trained density of sigma losses are measured; a forward each. Fixed when a run starts."""
     num_samples: PositiveInt = 64

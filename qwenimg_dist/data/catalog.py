@@ -46,6 +46,8 @@ class RunFacets:
     """A sample's other tensors that are read besides (`logvar`, `rejected`), which not every facet holds."""
     kind: Kind = IMAGE
     """Of the samples; a data set of another kind is refused."""
+    drawn: tuple[int, ...] = ()
+    """Resolution classes (px) at which the run draws the pictures itself, of prompts: in the square bucket."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,6 +96,23 @@ class LatentsIndex:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptTable:
+    """What a reward is told of each row, as JSON texts end to end."""
+
+    data: npt.NDArray[np.uint8]
+    start: Ints
+    """(rows + 1,)"""
+
+    def of(self, rows: Ints) -> list[tuple[str, dict[str, Any]]]:
+        """Text and metadata of row positions."""
+        found = []
+        for row in rows.tolist():
+            text, meta = json.loads(bytes(self.data[int(self.start[row]) : int(self.start[row + 1])]))
+            found.append((text, meta))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class Catalog:
     """One compiled catalog. Captions are CSR: row i has `caption_text[caption_start[i]:caption_start[i + 1]]`."""
 
@@ -121,6 +140,8 @@ class Catalog:
     latents: Mapping[int, LatentsIndex]
     tars: Sequence[TarFile]
     columns: Columns
+    prompts: PromptTable | None = None
+    """Of rows of kind `prompt`."""
 
     @property
     def num_rows(self) -> int:
@@ -171,6 +192,7 @@ class Catalog:
             },
             tars=[TarFile(path=dataset_root / facet / name, size_bytes=size) for facet, name, size in head["tars"]],
             columns=Columns({name: load(f"column-{name}") for name in head["columns"]}, head["words"]),
+            prompts=PromptTable(data=load("prompt_data"), start=load("prompt_start")) if head.get("prompts") else None,
         )
 
 
@@ -279,6 +301,21 @@ class Catalogs:
             prefix = f"{name}/" if name else ""
             keys[where] = [prefix + key.decode() for key in self[index].keys[local]]
         return list(keys)
+
+    def prompts(self, rows: Ints) -> list[tuple[str, dict[str, Any]]]:
+        """Text and metadata of row positions, of kind `prompt`."""
+        found: list[tuple[str, dict[str, Any]]] = [("", {})] * len(rows)
+        for catalog, local, where in self._split(rows, self._row_base):
+            if catalog.prompts is None:
+                raise DataError(f"{catalog.folder} was compiled without prompts: remove it, it is made again")
+            for at, prompt in zip(where.tolist(), catalog.prompts.of(local), strict=True):
+                found[at] = prompt
+        return found
+
+    def empty_text(self) -> int:
+        """Text position of the empty prompt."""
+        index = next(index for index in range(len(self)) if self._entries[index].num_texts)
+        return self.text_base(index) + self[index].empty_text
 
     def numbers(self, rows: Ints) -> Ints:
         """(n,) numbers in the listing of row positions: what never changes, so that draws may be keyed by it."""

@@ -49,7 +49,7 @@ from qwenimg_dist.data.pins import (
 from qwenimg_dist.data.takedown import NOTHING, Takedown, rows_taken_down
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir, temporary_name
-from qwenimg_dist.schema import IMAGE, LABEL_PREFIX, LISTING, RAW, ROWS, SCAN, SCORE_PREFIX, Kind, caption_key
+from qwenimg_dist.schema import IMAGE, LABEL_PREFIX, LISTING, PROMPT, RAW, ROWS, SCAN, SCORE_PREFIX, Kind, caption_key
 
 PARTS: Final = "parts.json"
 
@@ -83,7 +83,7 @@ def build_catalog(
     Rows that are taken down are left out. Raises `DataError` naming the part, tar or key where the data set contradicts
     itself, or if it holds rows of another kind than the run trains on.
     """
-    loaded = load_facets(dataset, units, further=bool(facets.further))
+    loaded = load_facets(dataset, units, further=bool(facets.further), prompts=facets.kind == PROMPT)
     out = _Output()
     taken_down = rows_taken_down(dataset, units, takedown)
     kept = _kept_rows(loaded[ROWS], out, taken_down.rows)
@@ -95,6 +95,9 @@ def build_catalog(
         str(resolution): _add_latents(loaded[facet], kept, resolution, out, further=facets.further)
         for resolution, facet in sorted(facets.latents.items())
     }
+    out.head["latents"] |= {str(resolution): _add_drawn(kept, resolution, out) for resolution in facets.drawn}
+    if facets.kind == PROMPT:
+        _add_prompts(loaded[LISTING], kept, out)
     parallel(lambda tar: check_tar(dataset, *tar), out.tars)
     pins = [pin for facet in loaded.values() for pin in facet.pins]
     out.head |= {"version": CATALOG_VERSION, "digest": digest_of(pins, takedown.digest), "tars": out.tars}
@@ -337,6 +340,34 @@ def _add_latents(
         "further": list(further),
         "buckets": [[int(size >> 32), int(size & 0xFFFFFFFF)] for size in sizes],
     }
+
+
+def _add_drawn(kept: _Kept, resolution: int, out: _Output) -> dict[str, Any]:
+    """A class without latents: the run draws every row in the square bucket."""
+    prefix = f"latents-{resolution}-"
+    out.arrays[f"{prefix}bucket"] = np.zeros(len(kept.rows), dtype=np.int16)
+    out.arrays[f"{prefix}tar"] = np.full(len(kept.rows), -1, dtype=np.int32)
+    out.arrays[f"{prefix}offset"] = np.full(len(kept.rows), -1, dtype=np.int64)
+    return {"facet": "", "dtype": "float32", "channels": 16, "further": [], "buckets": [[resolution, resolution]]}
+
+
+def _add_prompts(facet: FacetTable, kept: _Kept, out: _Output) -> None:
+    """Text and metadata of every kept row, see `catalog.PromptTable`."""
+    table = newest(facet.table)
+    at, _ = match_rows(LISTING, table, kept.rows)  # all are there, or there were no captions
+    texts = table["prompt"].combine_chunks().take(pa.array(at)).to_pylist()
+    there = "meta" in table.column_names
+    metas = table["meta"].combine_chunks().take(pa.array(at)).to_pylist() if there else [None] * len(texts)
+    lines = []
+    for key, text, meta in zip(kept.keys, texts, metas, strict=True):
+        try:
+            told = json.loads(meta) if meta else {}
+        except ValueError as error:
+            raise DataError(f"{facet.name}: the metadata of row {key.decode()} are no JSON ({error})") from error
+        lines.append(json.dumps([text, told]).encode())
+    lengths = np.array([0, *(len(line) for line in lines)], dtype=np.int64)
+    out.arrays |= {"prompt_data": np.frombuffer(b"".join(lines), dtype=np.uint8), "prompt_start": np.cumsum(lengths)}
+    out.head["prompts"] = True
 
 
 def _unit_key(units: pa.Array, keys: pa.Array) -> pa.Array:

@@ -49,10 +49,13 @@ class FacetTable:
     """Name -> size in bytes, of the committed tars."""
 
 
-def load_facets(dataset: Dataset, units: Sequence[UnitPins], *, further: bool = False) -> dict[str, FacetTable]:
-    """Read every pinned part once: bytes for the digest, then columns, with `further` of latents' other tensors too."""
+def load_facets(
+    dataset: Dataset, units: Sequence[UnitPins], *, further: bool = False, prompts: bool = False
+) -> dict[str, FacetTable]:
+    """Read every pinned part once: bytes for the digest, then columns, with `further` of latents' other tensors too,
+    with `prompts` each row's text (`prompt`) and what its source told of it (`meta`)."""
     parts = [part for unit in units for part in unit.parts()]
-    read = parallel(lambda part: _read(dataset, part, further), parts)
+    read = parallel(lambda part: _read(dataset, part, further, prompts), parts)
     loaded: dict[str, FacetTable] = {}
     for facet in sorted({part.facet for part in parts}):
         mine = [(part, result) for part, result in zip(parts, read, strict=True) if part.facet == facet]
@@ -66,24 +69,27 @@ def load_facets(dataset: Dataset, units: Sequence[UnitPins], *, further: bool = 
     return loaded
 
 
-def _read(dataset: Dataset, part: Part, further: bool) -> tuple[str, dict[str, Any], pa.Table]:
+def _read(dataset: Dataset, part: Part, further: bool, prompts: bool) -> tuple[str, dict[str, Any], pa.Table]:
     raw = read_part_bytes(dataset, part)
     file = dataset.parquet(part)
     try:
         # One thread per file: the files themselves are read side by side.
         parquet = pq.ParquetFile(pa.BufferReader(raw))
-        wanted = _wanted(part.facet, parquet.schema_arrow.names, further)
+        wanted = _wanted(part.facet, parquet.schema_arrow.names, further, prompts)
         table = parquet.read(columns=wanted, use_threads=False)
         meta = json.loads((parquet.schema_arrow.metadata or {})[b"qwenimg_dist"])
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise DataError(f"{file} cannot be read ({error}): restore it, `data verify` lists all") from error
-    table = _without_limits(table.replace_schema_metadata(None))
+    table = _without_limits(table.replace_schema_metadata(None), prompts)
     table = table.append_column("unit", pa.array(np.full(len(table), part.unit, dtype=np.int32)))
     return hashlib.sha256(raw).hexdigest(), meta, table
 
 
-def _without_limits(table: pa.Table) -> pa.Table:
-    """`captions` become `caption_keys`; text columns get 64-bit offsets."""
+def _without_limits(table: pa.Table, prompts: bool) -> pa.Table:
+    """`captions` become `caption_keys`, with `prompts` the first of each beside them; text gets 64-bit offsets."""
+    if prompts and "captions" in table.column_names:
+        first = [texts[0] if texts else None for texts in table["captions"].to_pylist()]
+        table = table.append_column("prompt", pa.array(first, pa.large_string()))
     for index, field in enumerate(table.schema):
         if field.name == "captions":
             table = table.set_column(index, "caption_keys", caption_keys(table["captions"]))
@@ -101,12 +107,12 @@ def caption_keys(captions: pa.ChunkedArray) -> pa.LargeListArray:
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(keys, pa.large_string()))
 
 
-def _wanted(facet: str, names: Sequence[str], further: bool) -> list[str]:
+def _wanted(facet: str, names: Sequence[str], further: bool, prompts: bool) -> list[str]:
     if facet == ROWS:
         values = sorted(name for name in names if name.startswith((SCORE_PREFIX, LABEL_PREFIX)))
         return [*_there(_COLUMNS[ROWS], names), *values]
     if facet in _COLUMNS:
-        return _there(_COLUMNS[facet], names)
+        return _there([*_COLUMNS[facet], *(["meta"] if prompts and facet == LISTING else [])], names)
     if facet.startswith("text-"):
         return list(_TEXT_COLUMNS)
     return [*_LATENTS_COLUMNS, *(_there([FURTHER], names) if further else ())]

@@ -7,6 +7,7 @@ the consumers' side is tested on what it will meet: several parts, rejected rows
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from qwenimg_dist.schema import (
     LISTING,
     LISTING_COLUMNS,
     PREFERENCE,
+    PROMPT,
     ROWS,
     ROWS_COLUMNS,
     SCAN,
@@ -117,8 +119,10 @@ class FakeProducer:
         dtype: str = "bfloat16",
         logvar: bool = False,
         pairs: bool = False,
+        prompts: bool = False,
     ) -> None:
-        """With `pairs` its rows are preferences: chosen ones, each with a rejected picture."""
+        """With `pairs` its rows are preferences: chosen ones, each with a rejected picture. With `prompts` they are
+        texts alone, of which runs draw pictures at `resolutions`."""
         self.dataset = Dataset.create(root, unit_size)
         self.facets = facets_for(resolutions, fingerprint)
         self.rows: list[FakeRow] = []
@@ -128,6 +132,8 @@ class FakeProducer:
         self.pairs = pairs
         if pairs:
             self.facets = replace(self.facets, kind=PREFERENCE, further=("rejected",))
+        if prompts:
+            self.facets = replace(self.facets, kind=PROMPT, latents={}, drawn=tuple(resolutions))
 
     def add(self, rows: Sequence[FakeRow]) -> None:
         self.rows.extend(rows)
@@ -179,8 +185,9 @@ class FakeProducer:
                 "uri": r.uri,
                 "captions": list(r.captions),
                 "caption_fault": None,
-                "kind": PREFERENCE if self.pairs else None,
+                "kind": {PREFERENCE: PREFERENCE, PROMPT: PROMPT}.get(self.facets.kind),
                 "others": [f"rejected/{r.uri}"] if self.pairs else None,
+                "meta": json.dumps({"number": n}) if self.facets.kind == PROMPT and n % 2 else None,
             }
             for n, r in changed.items()
         ]

@@ -181,4 +181,4 @@ def test_registry_builds_what_the_config_names() -> None:
     assert isinstance(objective, FlowMatching)
     assert objective.seed == 5
     assert objective.forwards_per_batch == 1
-    assert set(OBJECTIVES) == {"flow_matching", "dpo"}
+    assert set(OBJECTIVES) == {"flow_matching", "dpo", "grpo"}
