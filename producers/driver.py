@@ -137,8 +137,8 @@ class Driver:
             self.observer.tick()
         return True
 
-    def _has_room(self, num_encoding: int) -> bool:
-        return self.hold is None or self.hold.room(num_encoding)
+    def _has_room(self, unit: int, num_encoding: int) -> bool:
+        return self.hold is None or self.hold.room(unit, num_encoding)
 
     def _rescan(self, pending: Sequence[Pending], workers: Workers) -> bool:
         """Scan what was settled before, but whose scan was lost (`data repair`): nothing can be settled without the
@@ -222,13 +222,13 @@ class _Schedule:
     def finished(self) -> bool:
         return self._open == 0
 
-    def next_task(self, has_room: Callable[[int], bool]) -> Task | None:
+    def next_task(self, has_room: Callable[[int, int], bool]) -> Task | None:
         """The task to start now; None if everything that could start waits for one in flight, or for room."""
         ahead = self._open - len(self._to_scan)
         if self._to_scan and (ahead < self._scan_ahead or not self._to_encode):
             one = self._to_scan.popleft()
             task = Task(kind="scan", unit=one.unit, again=one.scan_again)
-        elif self._to_encode and has_room(self._encoding):
+        elif self._to_encode and has_room(self._to_encode[0], self._encoding):
             task = Task(kind="encode", unit=self._to_encode.popleft())
             self._encoding += 1
         else:

@@ -2,7 +2,7 @@
 
 Place in the flow: the driver asks `Hold.room` before each unit that it would have encoded; scans, which write next to
 nothing, go on. What training has done is read from the run directory (`qwenimg_dist/data/ahead.py`): producers know no
-consumers. **A run that waits is always produced for**, so that no bound can bring both sides to a standstill; a run
+consumers. **What a run waits for is always made**, so that no bound can bring both sides to a standstill; a run
 that has not begun, or stands still for another reason, waits for nothing, and the bound holds. Without sizes to go by
 the first unit is made alone, so that many producers do not pass the bound together. A run that does not follow, or is
 at its end, holds nobody.
@@ -69,11 +69,11 @@ class Hold:
         self._bytes[unit] = part_bytes(self._dataset, parts)
         return self._bytes[unit]
 
-    def room(self, num_encoding: int) -> bool:
-        """Whether one more unit may be encoded beside the `num_encoding` that are being."""
+    def room(self, unit: int, num_encoding: int) -> bool:
+        """Whether this unit may be encoded beside the `num_encoding` that are being."""
         self._look()
         ahead = bytes_ahead(self._progress, self._bytes)
-        free = self._is_free(ahead, num_encoding)
+        free = self._is_awaited(unit) or self._is_free(ahead, num_encoding)
         if not free and not self.is_holding and self._clock() - self._said > _SAY_EVERY_S:
             self._said = self._clock()
             self._say(
@@ -84,7 +84,7 @@ class Hold:
         return free
 
     def _is_free(self, ahead: float, num_encoding: int) -> bool:
-        if not self._follows or self._progress.done or self._is_awaited():
+        if not self._follows or self._progress.done:
             return True
         if not self._recent:
             return num_encoding == 0
@@ -92,8 +92,8 @@ class Hold:
             return True  # one unit is larger than the bound
         return ahead + (num_encoding + 1) * max(self._recent) <= self._bound
 
-    def _is_awaited(self) -> bool:
-        return self._progress.waiting and self._clock() - self._changed < _WAITING_S
+    def _is_awaited(self, unit: int) -> bool:
+        return unit < self._progress.awaited and self._clock() - self._changed < _WAITING_S
 
     def _look(self) -> None:
         """Read the run's progress, now and then."""

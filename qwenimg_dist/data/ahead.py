@@ -2,7 +2,7 @@
 
 Place in the flow: rank 0 keeps `RUN/progress.json` up to date while the run follows (`generations.py`), and producers
 that are to be held back read it (`producers/hold.py`). It says which units are not, or only in part, trained on, and
-whether the run waits for more. It is a help, not a record: nothing is lost with it, and the order of samples does not
+which ones the run waits for. It is a help, not a record: nothing is lost with it, and the order of samples does not
 depend on it.
 """
 
@@ -44,15 +44,15 @@ class RunProgress:
     """Units of its newest generations; all beyond are not trained on."""
     untrained: tuple[Stretch, ...]
     """Of those units, what is not trained on; ascending."""
-    waiting: bool
-    """It stands still until more units are ready."""
+    awaited: int
+    """It stands still until the units [0, awaited) are ready; 0: it does not."""
     done: bool
     """It is at its last step: nothing further will be trained on."""
     written: float
     """Unix time. Only whether it changes counts: clocks differ."""
 
 
-NOTHING_TRAINED: Final = RunProgress(step=0, num_units=0, untrained=(), waiting=False, done=False, written=0.0)
+NOTHING_TRAINED: Final = RunProgress(step=0, num_units=0, untrained=(), awaited=0, done=False, written=0.0)
 
 
 def untrained(used: Iterable[Stretch]) -> tuple[int, tuple[Stretch, ...]]:
@@ -77,14 +77,14 @@ def untrained(used: Iterable[Stretch]) -> tuple[int, tuple[Stretch, ...]]:
     )
 
 
-def write_progress(run: Path, step: int, used: Iterable[Stretch], *, waiting: bool, done: bool) -> None:
+def write_progress(run: Path, step: int, used: Iterable[Stretch], *, awaited: int, done: bool) -> None:
     """Replace the file at once. A disk without room for it must not end a run: producers keep to what they know."""
     num_units, stretches = untrained(used)
     told = {
         "step": step,
         "num_units": num_units,
         "untrained": [[one.first, one.end, one.share] for one in stretches],
-        "waiting": waiting,
+        "awaited": awaited,
         "done": done,
         "written": time.time(),
     }
@@ -107,7 +107,7 @@ def read_progress(run: Path) -> RunProgress | None:
             step=int(told["step"]),
             num_units=int(told["num_units"]),
             untrained=tuple(Stretch(first=a, end=b, share=share) for a, b, share in told["untrained"]),
-            waiting=bool(told["waiting"]),
+            awaited=int(told["awaited"]),
             done=bool(told["done"]),
             written=float(told["written"]),
         )

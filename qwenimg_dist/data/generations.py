@@ -119,7 +119,7 @@ class Generations:
         self._max_ahead_bytes = max_ahead_bytes
         self._unit_bytes: dict[tuple[int, int], int] = {}
         self._told = -float("inf")
-        self._told_waiting = False
+        self._told_awaited = self._awaited = 0
         self.lines: list[Generation] = []
         self._catalogs = Catalogs({name: one.root for name, one in self.datasets.items()})
         self._catalog_of: list[int | None] = []  # beside `lines`
@@ -212,7 +212,7 @@ class Generations:
         while self._ledger is None or not self._ledger.available(step):
             lines = self._next(step)
             if not lines:
-                self._tell(step, waiting=True)
+                self._tell(step, awaited=self._awaited)
                 return "wait"
             if self._ledger is None:
                 self._try([*self.lines, *lines])
@@ -220,21 +220,21 @@ class Generations:
                 append_line(self.run / FILE, line)
             self.refresh()
             self._told = -float("inf")
-        self._tell(step, waiting=False)
+        self._tell(step, awaited=0)
         return "ready"
 
-    def _tell(self, step: int, *, waiting: bool) -> None:
+    def _tell(self, step: int, *, awaited: int) -> None:
         """Now and then, let producers know how far training is, see `ahead.py`."""
         if self.settled or not (self.follow or self.count):
             return
-        if waiting == self._told_waiting and time.monotonic() - self._told < _TELL_EVERY_S:
+        if awaited == self._told_awaited and time.monotonic() - self._told < _TELL_EVERY_S:
             return
-        self._told, self._told_waiting = time.monotonic(), waiting
+        self._told, self._told_awaited = time.monotonic(), awaited
         mine = [(line.phase, line) for line in self.lines if line.phase is not None]
         used = {phase: iter(self.ledger.used(phase, step)) for phase in {phase for phase, _ in mine}}
         stretches = [Stretch(first=line.first_unit, end=line.units, share=next(used[phase])) for phase, line in mine]
         done = step + 1 >= self.config.phases[-1].last_step
-        write_progress(self.run, step, stretches, waiting=waiting, done=done)
+        write_progress(self.run, step, stretches, awaited=awaited, done=done)
 
     def refresh(self, count: int | None = None) -> None:
         """Read lines that were appended since. With `count`, wait until that many are visible (shared file systems
@@ -414,7 +414,9 @@ class Generations:
             raise DataError(why_not_ready(dataset, self.facets))
         if closed and mine and complete and self._empty_epoch(step, mine):
             self.ledger.batch(step)  # raises, saying what is missing
-        if not complete and len(units) < max(1, -(-first_unit // _GROWTH)) and not self._fills_the_room(units):
+        growth = max(1, -(-first_unit // _GROWTH))
+        self._awaited = first_unit + growth
+        if not complete and len(units) < growth and not self._fills_the_room(units):
             return None
         if not units and (closed or not mine):
             return None

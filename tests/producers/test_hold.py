@@ -153,13 +153,27 @@ def test_a_run_that_needs_more_than_the_bound_is_not_left_waiting(world: World, 
     assert step > 1
 
 
+def test_a_run_that_waits_gets_no_more_than_it_waits_for(world: World, tmp_path: Path) -> None:
+    """It may take its time to notice."""
+    consumer, size = world.consumer(), size_of_a_unit(tmp_path)
+    polls = after(300)
+
+    def wait() -> bool:
+        if not world.sizes:
+            consumer.advance(0)
+        return polls()
+
+    assert not world.drive(int(0.4 * size), wait)
+    assert len(world.sizes) == 1
+
+
 def test_a_run_that_died_while_it_waited_is_not_produced_for_without_end(world: World, tmp_path: Path) -> None:
     consumer = world.consumer()
     assert world.dataset.units(ROWS) == []
     assert consumer.advance(0) == "wait"
     told = read_progress(world.run)
     assert told is not None
-    assert told.waiting
+    assert told.awaited == 1
     size = size_of_a_unit(tmp_path)
     assert not world.drive(int(2.4 * size), after(200))
     assert len(world.sizes) == 2

@@ -73,7 +73,7 @@ def test_bytes_fall_with_each_batch_and_a_run_that_has_used_all_up_waits(tmp_pat
     assert run.advance(0) == "wait"
     told = read_progress(tmp_path / "run")
     assert told is not None
-    assert told.waiting
+    assert told.awaited == 1
     assert told.num_units == 0
     add_units(producer, 2)
     sizes = unit_bytes(producer)
@@ -83,7 +83,7 @@ def test_bytes_fall_with_each_batch_and_a_run_that_has_used_all_up_waits(tmp_pat
         assert run.advance(step) == "ready"
         told = read_progress(tmp_path / "run")
         assert told is not None
-        assert (told.step, told.waiting, told.done) == (step, False, False)
+        assert (told.step, told.awaited, told.done) == (step, 0, False)
         left.append(bytes_ahead(told, sizes) / sum(sizes.values()))
     assert left == pytest.approx([1.0, 0.75, 0.5, 0.25])
     add_units(producer, 1)
@@ -96,7 +96,7 @@ def test_bytes_fall_with_each_batch_and_a_run_that_has_used_all_up_waits(tmp_pat
     assert run.advance(6) == "wait"
     told = read_progress(tmp_path / "run")
     assert told is not None
-    assert (told.waiting, bytes_ahead(told, sizes)) == (True, 0)
+    assert (told.awaited, bytes_ahead(told, sizes)) == (4, 0)
     # A start from an earlier checkpoint has it to train on again.
     again = open_run(tmp_path / "run", producer, run.config)
     again.verify()
@@ -134,6 +134,9 @@ def test_units_that_fill_the_room_are_a_generation_before_they_are_a_tenth_more(
     assert free.advance(0) == held.advance(0) == "ready"
     add_units(producer, 1)
     assert free.advance(20) == "wait"  # 20 units want 2 more
+    told = read_progress(tmp_path / "free")
+    assert told is not None
+    assert told.awaited == 22
     assert held.advance(20) == "ready"
     assert [line.units for line in held.lines] == [20, 21]
 
