@@ -6,7 +6,8 @@
 
 Driver, schedule, hold, unit pipeline, generations and stream are real. Encoders give random tensors; the workers are
 threads that take as long per unit as the pace wants (30 % more or less, at random), a step is a sleep, and waiting
-training looks every 0.1 s in the place of every second, since steps are some ten times shorter than real ones.
+training looks every 0.1 s in the place of every second, since steps are some ten times shorter than real ones. At the
+start, when a single unit is ready, training waits for the next ones: that is in the whole's share.
 
     python tests/bench/backpressure.py [--quick] [--repeats 3] [--out FILE]
 """
@@ -55,7 +56,7 @@ UNIT: Final = 8
 """Rows per unit, and samples per step: a step takes a unit."""
 WORKERS: Final = 4
 HEADROOM: Final = 1.2
-STEP_S: Final = 0.25
+STEP_S: Final = 1.0
 BOUND_UNITS: Final = 16
 RESOLUTION: Final = 64
 TEXT_WIDTH: Final = 256
@@ -251,7 +252,7 @@ def main() -> int:
     args = parser(__doc__, repeats=3).parse_args()
     torch.set_num_threads(1)
     session._POLL_S = 0.1  # type: ignore[misc]
-    num_units = 64 if args.quick else 160
+    num_units = 40 if args.quick else 96
     with scratch("backpressure") as folder:
         source = folder / "source"
         write_source(source, num_units)

@@ -35,7 +35,11 @@ def end_cluster(cluster: Cluster) -> None:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    # All listen on loopback alone. Unset, a driver would use the token that a user may have, and the others not.
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # A driver would look for 127.0.0.1 under the machine's other address.
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     made = start_cluster()
     yield made
     if made.head_node is not None:
