@@ -22,6 +22,7 @@ COMMANDS: Final = {
     "train": "qwenimg_dist.commands.train",
     "run": "qwenimg_dist.commands.run",
     "plan": "qwenimg_dist.commands.plan",
+    "doctor": "qwenimg_dist.commands.doctor",
     "data": "qwenimg_dist.commands.data",
     "ckpt": "qwenimg_dist.commands.ckpt",
     "eval": "qwenimg_dist.commands.eval",

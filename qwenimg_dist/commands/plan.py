@@ -11,6 +11,7 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from typing import TYPE_CHECKING, Final
@@ -41,7 +42,8 @@ def run(args: list[str]) -> int:
         from qwenimg_dist.commands.rank_actors import RanksError
 
         try:
-            probe = _probe(plan)
+            with contextlib.redirect_stdout(sys.stderr):  # Ray reports deaths there, and JSON must stand alone
+                probe = _probe(plan)
         except RanksError as error:
             print(f"error: the probe failed: {error}", file=sys.stderr)
             return 1
@@ -68,10 +70,8 @@ def _probe(plan: JobPlan) -> Probe:
 
     cluster = plan.config.cluster
     cases = cases_of(plan.config, plan.model, plan.data, world_size=plan.world_size)
-    # The session counts CPUs for actors; here they are the ranks.
-    as_actors = {"producers": cluster.ranks, "cpus_per_producer": cluster.cpus_per_rank}
     print(f"probing: {cluster.ranks} ranks, {len(cases)} cases", file=sys.stderr)
-    with ray_session(cluster.model_copy(update=as_actors)):
+    with ray_session(cluster, cpus=cluster.ranks * cluster.cpus_per_rank):
         check_room(cluster, machines())
         with rank_actors(cluster, start_timeout_s=_START_S) as ranks:
             job = job_of(plan.config, plan.model, cases)

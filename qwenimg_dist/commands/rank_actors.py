@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from producers.pool import why_died
 from qwenimg_dist.config import ClusterConfig
 
 _ENVIRONMENT: Final = {"TOKENIZERS_PARALLELISM": "false", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 """Every rank sees all GPUs of its node, and takes its own by LOCAL_RANK, as under torchrun."""
+
+_END_S: Final = 2.0
 
 
 class RanksError(RuntimeError):
@@ -103,6 +108,7 @@ def rank_actors(cluster: ClusterConfig, *, start_timeout_s: float) -> Iterator[R
         "runtime_env": {"env_vars": {**_ENVIRONMENT, "OMP_NUM_THREADS": threads}},
     }
     actors = [ray.remote(_RankActor).options(**options).remote() for _ in range(cluster.ranks)]
+    seats: list[Seat] = []
     try:
         names = [f"actor {number}" for number in range(cluster.ranks)]
         seats = _answers([actor.seat.remote() for actor in actors], names, start_timeout_s)
@@ -112,13 +118,25 @@ def rank_actors(cluster: ClusterConfig, *, start_timeout_s: float) -> Iterator[R
         (port,) = _answers([actors[0].free_port.remote()], ["rank 0"], start_timeout_s)
         yield RankActors(actors, [seats[at] for at in order], port)
     finally:
-        for actor in actors:
-            with contextlib.suppress(RayError, ValueError):
-                ray.kill(actor, no_restart=True)
+        _end(actors, {seat.pid for seat in seats if seat.host == socket.gethostname()})
+
+
+def _end(actors: Sequence[Any], here: set[int]) -> None:
+    """Ray asks the processes to end themselves, which a stopped one does not hear; of those on this machine what is
+    left after a moment is killed. Not at once: Ray would report it as a crash."""
+    for actor in actors:
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(actor, no_restart=True)
+    deadline = time.monotonic() + _END_S
+    while any(Path(f"/proc/{pid}").exists() for pid in here) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for pid in here:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _answers(pending: Sequence[Any], names: Sequence[str], timeout_s: float) -> list[Any]:
-    """What each task returned, in order. A task that raised comes before one that hangs because of it."""
+    """What each task returned, in order. Those that hang are told before those that failed because of them."""
     ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=timeout_s)
     found, faults = [], []
     for task, name in zip(pending, names, strict=True):
@@ -126,12 +144,12 @@ def _answers(pending: Sequence[Any], names: Sequence[str], timeout_s: float) -> 
             continue
         try:
             found.append(ray.get(task))
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             faults.append(f"{name}: {str(error.cause).splitlines()[0][:300]}")
         except RayError as error:
             faults.append(f"{name}: {why_died(error, who='the rank', less_memory='run fewer ranks per node')}")
+    if missing := [name for task, name in zip(pending, names, strict=True) if task not in ready]:
+        faults.insert(0, f"no answer within {timeout_s:g} s from {', '.join(missing)}")
     if faults:
         raise RanksError("; ".join(faults))
-    if missing := [name for task, name in zip(pending, names, strict=True) if task not in ready]:
-        raise RanksError(f"no answer within {timeout_s:g} s from {', '.join(missing)}")
     return found

@@ -207,3 +207,15 @@ class InspectConfig(Section):
     """Show cached latents beside the originals, decoded by the VAE of `model`."""
     clusters: NonNegativeInt = 24
     """Clusters of duplicates that are shown side by side, the largest of each kind."""
+
+
+class DoctorConfig(Section):
+    """How `doctor` looks."""
+
+    timeout_s: PositiveFloat = 60
+    """A node or rank that has not answered a check for so long is told as a failure; ranks have twice as long to
+    start."""
+    speed_mb: NonNegativeInt = 256
+    """Written and synced into shared storage to see how fast it is; removed again. 0 writes a nonce only."""
+    clock_skew_s: PositiveFloat = 1.0
+    """By how much a node's clock may be off before it is told."""

@@ -9,6 +9,7 @@ from pydantic import PositiveInt, model_validator
 from qwenimg_dist.config.commands import (
     ClusterConfig,
     DemoConfig,
+    DoctorConfig,
     EvalConfig,
     ExportConfig,
     InspectConfig,
@@ -76,6 +77,7 @@ class Config(Section):
     demo: DemoConfig
     inspect: InspectConfig = InspectConfig()
     plan: PlanConfig = PlanConfig()
+    doctor: DoctorConfig = DoctorConfig()
     follow: bool = False
     """`produce` watches the source, `train` waits for new units, until the other side is done."""
 

@@ -104,7 +104,7 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
     """On a rank: load from the pipeline, or from the newest checkpoint; step; save."""
     from consumers import checkpoint
     from consumers.ema import Ema
-    from consumers.engine import build_engine, start_distributed, stop_distributed
+    from consumers.engine import build_engine, start_distributed
     from qwenimg_dist.models import transformer as qwen
     from qwenimg_dist.models.weights import SafetensorsDirectory
 
@@ -132,8 +132,16 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
                 engine.backward(loss, last=True)
                 engine.step(1e-5)
                 ema.update()
+        if not job.get("save", True):
+            return _told(meter, ranks)
         with meter.stage("save"):
             checkpoint.save_checkpoint(engine, ema, run_dir, step=2, state={}, keep=1)
+    return _told(meter, ranks)
+
+
+def _told(meter: Meter, ranks: Any) -> dict[str, Any]:
+    from consumers.engine import stop_distributed
+
     ranks.sum([0.0])  # waits for all
     stop_distributed()
     return {"baseline": meter.baseline / MB, "peaks": meter.peaks, "after": meter.after}

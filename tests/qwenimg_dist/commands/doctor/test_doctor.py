@@ -1,0 +1,60 @@
+"""The command on a real Ray: every check on every node, exit codes, what it leaves behind, and a rank that hangs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwenimg_dist.commands import doctor
+from qwenimg_dist.debug import FAULT_DIR_VARIABLE
+
+
+def test_all_checks_run_and_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "file"
+    broken.write_text("not a directory")
+    given = [f"run.path={tmp_path / 'run'}", "data.path=/proc/nowhere", "doctor.speed_mb=4", "logger=offline"]
+    assert doctor.run([*given, f"model.path={tmp_path / 'model'}", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert not told["ok"]
+    assert list(dict.fromkeys(one["check"] for one in told["findings"])) == list(doctor.NAMES)
+    failed = [one for one in told["findings"] if one["state"] == "failure"]
+    assert {one["check"] for one in failed} == {"storage", "hub"}, failed
+    assert all(one["fix"] for one in told["findings"] if one["state"] != "ok")
+    assert "data.path=/proc/nowhere" in failed[0]["name"]
+    (all_reduce,) = [one for one in told["findings"] if one["check"] == "gang"]
+    assert all_reduce["state"] == "ok"
+    assert "gloo" in all_reduce["told"]
+    assert sorted(tmp_path.iterdir()) == [broken]
+
+
+def test_only_known_checks_are_taken() -> None:
+    with pytest.raises(ValueError, match=r"no check 'storge': did you mean 'storage'"):
+        doctor.run(["storge"])
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = tmp_path / "faults"
+    tokens.mkdir()
+    (tokens / "doctor_rank@next").write_text("stop")
+    monkeypatch.setenv(FAULT_DIR_VARIABLE, str(tokens))
+    from qwenimg_dist.compose import load_config
+
+    (found,) = doctor.examine(load_config(["cluster.ranks=2", "doctor.timeout_s=30"]), ["gang"])
+    stopped = Path(f"{tokens}.log").read_text().split()[-1]
+    assert found.state == "failure"
+    assert f"no answer within 30 s from rank {stopped} on" in found.told
+    assert found.told.count("no answer") == 1
+    other = 1 - int(stopped)
+    assert f"; rank {other} on" in found.told
+
+
+@pytest.mark.slow
+def test_ranks_without_a_place_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["gang", "cluster", "cluster.ranks=2", "cluster.device=cuda", "doctor.timeout_s=5", "--json"]
+    assert doctor.run(given) == 1
+    told = {one["name"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
+    assert "the ranks did not start" in told["all-reduce on 2 ranks"]["told"]
+    assert told["room for ranks"]["state"] == "failure"
