@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from qwenimg_dist.commands.doctor.findings import Context, Finding, failure, ok, warning
 
-SHM: Final = "/dev/shm"
+SHM: Final = "/dev/shm"  # noqa: S108 - the memory disk itself
 _SHM_LEAST: Final = 512 * 1024**2
 _SHM_ENOUGH: Final = 8 * 1024**3
 _SHM_FREE: Final = 256 * 1024**2
@@ -50,7 +50,7 @@ def _usage(folder: str) -> dict[str, int] | None:
 def judge(node: str, there: Mapping[str, Any], *, on_gpu: bool) -> list[Finding]:
     """One node's disks."""
     found, shm, spill = [], there["shm"], there["spill"]
-    name, grow = f"/dev/shm on {node}", "docker run --shm-size=16g; on Kubernetes an emptyDir of medium Memory there"
+    name, grow = f"{SHM} on {node}", "docker run --shm-size=16g; on Kubernetes an emptyDir of medium Memory there"
     if shm is None:
         found.append(failure(name, "is not there", grow))
     elif shm["total"] < _SHM_LEAST or shm["free"] < _SHM_FREE:

@@ -79,11 +79,13 @@ def missing_files(folder: Path) -> list[str]:
 
 def _status(endpoint: str, repo: str, revision: str, token: str | None) -> int:
     """HTTP status of the revision; 0 where the hub does not answer."""
-    request = urllib.request.Request(f"{endpoint}/api/models/{repo}/revision/{revision}")
+    if not endpoint.startswith(("https://", "http://")):
+        return 0
+    request = urllib.request.Request(f"{endpoint}/api/models/{repo}/revision/{revision}")  # noqa: S310 - checked above
     if token:
         request.add_unredirected_header("authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=_REQUEST_S) as answer:
+        with urllib.request.urlopen(request, timeout=_REQUEST_S) as answer:  # noqa: S310 - checked above
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
