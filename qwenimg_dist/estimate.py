@@ -38,6 +38,8 @@ class DeviceMemory:
     ema: float
     reference: float = 0.0
     """A frozen second model's partition."""
+    other: float = 0.0
+    """Further frozen models, whole on every rank: the VAE of rollouts."""
     gathered: float
     """Weights gathered at once (the block at work, the next one flat and in parts), and a block's full gradients."""
     buffers: float = 0.0
@@ -49,7 +51,7 @@ class DeviceMemory:
     @property
     def persistent(self) -> float:
         """What is there between steps."""
-        return self.weights + self.secondary + self.states + self.gradients + self.ema + self.reference
+        return self.weights + self.secondary + self.states + self.gradients + self.ema + self.reference + self.other
 
     @property
     def total(self) -> float:
@@ -80,13 +82,14 @@ def device_memory(
     bucket_elements: int = 0,
     update_elements: int = 0,
     graph: bool = True,
+    other: float = 0.0,
 ) -> DeviceMemory:
     """`tokens`: image and text tokens of one micro-batch, padding included.
 
     `num_trained` parameters have gradients and states (None: all). `gathered_elements` of the weights are whole at once
     (None: three blocks), `gradient_elements` of a module's full gradients (None: one block); `bucket_elements` is
     DeepSpeed's bucket of the reduction, `update_elements` its sub-group. Without a `graph` nothing is kept for a
-    backward pass.
+    backward pass. `other` bytes are added as they are.
     """
     size = 2 if precision == "bf16" else 4
     dim = int(transformer_config["num_attention_heads"]) * int(transformer_config["attention_head_dim"])
@@ -107,6 +110,7 @@ def device_memory(
         gradients=0.0 if offloaded else trained * _GRADIENT_BYTES / num_ranks,
         ema=trained * _EMA_BYTES / num_ranks if ema and not offloaded else 0.0,
         reference=num_parameters * size / num_ranks if reference else 0.0,
+        other=other,
         gathered=gathered * size,
         # The bucket itself in fp32, and the flat copy that the reduce-scatter sends.
         buffers=2 * _GRADIENT_BYTES * bucket_elements,

@@ -49,7 +49,7 @@ def _cache(config: Config, model: ModelFacts, data: DataFacts) -> dict[str, floa
     tensors = data.pictures * (2 if config.encode.posterior == "mean_logvar" else 1)
     captions = data.num_images * data.captions_per_image
     found = {"text": captions * (data.mean_text * model.text_width * size + _TAR_BYTES)}
-    for resolution in config.resolutions:
+    for resolution in () if data.are_prompts else config.resolutions:
         of_class = buckets(resolution, config.encode.aspects)
         mean = sum(_LATENT_CHANNELS * (b.height // 8) * (b.width // 8) for b in of_class) / len(of_class)
         # A picture smaller than a class is left out of it, so this is a bound.

@@ -21,7 +21,7 @@ import torch
 
 from consumers.curriculum import plan as planned_phases
 from consumers.data_sets import check_ready, data_dirs, ledger_config
-from consumers.objectives import sample_kind
+from consumers.objectives import is_guided, rows_per_sample, sample_kind
 from consumers.parameter_groups import FROZEN, parameter_groups
 from consumers.run_directory import facets_of
 from consumers.run_plan import make_plan
@@ -34,7 +34,7 @@ from qwenimg_dist.data.generations import Generations
 from qwenimg_dist.data.ledger import Ledger
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.models import transformer as qwen
-from qwenimg_dist.schema import EDIT, PREFERENCE, Bucket
+from qwenimg_dist.schema import EDIT, PREFERENCE, PROMPT, Bucket
 
 QWEN_IMAGE_2512: Final[dict[str, Any]] = {
     "patch_size": 2,
@@ -107,7 +107,11 @@ class DataFacts:
     """Rows of the data set: what is cached."""
     captions_per_image: float
     pictures: int
-    """Of a sample that a forward computes: 2 of a preference pair."""
+    """Of a row that a forward computes: 2 of a preference pair, and with a rollout's guidance."""
+    rows_per_sample: int = 1
+    """A group's pictures of one prompt."""
+    are_prompts: bool = False
+    """There are no latents: pictures are drawn."""
     condition_tokens: int | None = 0
     """Of an edit's input picture, which stand in the sequence beside the target's; None: as many as those."""
     assumed: bool
@@ -195,13 +199,14 @@ def _assumed(config: Config, why: str) -> DataFacts:
     streams = []
     for phase in planned_phases(config):
         for resolution, steps in sorted(phase.steps_by_resolution.items()):
-            of_class = buckets(resolution, config.encode.aspects)
+            # Pictures of prompts are drawn square.
+            of_class = buckets(resolution, ("1:1",) if kind == PROMPT else config.encode.aspects)
             streams.append(
                 StreamFacts(
                     phase=phase,
                     resolution=resolution,
                     steps=dict.fromkeys(of_class, steps / len(of_class)),
-                    images=float(steps * phase.global_batch),
+                    images=float(steps * phase.global_batch * rows_per_sample(config)),
                 )
             )
     return DataFacts(
@@ -210,7 +215,9 @@ def _assumed(config: Config, why: str) -> DataFacts:
         mean_text=min(given.text_tokens, config.model.max_text_tokens),
         num_images=given.images,
         captions_per_image=given.captions,
-        pictures=2 if kind == PREFERENCE else 1,
+        pictures=2 if kind == PREFERENCE or is_guided(config) else 1,
+        rows_per_sample=rows_per_sample(config),
+        are_prompts=kind == PROMPT,
         condition_tokens=_condition_tokens(config),
         assumed=True,
         told=f"assumed ({why}): {given.images:,} rows, {given.captions:g} caption(s) each of {given.text_tokens} "
@@ -227,14 +234,14 @@ def _counted(config: Config, pipeline: Path, world_size: int) -> DataFacts:
         generations = Generations(Path(scratch), datasets, facets, ledger_config(config, phases), follow=False)
         generations.advance(0)
         ledger = generations.ledger
-        pictures = pictures_of(facets.further)
-        drawn = make_plan(ledger, config.optim, world_size=world_size, pictures=pictures)
+        pictures, repeat = pictures_of(facets.further, guided=is_guided(config)), rows_per_sample(config)
+        drawn = make_plan(ledger, config.optim, world_size=world_size, pictures=pictures, repeat=repeat)
         streams = tuple(
             StreamFacts(
                 phase=one.phase,
                 resolution=stream.resolution,
                 steps={bucket: float(count.batches) for bucket, count in stream.tally.buckets.items()},
-                images=float(stream.tally.images),
+                images=float(stream.tally.images * repeat),
             )
             for one in drawn.phases
             for stream in one.streams
@@ -248,6 +255,8 @@ def _counted(config: Config, pipeline: Path, world_size: int) -> DataFacts:
         num_images=rows,
         captions_per_image=texts / max(1, rows),
         pictures=pictures,
+        rows_per_sample=repeat,
+        are_prompts=sample_kind(config) == PROMPT,
         condition_tokens=_condition_tokens(config),
         assumed=False,
         told=f"{', '.join(map(str, dirs.values()))}: {rows:,} rows, texts of {mean:.0f} tokens on average and at most "

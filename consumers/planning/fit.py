@@ -13,7 +13,7 @@ from typing import Final
 
 from consumers.planning.facts import with_phases_of
 from consumers.planning.plan import JobPlan, make_job_plan
-from qwenimg_dist.config import Config, DpoConfig
+from qwenimg_dist.config import Config, DpoConfig, GrpoConfig
 
 _MAX_RANKS: Final = 1024
 
@@ -101,6 +101,8 @@ def _candidates(plan: JobPlan) -> Iterator[tuple[list[tuple[str, ...]], str]]:
     if isinstance(config.objective, DpoConfig) and config.objective.reference == "online":
         online = ("objective.reference=precomputed", "objective.caption_dropout=0", *_draws(config.objective))
         yield [online], "a pass over the pairs before the first step"
+    if isinstance(config.objective, GrpoConfig) and config.objective.kl_weight:
+        yield [("objective.kl_weight=0",)], "nothing holds the model to its start"
     if config.engine.gather == "block" and not config.engine.compile:
         yield [("engine.gather=layer",)], "more and smaller collectives, a third gathering with checkpointing"
     if config.optim.ema_decay:

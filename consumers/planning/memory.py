@@ -14,15 +14,18 @@ from typing import Any, Final
 import torch
 
 from consumers.planning.facts import DataFacts, ModelFacts, StreamFacts
+from consumers.planning.passes import passes_of
 from consumers.ranks import Ranks
 from consumers.stream import PREFETCH, cut_for
 from consumers.zero_settings import deepspeed_config
-from qwenimg_dist.config import Config, DpoConfig
+from qwenimg_dist.config import Config, GrpoConfig
 from qwenimg_dist.estimate import DeviceMemory, device_memory, offloaded_bytes
 from qwenimg_dist.schema import Bucket
 
 _PROCESS_BYTES: Final = 1.5e9
 """A rank's Python with torch, DeepSpeed and diffusers imported, CUDA's host part among it (0.6 GB without)."""
+_VAE_BYTES: Final = 4.0 * 127e6
+"""Rollouts keep the VAE on the device, in fp32; what it needs to decode comes when no graph is there."""
 _LATENT_CHANNELS: Final = 16
 _DTYPE_BYTES: Final = {"bfloat16": 2, "float32": 4}
 GIB: Final = 1024.0**3
@@ -84,7 +87,6 @@ def memory_of(
     unit = model.block if whole_blocks else model.largest
     # The block at work, and the next one twice: as it was fetched, flat, and cut into its parameters.
     ahead = min(sizes["stage3_prefetch_bucket_size"], max(0, sizes["stage3_max_live_parameters"] - unit))
-    objective = config.objective
     return device_memory(
         model.architecture,
         model.num_parameters,
@@ -96,13 +98,14 @@ def memory_of(
         num_trained=model.num_trained,
         offloaded=config.engine.offload_optimizer == "cpu",
         hpz_partition=config.engine.hpz_partition,
-        reference=isinstance(objective, DpoConfig) and objective.reference == "online",
+        reference=passes_of(config).second_model,
         compiled=config.engine.compile,
         gathered_elements=unit + 2 * ahead,
         gradient_elements=unit,
         bucket_elements=sizes["reduce_bucket_size"],
         update_elements=min(sizes["sub_group_size"] + model.largest // world_size, model.num_trained // world_size),
         graph=graph,
+        other=_VAE_BYTES if isinstance(config.objective, GrpoConfig) else 0.0,
     )
 
 
@@ -129,9 +132,9 @@ def host_memory(config: Config, model: ModelFacts, data: DataFacts, *, world_siz
     text_bytes = model.text_width * (2 if config.engine.precision == "bf16" else 4)
     batches = 0.0
     for stream in data.streams:
-        per_rank = -(-stream.phase.global_batch // world_size)
+        per_rank = -(-stream.phase.global_batch * data.rows_per_sample // world_size)
         for bucket in stream.steps:
-            latents = per_rank * data.pictures * latent_bytes * _latent_elements(bucket)
+            latents = per_rank * data.pictures * latent_bytes * _latent_elements(bucket) * (not data.are_prompts)
             texts = per_rank * data.longest_text * text_bytes
             # In use, ahead, and being made.
             batches = max(batches, (PREFETCH + 2) * sum(_pinned(nbytes, on_gpu) for nbytes in (latents, texts)))
@@ -159,7 +162,7 @@ def host_memory(config: Config, model: ModelFacts, data: DataFacts, *, world_siz
 def _largest_micro_batch(data: DataFacts, stream: StreamFacts, bucket: Bucket, text: int, world_size: int) -> int:
     phase = stream.phase
     cut = cut_for(
-        phase.global_batch,
+        phase.global_batch * data.rows_per_sample,
         data.image_tokens(bucket),
         text,
         phase.micro_batch_tokens,

@@ -37,7 +37,7 @@ class Case:
     text_tokens: int
     activation_checkpointing: bool
     flops: float
-    """Of what is timed: without a second model's."""
+    """Of what is timed: one forward and its backward."""
 
 
 def cases_of(config: Config, model: ModelFacts, data: DataFacts, *, world_size: int) -> list[Case]:
@@ -48,7 +48,7 @@ def cases_of(config: Config, model: ModelFacts, data: DataFacts, *, world_size: 
             continue
         bucket = max(stream.steps, key=lambda one: stream.steps[one])
         text = max(1, round(data.mean_text))
-        per_rank = -(-stream.phase.global_batch // world_size)
+        per_rank = -(-stream.phase.global_batch * data.rows_per_sample // world_size)
         samples = -(-per_rank // num_micro_batches(data, stream, bucket, text, per_rank))
         found.append(
             Case(
@@ -59,9 +59,7 @@ def cases_of(config: Config, model: ModelFacts, data: DataFacts, *, world_size: 
                 pictures=samples * data.pictures,
                 text_tokens=text,
                 activation_checkpointing=stream.phase.activation_checkpointing,
-                flops=samples
-                * data.pictures
-                * sample_flops(config, model, data, stream, bucket, text, reference=False),
+                flops=samples * data.pictures * sample_flops(config, model, data, stream, bucket, text, step=False),
             )
         )
     return found

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from consumers.planning.facts import DataFacts, ModelFacts, StreamFacts
+from consumers.planning.passes import passes_of
 from consumers.planning.traffic import Traffic, inter_node_bytes, seconds, traffic
 from consumers.stream import cut_for
-from qwenimg_dist.config import Config, DpoConfig
+from qwenimg_dist.config import Config
 from qwenimg_dist.metrics import PEAK_FLOPS
 from qwenimg_dist.models.transformer import forward_flops
 from qwenimg_dist.schema import Bucket
@@ -125,10 +126,11 @@ def time_of(
     per_rank: int | None = None,
     probe: Probe | None = None,
 ) -> StreamTime:
-    """`per_rank` samples of each rank in the place of the phase's own share."""
+    """`per_rank` rows of each rank in the place of the phase's own share."""
     phase = stream.phase
     rate, _ = peak_rate(config)
-    samples = per_rank if per_rank is not None else -(-phase.global_batch // world_size)
+    rows = phase.global_batch * data.rows_per_sample
+    samples = per_rank if per_rank is not None else -(-rows // world_size)
     measured = (probe or {}).get((phase.index, stream.resolution))
     text = max(1, round(data.mean_text))
     total_steps = sum(stream.steps.values()) or 1.0
@@ -177,13 +179,16 @@ def sample_flops(
     bucket: Bucket,
     text: int,
     *,
-    reference: bool = True,
+    step: bool = True,
 ) -> float:
-    """Computed for one picture: forward, backward by what trains, recomputation, and a second model's forward."""
-    objective = config.objective
-    online = reference and isinstance(objective, DpoConfig) and objective.reference == "online"
-    passes = 2 + model.num_trained / model.num_parameters + stream.phase.activation_checkpointing + online
-    return passes * forward_flops(model.architecture, data.image_tokens(bucket), text)
+    """Computed for one picture in a step: forwards, backwards by what trains, recomputation, a second model's forwards.
+
+    Without the whole `step`: one forward and its backward.
+    """
+    once = 2 + model.num_trained / model.num_parameters + stream.phase.activation_checkpointing
+    passes = passes_of(config)
+    forwards = once * passes.trained + passes.drawn + passes.reference if step else once
+    return forwards * forward_flops(model.architecture, data.image_tokens(bucket), text)
 
 
 def scaling(
@@ -201,11 +206,12 @@ def scaling(
         slow: list[str] = []
         for stream in (one for one in data.streams if sum(one.steps.values())):
             name = str(stream.phase.name or stream.phase.index)
-            per_rank = -(-stream.phase.global_batch // world_size)
+            rows = stream.phase.global_batch * data.rows_per_sample
+            per_rank = -(-rows // world_size)
             here = time_of(config, model, data, stream, world_size=ranks, per_rank=per_rank)
             weak.setdefault(name, []).append(_useful(here, 1.0))
             own = time_of(config, model, data, stream, world_size=ranks)
-            filled = stream.phase.global_batch / (-(-stream.phase.global_batch // ranks) * ranks)
+            filled = rows / (-(-rows // ranks) * ranks)
             fixed.setdefault(name, []).append(_useful(own, filled))
             if here.bound == "network" and name not in slow:
                 slow.append(name)

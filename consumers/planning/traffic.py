@@ -5,7 +5,7 @@ train (`tests/bench/traffic.py` counts the same on the trainer itself, and finds
 
     all-gather of the weights in the forward and for the backward        2 + 2 bytes x P    (fp32: 4 + 4)
     a third one with `gather=layer` and activation checkpointing         2 x P
-    one more forward of a reference that is a second model               2 x P
+    each forward of a reference that is a second model, or of a rollout  2 x P
     reduce-scatter of the gradients in fp32                              4 x T
 
 With hpZ (groups of h ranks) only the first forward of a step gathers over all ranks; the rest stays within the group.
@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from consumers.planning.facts import ModelFacts
-from qwenimg_dist.config import ClusterConfig, Config, DpoConfig
+from consumers.planning.passes import passes_of
+from qwenimg_dist.config import ClusterConfig, Config
 
 _HOP_S: Final = 3e-6
 """Of a ring's step between two GPUs; an assumption."""
@@ -50,21 +51,20 @@ def traffic(config: Config, model: ModelFacts, *, micro_batches: int, activation
     size = 2.0 if config.engine.precision == "bf16" else 4.0
     whole = size * model.num_parameters
     layers = config.engine.gather == "layer"
-    objective = config.objective
-    online = isinstance(objective, DpoConfig) and objective.reference == "online"
-    per_micro_batch = 2 + (layers and activation_checkpointing) + online
+    passes = passes_of(config)
+    per_micro_batch = passes.trained * (2 + (layers and activation_checkpointing)) + passes.drawn + passes.reference
     gathers = micro_batches * per_micro_batch
     over_all = gathers
     if config.engine.hpz_partition > 1:
-        over_all = 1 + online  # each model's first forward of a step
+        over_all = passes.updates + passes.second_model  # the first forward after each change of the weights
     num_blocks = int(model.architecture["num_layers"])
     units = len(model.shapes) // 2 if layers else num_blocks + len(model.shapes) // 200
     buckets = -(-model.num_trained // max(model.largest, 50_000_000))
     return Traffic(
         gather_all=over_all * whole,
         gather_group=(gathers - over_all) * whole,
-        reduce=micro_batches * 4.0 * model.num_trained,
-        num_over_all=over_all * units + micro_batches * buckets,
+        reduce=micro_batches * passes.trained * 4.0 * model.num_trained,
+        num_over_all=over_all * units + micro_batches * passes.trained * buckets,
         num_in_group=(gathers - over_all) * units,
     )
 

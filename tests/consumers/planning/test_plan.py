@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from consumers.objectives import build_objective
 from consumers.planning.facts import QWEN_IMAGE_2512, model_facts
 from consumers.planning.fit import changes_that_fit
 from consumers.planning.memory import GIB
+from consumers.planning.passes import passes_of
 from consumers.planning.plan import JobPlan, check_device, make_job_plan
 from consumers.ranks import Ranks
 from qwenimg_dist.compose import load_config
+from qwenimg_dist.models.transformer import forward_flops
 
 FULL = ["model=qwen_image_2512", "train.steps=1000"]
 PARAMETERS = 20_430_401_088
@@ -69,6 +72,24 @@ def test_a_second_model_and_hpz_take_their_part() -> None:
     assert before[-1].stream.resolution == 1328
     assert before[-1].samples == 1
     assert before[-1].tokens == 2 * (6889 + 512)
+
+
+def test_rollouts_are_forwards_without_a_graph_of_every_picture_of_every_group() -> None:
+    small = ["cluster=nodes_8x8", "stage=grpo", "curriculum.phases.low.global_batch=64", "plan.text_tokens=100"]
+    group, twice = planned(*small, "objective.group_size=8"), planned(*small, "objective.group_size=16")
+    low, more = group.times[0], twice.times[0]
+    assert more.compute_s == pytest.approx(2 * (low.compute_s or 0), rel=0.01)
+    # Per picture two rows (guidance), ten forwards and a window of two with backward and recomputation.
+    (bucket,) = low.stream.steps
+    forward = forward_flops(group.model.architecture, bucket.image_tokens, 100)
+    assert low.compute_s == pytest.approx(8 * 2 * (10 + 2 * 4) * forward / (0.25 * 989.4e12))
+    assert low.carried.gather_all == pytest.approx(round(low.micro_batches) * (10 + 2 * 2) * 2 * PARAMETERS)
+    assert low.carried.reduce == pytest.approx(round(low.micro_batches) * 2 * 4 * PARAMETERS)
+    assert set(group.disk.cache) == {"text"}
+    held = planned(*small, "objective.kl_weight=0.1")
+    assert held.worst.memory.reference * 64 == pytest.approx(2 * PARAMETERS)
+    assert group.worst.memory.other > 4e8
+    assert passes_of(held.config).trained == build_objective(held.config).forwards_per_batch
 
 
 def test_phases_are_judged_by_their_own_checkpointing_and_budget() -> None:
