@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from consumers.batch import MicroBatch
-from qwenimg_dist.data.catalog import Catalogs, Ints, Places
+from qwenimg_dist.data.catalog import Catalogs, Ints, Places, conditions_of
 from qwenimg_dist.data.reader import TarReader
 from qwenimg_dist.schema import Bucket
 
@@ -99,13 +99,15 @@ class Assembler:
         further: Sequence[str] = (),
         tolerant: bool = False,
     ) -> list[MicroBatch]:
-        """Read n samples, with their `further` tensors (`logvar`, `rejected`), cut into micro-batches of these sizes.
+        """Read n samples, with their `further` tensors (`logvar`, `rejected`) and the bucket's conditions, cut into
+        micro-batches of these sizes.
 
         Raises `DataError` for what cannot be read; if `tolerant`, zeros at weight zero stand there instead.
         """
         self.problems = {}
         self._tolerant = tolerant
-        latents = dict(zip(("mean", *further), self._latents(rows, resolution, bucket, further), strict=True))
+        conditions = conditions_of(bucket)
+        latents = self._latents(rows, resolution, bucket, (*further, *conditions))
         numbers = self._catalogs.numbers(rows) if "rejected" in latents else None
         padded = self._texts(texts, sizes)
         weights = weights.copy()
@@ -125,6 +127,7 @@ class Assembler:
                     bucket=bucket,
                     rejected=latents["rejected"][part] if "rejected" in latents else None,
                     numbers=None if numbers is None else torch.from_numpy(numbers[part]),
+                    conditions=tuple(latents[name][part] for name in conditions),
                 )
             )
             begin += size
@@ -135,21 +138,20 @@ class Assembler:
         self._tolerant = False
         return self._texts(np.array([position]), [1])[0][0][0].clone()
 
-    def _latents(self, rows: Ints, resolution: int, bucket: Bucket, further: Sequence[str]) -> torch.Tensor:
-        """(1 + further, n, 16, h, w) as stored, fp32 where catalogs differ: means, then the others in their order."""
-        num = 1 + len(further)
+    def _latents(self, rows: Ints, resolution: int, bucket: Bucket, further: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Name -> (n, 16, h, w) as stored, fp32 where catalogs differ: `mean`, then the others in their order."""
         groups = list(self._catalogs.latents_places(rows, resolution, bucket, further=further))
         indexes = [catalog.latents[resolution] for catalog, _, _ in groups]
         if not indexes[0].facet:  # prompts, of which the run draws the pictures
-            return torch.zeros(()).expand(num, len(rows), *indexes[0].shape(bucket))
+            return {name: torch.zeros(()).expand(len(rows), *indexes[0].shape(bucket)) for name in ("mean", *further)}
         stored = {index.dtype for index in indexes}
         dtype = _TORCH[stored.pop()] if len(stored) == 1 else torch.float32
-        shape = indexes[0].shape(bucket)
-        numel = int(np.prod(shape))
-        flat = self._buffers.take(num * len(rows) * numel * dtype.itemsize).view(dtype)
-        made = flat.view(num, len(rows), *shape)
+        shapes = {name: indexes[0].shape(bucket, name) for name in ("mean", *further)}
+        sizes = [len(rows) * int(np.prod(shape)) for shape in shapes.values()]
+        parts = torch.split(self._buffers.take(sum(sizes) * dtype.itemsize).view(dtype), sizes)
+        made = {name: part.view(len(rows), *shapes[name]) for name, part in zip(shapes, parts, strict=True)}
         for (_, where, places), index in zip(groups, indexes, strict=True):
-            targets = [flat[(k * len(rows) + int(at)) * numel :][:numel] for k in range(num) for at in where]
+            targets = [one[at].view(-1) for one in made.values() for at in where.tolist()]
             for number, problem in self._read(places, targets, _TORCH[index.dtype]).items():
                 self.problems[int(where[number % len(where)])] = problem
         return made

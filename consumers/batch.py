@@ -63,6 +63,8 @@ class MicroBatch:
     """(T, D) features of the empty prompt, as `text`, where rollouts are guided against it."""
     rollout: RolloutStep | None = None
     """What the rollout of these prompts did at one step."""
+    conditions: tuple[torch.Tensor, ...] = ()
+    """As `latents`, each of a size of its own (`bucket.conditions`): the pictures that an edit starts from."""
 
     @property
     def pictures_per_row(self) -> int:
@@ -85,6 +87,7 @@ class MicroBatch:
             reference=None if self.reference is None else self.reference.to(device, non_blocking=True),
             negative=None if self.negative is None else self.negative.to(device, non_blocking=True),
             rollout=self.rollout,
+            conditions=tuple(one.to(device, non_blocking=True).float() for one in self.conditions),
         )
 
 
@@ -115,7 +118,7 @@ class RankBatch:
     """Seconds that reading and assembling it took, mostly hidden behind the previous step."""
     read_bytes: int
     image_tokens: int
-    """Image tokens this rank computes (fill slots included)."""
+    """Image tokens this rank computes (those of conditions and fill slots included)."""
     text_tokens: int
     """Valid text tokens this rank computes (fill slots included)."""
     padding: float

@@ -1,21 +1,25 @@
 """Which data sets a run trains on: one (`data.path`), or several that mix (`data.mix`).
 
 Place in the flow: `run_directory.preflight` asks here before anything is started, the session opens what is found. A
-mix of one is as if its path were `data.path`. Refuses, naming the data set: a directory that is none or was made for
-another model, one directory under two names, `follow=true` with a mix.
+mix of one is as if its path were `data.path`. They may be of different kinds, as far as the objective trains on them.
+Refuses, naming the data set: a directory that is none, holds another kind or was made for another model, one directory
+under two names, `follow=true` with a mix.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from consumers.objectives import sample_kind
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.catalog import RunFacets
+from qwenimg_dist.data.catalog_build import wrong_kind
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.generations import DatasetConfig, LedgerConfig
 from qwenimg_dist.data.mix import Mix
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.data.pins import ready_units, why_not_ready
+from qwenimg_dist.schema import Kind
 
 
 def data_dirs(config: Config) -> dict[str, Path]:
@@ -46,13 +50,25 @@ def data_dirs(config: Config) -> dict[str, Path]:
     return dirs
 
 
+def kinds_of(config: Config) -> dict[str, Kind]:
+    """Name -> kind of the samples of each data set, named as by `data_dirs`."""
+    data = config.data
+    if len(data.mix) < 2:
+        alone = next(iter(data.mix.values())).kind if data.mix else None
+        return {"": sample_kind(config, alone or data.kind)}
+    return {name: sample_kind(config, one.kind or data.kind) for name, one in data.mix.items()}
+
+
 def check_ready(dirs: dict[str, Path], facets: RunFacets) -> None:
     """Raise `DataError` naming the first data set that cannot be trained on."""
     for name, folder in dirs.items():
         try:
             dataset = Dataset.open(folder)
-            if not ready_units(dataset, facets):
-                raise DataError(why_not_ready(dataset, facets))
+            mine = facets.of(name)
+            if (there := dataset.kind()) not in (None, mine.kind):
+                raise DataError(f"{folder} {wrong_kind([there], mine.kind)}")
+            if not ready_units(dataset, mine):
+                raise DataError(why_not_ready(dataset, mine))
         except DataError as error:
             raise DataError(f"data.mix.{name}: {error}" if name else str(error)) from error
 

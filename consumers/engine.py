@@ -174,10 +174,15 @@ class Engine:
         return sum(group.num_elements for group in self.groups if group.frozen)
 
     def predict(
-        self, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None
+        self,
+        noisy: torch.Tensor,
+        sigma: torch.Tensor,
+        text: torch.Tensor,
+        text_mask: torch.Tensor | None,
+        conditions: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Velocity (B,16,h,w) fp32 of latents (B,16,h,w), sigma (B,), text (B,T,D)."""
-        return qwen.predict_velocity(self._engine, noisy, sigma, text, text_mask)
+        """Velocity (B,16,h,w) fp32 of latents (B,16,h,w), sigma (B,), text (B,T,D), conditions (B,16,h_i,w_i)."""
+        return qwen.predict_velocity(self._engine, noisy, sigma, text, text_mask, conditions)
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
@@ -377,10 +382,15 @@ class FrozenModel:
 
     @torch.no_grad()
     def predict(
-        self, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None
+        self,
+        noisy: torch.Tensor,
+        sigma: torch.Tensor,
+        text: torch.Tensor,
+        text_mask: torch.Tensor | None,
+        conditions: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
         """As `Engine.predict`, without a graph. All ranks must call it equally often."""
-        return qwen.predict_velocity(self._engine, noisy, sigma, text, text_mask)
+        return qwen.predict_velocity(self._engine, noisy, sigma, text, text_mask, conditions)
 
     def close(self) -> None:
         """Remove hooks and free the buffers."""

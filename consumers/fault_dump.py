@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from consumers.batch import MicroBatch, RankBatch
 from consumers.objectives.base import LossOutput
+from qwenimg_dist.schema import condition_name
 
 FOLDER: Final = "faults"
 MAX_DUMPS: Final = 32
@@ -87,7 +88,9 @@ def _samples(keys: list[str], micro: MicroBatch, output: LossOutput) -> list[dic
             "slot": int(micro.slots[i]),
             "weight": float(micro.weights[i]),
             "latents_not_finite": sum(
-                _count_not_finite(one[i]) for one in (micro.latents, micro.rejected) if one is not None
+                _count_not_finite(one[i])
+                for one in (micro.latents, micro.rejected, *micro.conditions)
+                if one is not None
             ),
             "text_not_finite": _count_not_finite(micro.text[i]),
             **{name: value[i] for name, value in values.items()},
@@ -102,6 +105,7 @@ def _tensors(micro: MicroBatch, output: LossOutput) -> dict[str, torch.Tensor]:
         found["text_mask"] = micro.text_mask
     if micro.rejected is not None:
         found["rejected"] = micro.rejected
+    found |= {condition_name(index): one for index, one in enumerate(micro.conditions)}
     found.update(output.per_sample)
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in found.items()}
 

@@ -1,10 +1,10 @@
 """Pictures along the way: fixed prompts, fixed seeds, by EMA or raw weights on the running engine.
 
 Place in the flow: the trainer calls `draw` when due; `samples/step-NNNNNNNN.png` appears, and `...-raw.png` beside it
-where both weights are looked at. Under ZeRO-3 a forward is collective, so every rank makes an equal number of pictures
-in lock-step and rank 0 decodes and lays them out. The prompts are encoded once, by rank 0, before the engine is built:
-text encoder and VAE never enter `zero.Init`, and the encoder is gone when training begins. Refuses nothing; a rank
-without a picture of its own repeats one.
+where both weights are looked at. Edits are drawn by `edit_grids.py`, with the scheduler and VAE from here. Under ZeRO-3
+a forward is collective, so every rank makes an equal number of pictures in lock-step and rank 0 decodes and lays them
+out. The prompts are encoded once, by rank 0, before the engine is built: text encoder and VAE never enter `zero.Init`,
+and the encoder is gone when training begins. Refuses nothing; a rank without a picture of its own repeats one.
 """
 
 from __future__ import annotations
@@ -30,19 +30,24 @@ class Grids:
         """Collective; call before the engine is built."""
         self._config = config
         self._ranks = ranks
-        self._scheduler = ranks.together(lambda: load_scheduler_config(pipeline))
-        prompts = [*config.evaluate.prompts, config.evaluate.negative_prompt]
-        features = ranks.together(lambda: _encode(config, pipeline, ranks.device, prompts) if ranks.is_first else None)
-        *self._text, self._negative = _broadcast(features, ranks)
-        self._codec = ranks.together(
-            lambda: LatentCodec.load(pipeline, device=ranks.device) if ranks.is_first else None
-        )
+        self.scheduler = ranks.together(lambda: load_scheduler_config(pipeline))
+        self._text: list[torch.Tensor] = []
+        if config.evaluate.prompts:
+            prompts = [*config.evaluate.prompts, config.evaluate.negative_prompt]
+            features = ranks.together(
+                lambda: _encode(config, pipeline, ranks.device, prompts) if ranks.is_first else None
+            )
+            *self._text, self._negative = _broadcast(features, ranks)
+        self.codec = ranks.together(lambda: LatentCodec.load(pipeline, device=ranks.device) if ranks.is_first else None)
+        """Rank 0's."""
 
     @torch.no_grad()
     def draw(
         self, engine: Engine, ema: Ema | None, *, step: int, resolution: int, batch_size: int, suffix: str = ""
     ) -> Path | None:
         """One picture per prompt, by the EMA's weights if given; returns the file on rank 0. Collective."""
+        if not self._text:
+            return None
         evaluate, ranks = self._config.evaluate, self._ranks
         height, width = evaluate.height or resolution, evaluate.width or resolution
         per_rank = -(-len(self._text) // ranks.world_size)
@@ -61,14 +66,14 @@ class Grids:
                         noise.to(ranks.device),
                         num_steps=evaluate.num_steps,
                         guidance=evaluate.guidance,
-                        scheduler_config=self._scheduler,
+                        scheduler_config=self.scheduler,
                     )
                 )
         engine.train()
         latents = ranks.gather_tensor(torch.cat(parts))[: len(self._text)]
-        if self._codec is None:
+        if self.codec is None:
             return None
-        pictures = [picture for one in latents for picture in to_pictures(self._codec.decode(one[None]))]
+        pictures = [picture for one in latents for picture in to_pictures(self.codec.decode(one[None]))]
         file = Path(self._config.run.path or ".") / "samples" / f"step-{step:08d}{suffix}.png"
         return save_grid(pictures, list(evaluate.prompts), file, columns=4)
 

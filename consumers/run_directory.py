@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,8 +24,7 @@ import yaml
 
 from consumers.checkpoint_files import list_checkpoints, no_valid_checkpoint, space_fault
 from consumers.curriculum import plan
-from consumers.data_sets import check_ready, data_dirs, ledger_config
-from consumers.objectives import sample_kind
+from consumers.data_sets import check_ready, data_dirs, kinds_of, ledger_config
 from consumers.parameter_groups import FROZEN, parameter_groups
 from consumers.start_from import START_FROM, StartWeights, find_start, read_record
 from qwenimg_dist.compose import validate
@@ -39,7 +38,7 @@ from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
 from qwenimg_dist.models.pipeline import fingerprint_component, pipeline_dir
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 from qwenimg_dist.models.transformer import load_transformer_config
-from qwenimg_dist.schema import IMAGE, PREFERENCE, PROMPT, Kind
+from qwenimg_dist.schema import EDIT, IMAGE, PREFERENCE, PROMPT, Kind
 from qwenimg_dist.versions import git_commit, package_versions
 
 STARTS: Final = "starts.jsonl"
@@ -50,8 +49,8 @@ _EXTEND: Final = (
     ". The number of steps is fixed per run, since the schedule follows it: to train its result further, give it as "
     "start_from of a new run"
 )
-FURTHER_OF_KIND: Final[dict[Kind, tuple[str, ...]]] = {IMAGE: (), PREFERENCE: ("rejected",), PROMPT: ()}
-"""Tensors of a sample that are read besides its latents."""
+FURTHER_OF_KIND: Final[dict[Kind, tuple[str, ...]]] = {IMAGE: (), EDIT: (), PREFERENCE: ("rejected",), PROMPT: ()}
+"""Tensors of a sample that are read besides its latents, and besides an edit's conditions."""
 _MOVED_BY_FRESH: Final = (
     "checkpoints",
     "metrics.jsonl",
@@ -127,18 +126,24 @@ def preflight(config: Config) -> Prepared:
 
 def facets_of(config: Config, pipeline: Path) -> RunFacets:
     """The facets that the curriculum reads, for this model."""
+    kinds = kinds_of(config)
+    own, *others = dict.fromkeys(kinds.values())
+    facets = {kind: _facets_of_kind(config, pipeline, kind) for kind in (own, *others)}
+    return replace(facets[own], of_dataset={name: facets[kind] for name, kind in kinds.items() if kind != own})
+
+
+def _facets_of_kind(config: Config, pipeline: Path, kind: Kind) -> RunFacets:
     wanted = {resolution for phase in config.curriculum.phases for resolution in phase.resolutions}
-    if sample_kind(config) == PROMPT:
+    if kind == PROMPT:
         return RunFacets(
             text=text_facet_name(pipeline, config, PROMPT), latents={}, kind=PROMPT, drawn=tuple(sorted(wanted))
         )
-    latents = latents_facet_names(pipeline, config, sample_kind(config))
+    latents = latents_facet_names(pipeline, config, kind)
     missing = sorted(wanted - set(latents))
     if missing:
         raise ValueError(
             f"the curriculum trains at {missing} px, encode.resolutions lacks it: add it and produce again"
         )
-    kind = sample_kind(config)
     return RunFacets(
         text=text_facet_name(pipeline, config, kind),
         latents={r: latents[r] for r in sorted(wanted)},

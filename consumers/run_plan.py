@@ -197,11 +197,11 @@ def _micro_batches(
     phase: PlannedPhase, bucket: Bucket, lengths: tuple[int, int], world_size: int, pictures: int, repeat: int
 ) -> MicroBatches:
     """`lengths` of the longest text and the shortest."""
-    size, image_tokens, budget = phase.global_batch * repeat, bucket.image_tokens, phase.micro_batch_tokens
+    size, image_tokens, budget = phase.global_batch * repeat, bucket.tokens, phase.micro_batch_tokens
     long, short = (
         cut_for(size, image_tokens, tokens, budget, rank=0, world=world_size, pictures=pictures) for tokens in lengths
     )
-    tokens = pictures * (bucket.image_tokens + lengths[0])
+    tokens = pictures * (image_tokens + lengths[0])
     return MicroBatches(
         long=long.sizes, short=short.sizes, over_budget=tokens if tokens > phase.micro_batch_tokens else 0
     )

@@ -21,6 +21,7 @@ import torch
 from consumers.baseline import baseline
 from consumers.certificate import Certifier
 from consumers.checkpoint import Loaded, load_newest, share_of_faults
+from consumers.data_sets import kinds_of
 from consumers.ema import Ema
 from consumers.engine import Engine, build_engine
 from consumers.evaluate import HeldOut
@@ -50,6 +51,7 @@ from qwenimg_dist.metrics import RunLog, truncate_logs
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 from qwenimg_dist.models.transformer import load_transformer_config
 from qwenimg_dist.rewards.base import Score
+from qwenimg_dist.schema import EDIT
 
 if TYPE_CHECKING:
     from consumers.grids import Grids
@@ -265,7 +267,8 @@ def _check_start(start: StartWeights, ranks: Ranks) -> None:
 
 
 def _grids(config: Config, prepared: Prepared, ranks: Ranks) -> Grids | None:
-    if not config.evaluate.grid_every or not config.evaluate.prompts:
+    edits = config.evaluate.edits and EDIT in kinds_of(config).values()
+    if not config.evaluate.grid_every or not (config.evaluate.prompts or edits):
         return None
     from consumers.grids import Grids  # brings text encoder and VAE, which most starts do not need
 

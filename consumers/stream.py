@@ -53,7 +53,8 @@ def cut_for(
 ) -> Cut:
     """Rank's share of `num_slots`, and its micro-batches under a budget of tokens each (at least one sample).
 
-    `pictures` of a sample are computed at once, each with the text: 2 of a preference pair.
+    `image_tokens` are a sample's, conditions included (`Bucket.tokens`). `pictures` of a sample are computed at once,
+    each with the text: 2 of a preference pair.
     """
     per_rank = -(-num_slots // world)
     slots = np.arange(rank * per_rank, (rank + 1) * per_rank, dtype=np.int64)
@@ -69,8 +70,7 @@ def cut_batch(
 ) -> tuple[Cut, npt.NDArray[np.float32]]:
     """A rank's share of a global batch with texts of `tokens`, and the weights of its slots."""
     longest = int(tokens.max())
-    image_tokens = batch.bucket.image_tokens
-    cut = cut_for(len(batch.rows), image_tokens, longest, budget, rank=rank, world=world, pictures=pictures)
+    cut = cut_for(len(batch.rows), batch.bucket.tokens, longest, budget, rank=rank, world=world, pictures=pictures)
     return cut, np.where(cut.slots < len(batch.rows), batch.weights[cut.source], np.float32(0))
 
 
@@ -168,6 +168,10 @@ class Stream:
         further = ("rejected",) if pairs else ()
         return self._thread.submit(self._make_held_out, held_out, micro_batch_tokens, counted_in, further).result()
 
+    def whole(self, groups: Sequence[HeldOutBucket]) -> list[MicroBatch]:
+        """Each of these sets of samples as one micro-batch, read by this rank alone."""
+        return self._thread.submit(self._make_whole, groups).result()
+
     def begin_pairs(self, group: HeldOutBucket, *, micro_batch_tokens: int) -> Future[list[MicroBatch]]:
         """As `held_out_batches`, of pairs with their rejected pictures, read in the background."""
         catalogs = self._ledger.catalogs
@@ -186,6 +190,25 @@ class Stream:
         if required or step not in self._pending:
             self._pending[step] = self._thread.submit(self._make, step, required)
 
+    def _make_whole(self, groups: Sequence[HeldOutBucket]) -> list[MicroBatch]:
+        made: list[MicroBatch] = []
+        assembler = Assembler(
+            self._ledger.catalogs, compute_dtype=self._assembler.dtype, pin_memory=self._assembler.pin_memory
+        )
+        for group in groups:
+            made += assembler.micro_batches(
+                rows=group.rows,
+                texts=group.texts,
+                slots=group.slots,
+                weights=np.ones(len(group.rows), dtype=np.float32),
+                num_slots=len(group.rows),
+                resolution=group.resolution,
+                bucket=group.bucket,
+                sizes=[len(group.rows)],
+            )
+        assembler.close()
+        return made
+
     def _make_held_out(
         self,
         held_out: Sequence[HeldOutBucket],
@@ -201,7 +224,7 @@ class Stream:
             tokens = catalogs.text_tokens(group.texts)
             cut = cut_for(
                 len(group.rows),
-                group.bucket.image_tokens,
+                group.bucket.tokens,
                 int(tokens.max()),
                 micro_batch_tokens,
                 rank=self._rank,
@@ -299,7 +322,7 @@ def _rank_batch(
     read_s: float,
     read_bytes: int,
 ) -> RankBatch:
-    per_image = batch.bucket.image_tokens
+    per_image = batch.bucket.tokens
     pictures = micro_batches[0].pictures_per_row
     computed = sum(pictures * len(micro.weights) * (per_image + micro.text.shape[1]) for micro in micro_batches)
     useful = pictures * int(((tokens + per_image) * (weights > 0)).sum())

@@ -114,7 +114,7 @@ def micro_batch_flops(model: Mapping[str, Any], micro: MicroBatch) -> tuple[floa
     """FLOPs of one forward: of the real samples at their own text lengths, and of all that is computed."""
     count, longest = micro.text.shape[:2]
     lengths = [longest] * count if micro.text_mask is None else micro.text_mask.sum(dim=1).tolist()
-    image_tokens = micro.bucket.image_tokens
+    image_tokens = micro.bucket.tokens
     useful = sum(
         forward_flops(model, image_tokens, int(length))
         for length, weight in zip(lengths, micro.weights.tolist(), strict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from consumers.edit_grids import draw_edits
 from consumers.evaluate import WORST_COLUMNS, weights_of
 from consumers.held_out import Errors
 from consumers.norms import block_norms
@@ -61,7 +62,7 @@ def _trained(session: Session, phase: int) -> dict[int, str]:
 
 
 def draw_grids(session: Session) -> None:
-    """The fixed prompts by the weights that are looked at, each its own file."""
+    """The fixed prompts and edits by the weights that are looked at, each its own file."""
     if session.grids is None:
         return
     phases, step = session.prepared.ledger.phases, session.progress.step
@@ -77,3 +78,6 @@ def draw_grids(session: Session) -> None:
         )
         if session.log and file:
             session.log.picture(step, label, file)
+        file = draw_edits(session, ema, resolution=resolution, suffix=label[7:])
+        if session.log and file:
+            session.log.picture(step, f"edits{label[7:]}", file)

@@ -58,7 +58,9 @@ def judge(rows: Sequence[Row], plan: Plan, scorers: Scorers) -> list[Judged]:
 
 
 def caption_rejection(judged: Judged, plan: Plan) -> Rejection | None:
-    """By the first caption filter that does not admit the row."""
+    """By the first caption filter that does not admit the row; reconstructions have none that could be judged."""
+    if not judged.row.captions:
+        return None
     for one in plan.filters:
         if one.filter.looks_at == "captions":
             rejection = judged.rejected.get(one.name) if one.filter.per_caption else one.admit(judged.values)

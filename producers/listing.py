@@ -26,7 +26,7 @@ from producers.commit import commit_part
 from producers.key_index import ABSENT, KeyIndex
 from producers.sources.base import SourceRow
 from qwenimg_dist.data.facets import DataError, Dataset
-from qwenimg_dist.schema import IMAGE, LISTING, LISTING_COLUMNS, Kind, row_key
+from qwenimg_dist.schema import LISTING, LISTING_COLUMNS, Kind, row_key
 
 _KEY_BYTES: Final = 10
 _BATCH_ROWS: Final = 4096
@@ -90,11 +90,8 @@ def _batches(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:
 
 def check_kind(dataset: Dataset, kind: Kind) -> None:
     """A data set holds rows of one kind, as its first row says. Raises `DataError` for another one."""
-    parts = dataset.unit_parts(LISTING, 0)
-    if not parts:
-        return
-    first = dataset.read(parts[0], ["row", "kind"]).slice(0, 1).to_pylist()[0].get("kind") or IMAGE
-    if first != kind:
+    first = dataset.kind()
+    if first not in (None, kind):
         raise DataError(
             f"{dataset.root} holds rows of kind {first}, this source gives {kind}: choose another data.path; training "
             "mixes data sets by weight"

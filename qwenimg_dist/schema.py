@@ -99,10 +99,15 @@ def row_identity(kind: Kind, uris: Sequence[str], captions: Sequence[str]) -> st
     return "\0" + json.dumps([kind, list(uris), list(text)])  # no file name has a NUL
 
 
+def condition_name(index: int) -> str:
+    """Name of the tensor with the latents of an edit's condition picture, counted from 0."""
+    return f"condition_{index}"
+
+
 def role_of(kind: Kind, index: int) -> str:
     """What the index-th picture of a row is; the first is the row's own, the others are further pictures."""
     if kind == EDIT:
-        return "target" if index == 0 else f"condition_{index - 1}"
+        return "target" if index == 0 else condition_name(index - 1)
     if kind == PREFERENCE:
         return ("chosen", "rejected")[index]
     return "image"
@@ -121,18 +126,25 @@ def edit_caption_key(instruction: str, sha256s: Sequence[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Bucket:
-    """Pixel size of all pictures of one batch; both sides are multiples of 16."""
+    """Pixel sizes of the pictures of one batch; all sides are multiples of 16."""
 
     height: int
     width: int
+    conditions: tuple[tuple[int, int], ...] = ()
+    """(height, width) of each condition picture of an edit, in order: another number or size is another bucket."""
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of the packed latents: (height / 16) * (width / 16)."""
+        """Tokens of the picture that is drawn, and trained on: (height / 16) * (width / 16)."""
         return (self.height // 16) * (self.width // 16)
 
+    @property
+    def tokens(self) -> int:
+        """Image tokens of one sample that a forward computes: those of the conditions come behind `image_tokens`."""
+        return self.image_tokens + sum((height // 16) * (width // 16) for height, width in self.conditions)
+
     def __str__(self) -> str:
-        return f"{self.width}x{self.height}"
+        return "+".join(f"{width}x{height}" for height, width in ((self.height, self.width), *self.conditions))
 
 
 LISTING_COLUMNS: Final = pa.schema(

@@ -9,7 +9,7 @@ from consumers.objectives.dpo import Dpo
 from consumers.objectives.flow_matching import FlowMatching
 from consumers.objectives.grpo import Grpo
 from qwenimg_dist.config import Config, GrpoConfig
-from qwenimg_dist.schema import Kind
+from qwenimg_dist.schema import EDIT, Kind
 
 OBJECTIVES: Final[dict[str, type[Objective]]] = {
     "flow_matching": FlowMatching,
@@ -23,9 +23,18 @@ def build_objective(config: Config, reference: Predict | None = None) -> Objecti
     return OBJECTIVES[config.objective.kind](config.objective, seed=config.train.seed, reference=reference)
 
 
-def sample_kind(config: Config) -> Kind:
-    """The kind of samples that the configured objective trains on."""
-    return OBJECTIVES[config.objective.kind].sample_kind
+ALSO_TRAINED_ON: Final[dict[str, tuple[Kind, ...]]] = {"flow_matching": (EDIT,)}
+"""Kinds that an objective trains on besides its `sample_kind`, of data sets that are said to be of them."""
+
+
+def sample_kind(config: Config, asked: Kind | None = None) -> Kind:
+    """The kind of samples that is trained on, of a data set said to be of kind `asked`. Raises ValueError for one that
+    the configured objective does not take."""
+    name = config.objective.kind
+    own = OBJECTIVES[name].sample_kind
+    if asked not in (None, own, *ALSO_TRAINED_ON.get(name, ())):
+        raise ValueError(f"objective={name} trains on samples of kind {own}, data.kind asks for {asked}: leave it out")
+    return asked or own
 
 
 def rows_per_sample(config: Config) -> int:

@@ -8,7 +8,7 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,10 +19,16 @@ from qwenimg_dist.schema import Kind
 
 
 class Predict(Protocol):
-    """The trained model: velocity (b,16,h,w) fp32 of noisy latents (b,16,h,w) and sigma (b,)."""
+    """The trained model: velocity (b,16,h,w) fp32 of noisy latents (b,16,h,w) and sigma (b,), given an edit's
+    conditions."""
 
     def __call__(
-        self, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None
+        self,
+        noisy: torch.Tensor,
+        sigma: torch.Tensor,
+        text: torch.Tensor,
+        text_mask: torch.Tensor | None,
+        conditions: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor: ...
 
 

@@ -1,8 +1,9 @@
 """Flow matching: the velocity `eps - x0` at a random point of the straight path, squared error in fp32.
 
-Place in the flow: pretraining and SFT are this objective with other data and settings. Sigma, noise and the sample of
-the posterior depend on (seed, step, slot) only, stratified sigmas on the size of the global batch besides, so they are
-the same on any number of ranks. Caption dropout is the ledger's, not this file's.
+Place in the flow: pretraining, SFT and editing are this objective with other data and settings. An edit's conditions
+are given clean beside the noisy target, and the loss, like the shift, is of the target alone. Sigma, noise and the
+sample of the posterior depend on (seed, step, slot) only, stratified sigmas on the size of the global batch besides, so
+they are the same on any number of ranks. Caption dropout is the ledger's, not this file's.
 Reference: arXiv 2508.02324; logit-normal and mode density, resolution shift: arXiv 2403.03206.
 """
 
@@ -78,7 +79,9 @@ class FlowMatching:
 def squared_errors(predict: Predict, micro: MicroBatch, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """(b,) fp32: mean over each sample's elements of (v - (eps - x0))^2, at given sigma (b,) and noise."""
     noisy = interpolate(micro.latents, noise, sigma)
-    velocity = predict(noisy, sigma, micro.text, micro.text_mask)
+    # Of an edit only the target's tokens are predicted: what the model makes of its conditions' is not asked.
+    conditions = (micro.conditions,) if micro.conditions else ()
+    velocity = predict(noisy, sigma, micro.text, micro.text_mask, *conditions)
     return (velocity - velocity_target(micro.latents, noise)).square().mean(dim=(1, 2, 3))
 
 

@@ -1,7 +1,8 @@
 """Edits: one or more source pictures, an instruction, and the picture that following it gives.
 
 A row's own picture is the target; the sources become its conditions, in order. Several instructions for one edit are a
-list, of which training draws one, as with captions. Rows without a target or a source become a `bad_row`.
+list, of which training draws one, as with captions. Reconstruction is an edit without instruction, whose source is the
+target or a picture given. Rows without a target or a source become a `bad_row`.
 """
 
 from __future__ import annotations
@@ -34,17 +35,18 @@ class Edits:
         if not look.num_rows:
             raise ValueError(f"{self._config.path} has no rows; is source.path right?")
         problems = look.problems()
-        if not look.num_captioned:
+        if not look.num_captioned and self._config.instruction is None:
             raise ValueError(
                 f"{self._config.path}: none of its {look.num_rows} edits has an instruction in "
-                f"{self._config.instruction_column!r}; set source.instruction_column"
+                f"{self._config.instruction_column!r}; set source.instruction_column, or source.instruction for all"
             )
         return Found(rows=self._rows(min_age_s > 0), problems=problems)
 
     def _rows(self, growing: bool) -> Iterator[SourceRow]:
         config = self._config
-        columns = [*config.source_columns, config.instruction_column, config.target_column]
-        for record in self._records.read(columns, optional=config.meta_columns, growing=growing):
+        worded = [config.instruction_column] if config.instruction is None else []
+        columns = dict.fromkeys([*config.source_columns, *worded, config.target_column])
+        for record in self._records.read(list(columns), optional=config.meta_columns, growing=growing):
             yield record.row(self._row, EDIT)
 
     def _row(self, record: Record) -> SourceRow:
@@ -54,7 +56,11 @@ class Edits:
             raise ValueError(
                 f"{record.where}: has {len(sources)} source pictures, source.max_sources is {config.max_sources}"
             )
-        captions, fault = clean_captions(record.text(config.instruction_column))
+        if config.instruction is None:
+            captions, fault = clean_captions(record.text(config.instruction_column))
+        else:
+            captions, _ = clean_captions(config.instruction)
+            fault = None
         return SourceRow(
             kind=EDIT,
             uri=record.picture(config.target_column),

@@ -78,7 +78,7 @@ def export_run(config: Config, args: list[str]) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"export.path={out} exists and is not empty; remove it or choose another")
     from consumers.checkpoint_reader import open_checkpoint
-    from qwenimg_dist.models.pipeline import pipeline_dir
+    from qwenimg_dist.models.pipeline import pipeline_class, pipeline_dir
 
     # The model is the one that the run trained, whatever the defaults of this command line are.
     source = pipeline_dir(run_config(run_dir, args).model)
@@ -94,7 +94,7 @@ def export_run(config: Config, args: list[str]) -> int:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"exported step {reader.step} ({config.export.weights} weights, {config.export.dtype}) to {out}")
-    print(f'load it with QwenImagePipeline.from_pretrained("{out}")')
+    print(f'load it with {pipeline_class(out)}.from_pretrained("{out}")')
     return 0
 
 

@@ -2,6 +2,7 @@
 
     qwenimg-dist sample sample.path=PIPELINE 'sample.prompts=["a red circle"]' sample.out=grid.png
     qwenimg-dist sample run.path=RUN sample.prompts_file=prompts.txt        newest valid checkpoint, EMA weights
+    qwenimg-dist sample run.path=RUN 'sample.prompts=["make it red"]' 'sample.images=[photo.png]'          an edit
 
 Noise belongs to (prompt, seed), not to the batch, so a grid can be compared cell by cell with another one.
 `sample.cells=DIR` also writes each picture as `NNNN.png`, in the grid's order; `sample.enhance=true` rewrites the
@@ -10,6 +11,7 @@ prompts first. Runs in one process on one device: a model that does not fit ther
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -68,6 +70,7 @@ def draw(config: Config, prompts: list[str], args: list[str]) -> list[Image.Imag
     """One picture per (prompt, seed), prompts outermost."""
     import torch
 
+    from qwenimg_dist.commands.sample_edit import condition_latents, edit_features, open_images, size_of_edit
     from qwenimg_dist.models.generate import generate, load_scheduler_config
     from qwenimg_dist.models.text_encoder import TextEncoder
     from qwenimg_dist.models.vae import LatentCodec
@@ -78,22 +81,38 @@ def draw(config: Config, prompts: list[str], args: list[str]) -> list[Image.Imag
     folder, transformer = load_transformer(config, args, dtype, device)
     encoder = TextEncoder.load(folder, dtype=dtype, device=device, max_sequence_length=config.model.max_text_tokens)
     texts, negative = conditions(config, prompts)
-    features = {text: encoder.encode([text])[0] for text in sorted({*texts, negative})}
+    distinct = sorted({*texts, negative})
+    images, edit = open_images(sample.images), _trained_with(config, args).encode.edit
+    if images:
+        features = edit_features(edit, folder, encoder, images, distinct)
+    else:
+        features = {text: encoder.encode([text])[0] for text in distinct}
     del encoder  # 14 GB at full size, not needed while drawing
     side = max(config.resolutions)
+    height, width = size_of_edit(images, side) if images else (side, side)
+    height, width = sample.height or height, sample.width or width
+    codec = LatentCodec.load(folder, dtype=dtype, device=device)
     return generate(
         transformer,
-        LatentCodec.load(folder, dtype=dtype, device=device),
+        codec,
         [features[text] for text in texts for _ in sample.seeds],
         features[negative],
-        height=sample.height or side,
-        width=sample.width or side,
+        height=height,
+        width=width,
         num_steps=sample.num_steps,
         guidance=sample.guidance,
         seeds=[seed for _ in prompts for seed in sample.seeds],
         scheduler_config=load_scheduler_config(folder),
         device=device,
+        conditions=condition_latents(codec, images, edit.condition_side or math.isqrt(height * width)),
     )
+
+
+def _trained_with(config: Config, args: list[str]) -> Config:
+    """The config of the run that is drawn from; this command's, where it is an export."""
+    if config.sample.path or config.export.path or config.run.path is None:
+        return config
+    return run_config(Path(config.run.path), args)
 
 
 def load_transformer(config: Config, args: list[str], dtype: Any, device: Any) -> tuple[Path, Any]:

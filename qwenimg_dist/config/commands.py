@@ -131,12 +131,15 @@ class SampleConfig(Section):
     """One prompt per line, or a `.jsonl` with the key `prompt` and what rewards need besides; after `prompts`."""
     out: str
     """The grid, a PNG file."""
+    images: tuple[str, ...] = ()
+    """Condition pictures: every prompt is an instruction about all of them, in this order, for a model that was trained
+    on edits. An empty prompt reconstructs. `encode.edit` says at which sizes text encoder and VAE see them."""
     cells: str | None = None
     """Folder for the single pictures; `None` writes the grid only."""
     seeds: tuple[NonNegativeInt, ...] = Field(min_length=1)
     """Every prompt is drawn once per seed."""
     height: PositiveInt | None = None
-    """px; `None` is the highest resolution class of the curriculum."""
+    """px; `None` is the highest resolution class of the curriculum, with `images` in the last one's shape."""
     width: PositiveInt | None = None
     num_steps: PositiveInt
     guidance: PositiveFloat

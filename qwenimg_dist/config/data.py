@@ -108,6 +108,9 @@ def _name_of_dataset(name: str) -> str:
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+SampleKind = Literal["image", "edit"]
+
+
 class MixedDataset(Section):
     """One of several data sets that are trained on together; `weight` or `repeats`, the same for all of them."""
 
@@ -119,6 +122,9 @@ class MixedDataset(Section):
     epochs of each."""
     repeats: Amount | None = None
     """How often each of its rows comes per epoch instead: 1 for all is every sample of every data set once."""
+    kind: SampleKind | None = None
+    """Of its samples, where it is another than `data.kind`: `image` beside `edit` mixes text-to-image with editing. A
+    step is of one bucket, and so of one kind."""
     where: str | None = None
     """Narrows `data.where` for this data set."""
     caption_weights: dict[str, NonNegativeFloat] | None = None
@@ -135,6 +141,10 @@ class DataConfig(Section):
 
     path: str | None = None
     """What `produce` writes, and `train` reads unless there is a `mix`."""
+    kind: SampleKind | None = None
+    """Of the samples that flow matching trains on: `image` (text to picture), or `edit` (made from `source=edits`:
+    instruction and condition pictures to picture; without instructions, reconstruction). `None` is the objective's own
+    kind."""
     mix: dict[Annotated[str, AfterValidator(_name_of_dataset)], MixedDataset] = Field(default_factory=dict)
     """Several data sets to train on, made by one `produce` each for the same model and encode settings: name -> its
     path and weight, for example `data.mix={photos: {path: /a, weight: 3}, text: {path: /b, weight: 1}}`, or one by one

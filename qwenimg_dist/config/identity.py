@@ -23,7 +23,7 @@ _FREE_OF_OBJECTIVE = (
 )
 _FREE_OF_REWARDS = ("batch_size",)
 _IDENTITY_KEYS = {
-    "data": ("where", "held_out", "max_held_out", "weights", "caption_weights", "mix"),
+    "data": ("kind", "where", "held_out", "max_held_out", "weights", "caption_weights", "mix"),
     "engine": ("precision",),
     "start_from": ("weights",),
     "train": ("steps", "seed"),

@@ -138,6 +138,9 @@ class EditsSource(Section):
     """Each with a picture or a list of pictures; their order is that of the conditions."""
     instruction_column: str = "instruction"
     """A string, or a list of strings for several wordings."""
+    instruction: str | None = None
+    """One instruction for every row, in the place of a column. `''` is none at all: the pictures alone are what the
+    target is made from, as in reconstruction (I2I), whose `source_columns` may be the target's own column."""
     target_column: str = "target"
     max_sources: PositiveInt = 4
     """Rows with more source pictures are refused."""

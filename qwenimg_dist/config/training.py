@@ -378,7 +378,10 @@ class EvaluateConfig(Section):
     grid_every: NonNegativeInt = 0
     """Steps between sample grids; 0 turns them off."""
     prompts: tuple[str, ...] = ()
-    """Of the sample grids; none, and there are no grids."""
+    """Of the sample grids; none, and there are no grids but those of `edits`."""
+    edits: NonNegativeInt = 8
+    """Held-out edits in a grid of their own when edits are trained on: conditions, what is drawn from them, the target.
+    Each costs what a prompt costs, and its conditions' tokens besides; each is drawn alone."""
     negative_prompt: str = ""
     """The empty prompt, as dropped captions in training."""
     num_steps: PositiveInt = 20

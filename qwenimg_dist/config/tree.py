@@ -43,6 +43,9 @@ class ModelConfig(Section):
     """Local diffusers directory or hub id. `None` with `name=tiny` builds the tiny pipeline in the user's cache."""
     revision: str | None = None
     """Pinned commit of the hub repository; ignored for a local directory."""
+    edit: bool = False
+    """Of `name=tiny` without a path: the twin of an edit pipeline (`QwenImageEditPlusPipeline`), whose transformer
+    gives condition tokens the time 0. Other models are what their pipeline is."""
     max_text_tokens: PositiveInt = 512
     """Captions are cut to this many tokens (the model was trained on at most 512)."""
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from qwenimg_dist.data.columns import Columns
 from qwenimg_dist.data.facets import DataError
-from qwenimg_dist.schema import IMAGE, Bucket, Kind
+from qwenimg_dist.schema import IMAGE, Bucket, Kind, condition_name
 
 CATALOG_VERSION: Final = 2
 """2: captions have kinds."""
@@ -43,15 +43,22 @@ class RunFacets:
     latents: dict[int, str]
     """Resolution class (px) -> facet."""
     further: tuple[str, ...] = ()
-    """A sample's other tensors that are read besides (`logvar`, `rejected`), which not every facet holds."""
+    """A sample's other tensors that are read besides (`logvar`, `rejected`), which not every facet holds. The latents
+    of an edit's conditions are always read, as its bucket says."""
     kind: Kind = IMAGE
     """Of the samples; a data set of another kind is refused."""
     drawn: tuple[int, ...] = ()
     """Resolution classes (px) at which the run draws the pictures itself, of prompts: in the square bucket."""
+    of_dataset: Mapping[str, RunFacets] = field(default_factory=dict)
+    """Those of data sets of a mix that are of another kind."""
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.text, *(self.latents[resolution] for resolution in sorted(self.latents)))
+
+    def of(self, dataset: str) -> RunFacets:
+        """What is read of one of several data sets."""
+        return self.of_dataset.get(dataset, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +94,14 @@ class LatentsIndex:
     tar: npt.NDArray[np.int32]
     offset: Ints
     further: Mapping[str, Ints] = field(default_factory=dict)
-    """Offsets of the sample's other tensors, which are of the latents' shape and type and in their tar; those that the
-    run asked for."""
+    """Offsets of the sample's other tensors, which are of the latents' type and in their tar: those that the run asked
+    for, of the latents' shape, and an edit's `condition_0`, ..., of its bucket's shapes (-1: it has none)."""
 
-    def shape(self, bucket: Bucket) -> tuple[int, int, int]:
-        """(channels, height / 8, width / 8) of every sample of a bucket."""
-        return (self.channels, bucket.height // 8, bucket.width // 8)
+    def shape(self, bucket: Bucket, name: str = "mean") -> tuple[int, int, int]:
+        """(channels, height / 8, width / 8) of a tensor of every sample of a bucket."""
+        names = conditions_of(bucket)
+        height, width = bucket.conditions[names.index(name)] if name in names else (bucket.height, bucket.width)
+        return (self.channels, height // 8, width // 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +151,8 @@ class Catalog:
     columns: Columns
     prompts: PromptTable | None = None
     """Of rows of kind `prompt`."""
+    row_empty_text: npt.NDArray[np.int32] | None = None
+    """(rows,) of edits: text position of the empty instruction, which saw the row's pictures; else None."""
 
     @property
     def num_rows(self) -> int:
@@ -150,6 +161,12 @@ class Catalog:
     @property
     def num_texts(self) -> int:
         return len(self.text_tokens)
+
+    def empty_texts(self, rows: Ints) -> Ints:
+        """(n,) text positions of what stands in where the captions of these rows are dropped."""
+        if self.row_empty_text is None:
+            return np.full(len(rows), self.empty_text, dtype=np.int64)
+        return self.row_empty_text[rows].astype(np.int64)
 
     @classmethod
     def open(cls, folder: Path, dataset_root: Path) -> Catalog:
@@ -184,7 +201,7 @@ class Catalog:
                     facet=entry["facet"],
                     dtype=entry["dtype"],
                     channels=entry["channels"],
-                    buckets=tuple(Bucket(height=h, width=w) for h, w in entry["buckets"]),
+                    buckets=_buckets(entry),
                     **{name: load(f"latents-{resolution}-{name}") for name in LATENTS_ARRAYS},
                     further={name: load(further_array(int(resolution), name)) for name in further_names(entry)},
                 )
@@ -193,12 +210,27 @@ class Catalog:
             tars=[TarFile(path=dataset_root / facet / name, size_bytes=size) for facet, name, size in head["tars"]],
             columns=Columns({name: load(f"column-{name}") for name in head["columns"]}, head["words"]),
             prompts=PromptTable(data=load("prompt_data"), start=load("prompt_start")) if head.get("prompts") else None,
+            row_empty_text=load(ROW_EMPTY) if head.get("row_empty") else None,
         )
+
+
+def conditions_of(bucket: Bucket) -> list[str]:
+    """Names of the tensors of a bucket's conditions."""
+    return [condition_name(index) for index in range(len(bucket.conditions))]
+
+
+def _buckets(entry: Mapping[str, Any]) -> tuple[Bucket, ...]:
+    conditions = entry.get("conditions") or [[]] * len(entry["buckets"])
+    return tuple(
+        Bucket(height=height, width=width, conditions=tuple((h, w) for h, w in sizes))
+        for (height, width), sizes in zip(entry["buckets"], conditions, strict=True)
+    )
 
 
 ROW_ARRAYS: Final = ("keys", "rows", "units", "key_hash", "caption_start", "caption_text", "caption_kind")
 TEXT_ARRAYS: Final = ("text_keys", "text_tokens", "text_tar", "text_offset")
 LATENTS_ARRAYS: Final = ("bucket", "tar", "offset")
+ROW_EMPTY: Final = "row_empty"
 
 
 def further_array(resolution: int, name: str) -> str:
@@ -351,10 +383,10 @@ class Catalogs:
         self, rows: Ints, resolution: int, bucket: Bucket, *, further: Sequence[str] = ()
     ) -> Iterator[tuple[Catalog, Ints, Places]]:
         """Per catalog: the catalog, which of `rows` lie in it, and the places of their latents; behind them those of
-        each of their `further` tensors, which lie side by side and are read as one."""
+        each of their `further` tensors (the conditions' among them), which lie side by side and are read as one."""
         for catalog, local, where in self._split(rows, self._row_base):
             index = catalog.latents[resolution]
-            nbytes = int(np.prod(index.shape(bucket))) * ITEM_BYTES[index.dtype]
+            sizes = [int(np.prod(index.shape(bucket, name))) for name in ("mean", *further)]
             offsets = [index.offset[local]]
             for name in further:
                 if name not in index.further:
@@ -367,7 +399,7 @@ class Catalogs:
                     tars=catalog.tars,
                     tar=np.tile(index.tar[local], len(offsets)),
                     offset=np.concatenate(offsets),
-                    nbytes=np.full(len(local) * len(offsets), nbytes, dtype=np.int64),
+                    nbytes=np.repeat(np.array(sizes, dtype=np.int64) * ITEM_BYTES[index.dtype], len(local)),
                     keys=np.tile(catalog.keys[local], len(offsets)),
                 ),
             )

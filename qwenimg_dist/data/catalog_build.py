@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qwenimg_dist.data.catalog import CATALOG_VERSION, HEAD, CatalogFolder, Ints, RunFacets, further_array
+from qwenimg_dist.data.catalog import CATALOG_VERSION, HEAD, ROW_EMPTY, CatalogFolder, Ints, RunFacets, further_array
 from qwenimg_dist.data.draws import hash_keys
+from qwenimg_dist.data.edit_tables import MAX_BUCKETS, bucket_of, conditions_of_rows, distinct, edit_keys
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.part_tables import (
     FacetTable,
@@ -49,7 +50,20 @@ from qwenimg_dist.data.pins import (
 from qwenimg_dist.data.takedown import NOTHING, Takedown, rows_taken_down
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir, temporary_name
-from qwenimg_dist.schema import IMAGE, LABEL_PREFIX, LISTING, PROMPT, RAW, ROWS, SCAN, SCORE_PREFIX, Kind, caption_key
+from qwenimg_dist.schema import (
+    EDIT,
+    IMAGE,
+    LABEL_PREFIX,
+    LISTING,
+    PREFERENCE,
+    PROMPT,
+    RAW,
+    ROWS,
+    SCAN,
+    SCORE_PREFIX,
+    Kind,
+    caption_key,
+)
 
 PARTS: Final = "parts.json"
 
@@ -83,7 +97,8 @@ def build_catalog(
     Rows that are taken down are left out. Raises `DataError` naming the part, tar or key where the data set contradicts
     itself, or if it holds rows of another kind than the run trains on.
     """
-    loaded = load_facets(dataset, units, further=bool(facets.further), prompts=facets.kind == PROMPT)
+    edits = facets.kind == EDIT
+    loaded = load_facets(dataset, units, further=bool(facets.further) or edits, kind=facets.kind)
     out = _Output()
     taken_down = rows_taken_down(dataset, units, takedown)
     kept = _kept_rows(loaded[ROWS], out, taken_down.rows)
@@ -92,7 +107,7 @@ def build_catalog(
     _add_kind(loaded, kept, facets.kind, dataset, out)
     _add_texts(loaded, kept, facets, out)
     out.head["latents"] = {
-        str(resolution): _add_latents(loaded[facet], kept, resolution, out, further=facets.further)
+        str(resolution): _add_latents(loaded[facet], kept, resolution, out, further=facets.further, edits=edits)
         for resolution, facet in sorted(facets.latents.items())
     }
     out.head["latents"] |= {str(resolution): _add_drawn(kept, resolution, out) for resolution in facets.drawn}
@@ -176,13 +191,21 @@ def _add_kind(loaded: dict[str, FacetTable], kept: _Kept, kind: Kind, dataset: D
         kinds = pc.fill_null(listing["kind"].combine_chunks().take(pa.array(at[there])), IMAGE)
         found = set(pc.unique(kinds).to_pylist()) or found
     if found != {kind}:
-        raise DataError(
-            f"{dataset.root} holds samples of kind {', '.join(sorted(found))}, this run trains on kind {kind}: give it "
-            "a data set that `qwenimg-dist produce` made from a source of that kind"
-        )
+        raise DataError(f"{dataset.root} {wrong_kind(found, kind)}")
     out.arrays["column-kind"] = np.zeros(len(kept.rows), dtype=np.int8)
     out.head["columns"].append("kind")
     out.head["words"]["kind"] = [kind]
+
+
+def wrong_kind(found: Iterable[str], kind: Kind) -> str:
+    """What is wrong with a data set of other kinds than the run reads, and the way out."""
+    said = {IMAGE: "data.kind=image", EDIT: "data.kind=edit (stage=edit)", PREFERENCE: "stage=dpo"}
+    ways = [said[one] for one in sorted(set(found)) if one in said]
+    return (
+        f"holds samples of kind {', '.join(sorted(found))}, this run trains on kind {kind}: give it a data set that "
+        "`qwenimg-dist produce` made from a source of that kind"
+        + (f", or train on these with {' or '.join(ways)}, in a mix with `kind` of the data set" if ways else "")
+    )
 
 
 def coded(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int16], list[str]]:
@@ -209,9 +232,12 @@ def _add_texts(loaded: dict[str, FacetTable], kept: _Kept, facets: RunFacets, ou
         "text_tar": tar_numbers(table, numbers),
         "text_offset": to_array(table["offset"], np.int64),
     }
-    captions = _captions(loaded, kept, facet)
+    captions = _captions(loaded, kept, facet, edits=facets.kind == EDIT)
     out.arrays |= {"caption_start": captions.start, "caption_text": captions.texts, "caption_kind": captions.kinds}
     out.head["caption_kinds"] = captions.kind_words
+    if captions.empty is not None:
+        out.arrays[ROW_EMPTY] = captions.empty
+        out.head["row_empty"] = True
     empty = pc.index(table["key"], caption_key("")).as_py()
     if empty < 0:
         raise DataError(f"{facet.name} has no features of the empty prompt in part 0: run `qwenimg-dist produce` again")
@@ -228,15 +254,17 @@ class _Captions:
     kinds: npt.NDArray[np.int16]
     """Index into `kind_words`."""
     kind_words: list[str]
+    empty: npt.NDArray[np.int32] | None
+    """(rows,) of edits: position of the empty instruction."""
 
 
-def _captions(loaded: dict[str, FacetTable], kept: _Kept, facet: FacetTable) -> _Captions:
+def _captions(loaded: dict[str, FacetTable], kept: _Kept, facet: FacetTable, *, edits: bool) -> _Captions:
     """Captions that filters left out are left out here too. Features lie in the row's own unit."""
     listing = newest(loaded[LISTING].table)
     at, found = match_rows(LISTING, listing, kept.rows)
     if not found.all():
         raise DataError(f"row {int(kept.rows[~found][0])} is kept but not in the listing: the data set is damaged")
-    captions = listing["caption_keys"].combine_chunks().take(pa.array(at))
+    captions, empty_keys = _caption_keys(loaded, listing, at, kept, edits=edits)
     listed = to_array(pc.fill_null(pc.list_value_length(captions), 0), np.int64)
     fit = _fit(kept, listed)
     row_of = np.repeat(np.arange(len(listed)), listed)[fit]
@@ -245,6 +273,33 @@ def _captions(loaded: dict[str, FacetTable], kept: _Kept, facet: FacetTable) -> 
         key = kept.keys[counts == 0][0].decode()
         raise DataError(f"row {key} is kept without a caption: run `qwenimg-dist produce` again")
     keys = pc.list_flatten(captions).filter(pa.array(fit))
+    kinds, words = _kinds(listing, at, kept, listed)
+    return _Captions(
+        start=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)]),
+        texts=_positions(facet, keys, row_of, kept),
+        kinds=kinds[fit],
+        kind_words=words,
+        empty=None if empty_keys is None else _positions(facet, empty_keys, np.arange(len(kept.rows)), kept),
+    )
+
+
+def _caption_keys(
+    loaded: dict[str, FacetTable], listing: pa.Table, at: Ints, kept: _Kept, *, edits: bool
+) -> tuple[Any, pa.Array | None]:
+    """Per kept row the list of its captions' keys, and of edits the key of the empty instruction."""
+    if not edits:
+        return listing["caption_keys"].combine_chunks().take(pa.array(at)), None
+    scan = newest(loaded[SCAN].table) if SCAN in loaded else None
+    where, found = match_rows(SCAN, scan, kept.rows) if scan is not None else (at, np.zeros(len(at), dtype=np.bool_))
+    if scan is None or not found.all() or "pictures" not in scan.column_names:
+        row = kept.keys[int(np.flatnonzero(~found)[0])].decode() if len(found) and not found.all() else ""
+        raise DataError(f"{SCAN} lacks the condition pictures of kept edits ({row}): run `qwenimg-dist produce` again")
+    pictures = scan["pictures"].combine_chunks().take(pa.array(where))
+    return edit_keys(listing["captions"].combine_chunks().take(pa.array(at)), pictures)
+
+
+def _positions(facet: FacetTable, keys: Any, row_of: Ints, kept: _Kept) -> npt.NDArray[np.int32]:
+    """Where texts stand in the text table, each in the unit of its row."""
     wanted = _unit_key(pa.array(kept.units[row_of]), keys)
     texts = pc.index_in(wanted, _unit_key(facet.table["unit"], facet.table["key"]))
     if texts.null_count:
@@ -254,13 +309,7 @@ def _captions(loaded: dict[str, FacetTable], kept: _Kept, facet: FacetTable) -> 
             f"caption {keys[flat].as_py()} of row {kept.keys[row].decode()} (unit {int(kept.units[row])}) has no "
             f"features in {facet.name}: run `qwenimg-dist produce` again"
         )
-    kinds, words = _kinds(listing, at, kept, listed)
-    return _Captions(
-        start=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)]),
-        texts=to_array(texts, np.int32),
-        kinds=kinds[fit],
-        kind_words=words,
-    )
+    return to_array(texts, np.int32)
 
 
 def _fit(kept: _Kept, listed: Ints) -> npt.NDArray[np.bool_]:
@@ -301,9 +350,10 @@ def _spread(column: Any, kept: _Kept, listed: Ints, name: str) -> tuple[npt.NDAr
 
 
 def _add_latents(
-    facet: FacetTable, kept: _Kept, resolution: int, out: _Output, *, further: Sequence[str]
+    facet: FacetTable, kept: _Kept, resolution: int, out: _Output, *, further: Sequence[str], edits: bool
 ) -> dict[str, Any]:
-    """Bucket and place per kept row; -1 where this class has no latents of it."""
+    """Bucket and place per kept row; -1 where this class has no latents of it. Of edits, the conditions are part of the
+    bucket, and further tensors as far as a row has them."""
     numbers = out.add_tars(facet)
     shapes = shapes_of(facet, dims=3)
     dtype = one_dtype(facet)
@@ -313,7 +363,17 @@ def _add_latents(
     channels = int(shapes[0, 0]) if len(shapes) else 16
     expected = np.stack([np.full(len(height), channels), height // 8, width // 8], axis=1)
     require(facet, (shapes == expected).all(axis=1), "the latents' shape is not their bucket's")
-    sizes, inverse = np.unique((height << 32) + width, return_inverse=True)
+    conditions = conditions_of_rows(facet, dtype, channels) if edits else None
+    rows_sizes = np.stack([height, width], axis=1)
+    if conditions is not None:
+        rows_sizes = np.concatenate([rows_sizes, conditions.sizes], axis=1)
+    sizes, inverse = distinct(rows_sizes)
+    if len(sizes) > MAX_BUCKETS:
+        raise DataError(
+            f"{facet.name} has {len(sizes):,} combinations of target and condition sizes, at most {MAX_BUCKETS:,} can "
+            "be told apart, and each takes batches of its own: produce with fewer encode.aspects, or fewer conditions"
+        )
+    buckets = [bucket_of(one) for one in sizes]
     table = facet.table.select(["row", "offset"])
     table = table.append_column("bucket", pa.array(inverse.astype(np.int16)))
     table = table.append_column("number", pa.array(tar_numbers(facet.table, numbers)))
@@ -326,6 +386,10 @@ def _add_latents(
     for name in further:
         table = table.append_column(name, pa.array(further_offsets(facet, name)))
         arrays.append((further_array(resolution, name), name, np.int64))
+    for index, name in enumerate(conditions.names() if conditions is not None else ()):
+        assert conditions is not None
+        table = table.append_column(name, pa.array(conditions.offsets[:, index]))
+        arrays.append((further_array(resolution, name), name, np.int64))
     table = newest(table)
     at, found = match_rows(facet.name, table, kept.rows)
     at = at[found]
@@ -337,8 +401,9 @@ def _add_latents(
         "facet": facet.name,
         "dtype": dtype,
         "channels": channels,
-        "further": list(further),
-        "buckets": [[int(size >> 32), int(size & 0xFFFFFFFF)] for size in sizes],
+        "further": [*further, *(conditions.names() if conditions is not None else ())],
+        "buckets": [[bucket.height, bucket.width] for bucket in buckets],
+        **({"conditions": [bucket.conditions for bucket in buckets]} if edits else {}),
     }
 
 

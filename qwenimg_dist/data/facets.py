@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir, temporary_name, write_json
-from qwenimg_dist.schema import OPTIONAL_COLUMNS, SCHEMA_VERSION
+from qwenimg_dist.schema import IMAGE, LISTING, OPTIONAL_COLUMNS, SCHEMA_VERSION, Kind
 
 _PART: Final = re.compile(r"^unit-(\d{6,})\.(\d{3,})\.parquet$")
 _META_KEY: Final = b"qwenimg_dist"
@@ -129,6 +129,15 @@ class Dataset:
         while self.parquet(part := Part(facet=facet, unit=unit, part=len(parts))).exists():
             parts.append(part)
         return parts
+
+    def kind(self) -> Kind | None:
+        """Kind of the rows, as the first one listed says: a data set holds one kind. None before there is one."""
+        first = Part(facet=LISTING, unit=0, part=0)
+        if not self.parquet(first).exists():
+            return None
+        table = self.read(first, ["row", "kind"]).slice(0, 1)
+        kind: Kind | None = table["kind"][0].as_py() if "kind" in table.column_names and len(table) else None
+        return kind or IMAGE
 
     def next_part(self, facet: str, unit: int) -> Part:
         """The name of the part that would be committed next for this unit."""

@@ -191,7 +191,9 @@ class Generations:
             folder = self.run / INDEX / line.index
             dataset = self.datasets[line.dataset]
             if not self._intact(folder, line):
-                build_catalog(dataset, self._pins_of(line), self.facets, folder, recorded(self.run, line.takedown))
+                build_catalog(
+                    dataset, self._pins_of(line), self._facets(line), folder, recorded(self.run, line.takedown)
+                )
             if Catalog.open(folder, dataset.root).digest != line.digest:
                 raise DataError(
                     f"{self.run / FILE} pinned units {line.first_unit}..{line.units - 1} with digest "
@@ -272,20 +274,21 @@ class Generations:
         """What `held_out`'s positions count in."""
         return self._catalogs
 
-    def other_facets(self) -> dict[int, str]:
-        """Resolution class -> facet, of the latents that some data set has beside those of the run."""
-        found: dict[int, str] = {}
-        for dataset in self.datasets.values():
-            found |= other_facets(dataset, self.facets)
+    def other_facets(self) -> dict[int, dict[str, str]]:
+        """Resolution class -> data set -> facet, of the latents that it has beside those of the run."""
+        found: dict[int, dict[str, str]] = {}
+        for name, dataset in self.datasets.items():
+            for resolution, facet in other_facets(dataset, self.facets.of(name)).items():
+                found.setdefault(resolution, {})[name] = facet
         return found
 
-    def find_other_class(self, facet: str, only: Container[str] | None = None) -> dict[str, OtherClass]:
-        """Rank 0: where the held-out rows (of them those with the keys `only`) have their latents in such a facet, by
+    def find_other_class(self, facets: Mapping[str, str], only: Container[str] | None = None) -> dict[str, OtherClass]:
+        """Rank 0: where the held-out rows (of them those with the keys `only`) have their latents in such facets, by
         data set."""
         return {
             line.dataset: find_other_class(
                 self.datasets[line.dataset],
-                facet,
+                facets.get(line.dataset),
                 self._catalogs[catalog],
                 self._held_out_rows(line, catalog),
                 keys=self._catalogs.keys(self._held_out_rows(line, catalog) + self._catalogs.row_base(catalog)),
@@ -342,6 +345,9 @@ class Generations:
             for one, catalog in zip(self.lines, self._catalog_of, strict=True):
                 self._ledger.append(self._segment(one, catalog))
 
+    def _facets(self, line: Generation) -> RunFacets:
+        return self.facets.of(line.dataset)
+
     def _folder(self, line: Generation) -> CatalogFolder:
         assert line.index is not None
         return CatalogFolder(
@@ -393,9 +399,9 @@ class Generations:
 
     def _whole(self, step: int, name: str, *, number: int) -> Generation:
         """All that is ready of a data set, for every phase and epoch."""
-        units = ready_units(self.datasets[name], self.facets)
+        units = ready_units(self.datasets[name], self.facets.of(name))
         if not units:
-            problem = why_not_ready(self.datasets[name], self.facets)
+            problem = why_not_ready(self.datasets[name], self.facets.of(name))
             raise DataError(f"data.mix.{name}: {problem}" if name else problem)
         return self._make(number, step, phase=None, epoch=0, first_unit=0, units=units, last=True, name=name)
 
@@ -471,7 +477,7 @@ class Generations:
             units=end,
             last=last,
             rows_parts=rows_parts,
-            facets=_facets_json(self.facets),
+            facets=_facets_json(self.facets.of(name)),
             index=index,
             num_rows=folder.num_rows if folder else 0,
             num_texts=folder.num_texts if folder else 0,
@@ -499,7 +505,7 @@ class Generations:
             if (line.dataset, line.first_unit, line.units, line.rows_parts, line.takedown) == wanted and line.index:
                 return line.index, line.digest, self._folder(line)
         dataset = self.datasets[name]
-        built = build_catalog(dataset, units, self.facets, self.run / INDEX / index, takedown)
+        built = build_catalog(dataset, units, self.facets.of(name), self.run / INDEX / index, takedown)
         return index, Catalog.open(built.folder, dataset.root).digest, built
 
     def _held_out_below(self, folder: CatalogFolder | None, name: str) -> int:
@@ -518,7 +524,7 @@ class Generations:
                 f"{self.run / FILE}: this run trains on {there or 'one data set'}, the config names "
                 f"{here or 'one data set'}: give the same data.mix, or a new run.path"
             )
-        wanted = _facets_json(self.facets)
+        wanted = _facets_json(self._facets(line))
         if line.facets != wanted:
             raise DataError(
                 f"{self.run / FILE}: this run reads {', '.join(line.facets.values())}, the config asks for "
@@ -536,7 +542,7 @@ class Generations:
     def _pins_of(self, line: Generation) -> list[UnitPins]:
         dataset, pinned = self.datasets[line.dataset], []
         for unit in range(line.first_unit, line.units):
-            pins = pin_unit(dataset, unit, line.rows_parts.get(str(unit), 1), self.facets)
+            pins = pin_unit(dataset, unit, line.rows_parts.get(str(unit), 1), self._facets(line))
             if pins is None:
                 raise DataError(
                     f"{dataset.root}: unit {unit} is no longer as generation {line.generation} pinned it: restore "

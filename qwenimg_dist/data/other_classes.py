@@ -20,13 +20,14 @@ import numpy.typing as npt
 from qwenimg_dist.data.catalog import Catalog, Ints, LatentsIndex, RunFacets, TarFile
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.pins import parallel
-from qwenimg_dist.schema import Bucket
+from qwenimg_dist.schema import Bucket, condition_name
 
 _LATENTS: Final = re.compile(r"latents-(\d+)-(\w+)")
 _COLUMNS: Final = ("row", "bucket_height", "bucket_width", "tar", "offset", "dtype", "shape")
 
 OtherClass = dict[str, Any]
-"""JSON: facet, dtype, channels, tars [[name, size_bytes]], places [[index of the row, height, width, tar, offset]]."""
+"""JSON: facet, dtype, channels, tars [[name, size_bytes]], places [[index of the row, height, width, tar, offset,
+conditions [[height, width, offset]]]]."""
 
 
 def other_facets(dataset: Dataset, facets: RunFacets) -> dict[int, str]:
@@ -37,17 +38,27 @@ def other_facets(dataset: Dataset, facets: RunFacets) -> dict[int, str]:
 
 
 def find_other_class(
-    dataset: Dataset, facet: str, catalog: Catalog, rows: Ints, *, keys: Sequence[str], only: Container[str] | None
+    dataset: Dataset,
+    facet: str | None,
+    catalog: Catalog,
+    rows: Ints,
+    *,
+    keys: Sequence[str],
+    only: Container[str] | None,
 ) -> OtherClass:
-    """Where the latents of these rows of a catalog lie in another facet. For rank 0: reads the rows' units once.
+    """Where the latents of these rows of a catalog lie in another facet (None: nowhere), an edit's with its conditions.
+    For rank 0: reads the rows' units once.
 
     With `only`, rows whose key (`keys`, beside `rows`) is not in it are left out.
     """
     numbers, units = catalog.rows[rows], catalog.units[rows]
+    if facet is None:
+        return {"facet": "", "dtype": "bfloat16", "channels": 16, "tars": [], "places": []}
     wanted = sorted({int(unit) for unit in units})
-    read = dict(zip(wanted, parallel(lambda unit: _read(dataset, facet, unit), wanted), strict=True))
+    columns = _COLUMNS if catalog.row_empty_text is None else (*_COLUMNS, "further")
+    read = dict(zip(wanted, parallel(lambda unit: _read(dataset, facet, unit, columns), wanted), strict=True))
     tars: dict[str, int] = {}
-    places: list[list[int]] = []
+    places: list[list[Any]] = []
     kinds: set[tuple[str, int]] = set()
     for index, (number, unit) in enumerate(zip(numbers.tolist(), units.tolist(), strict=True)):
         found = read[unit][0].get(number)
@@ -56,9 +67,8 @@ def find_other_class(
         kinds.add((found["dtype"], int(found["shape"][0])))
         if found["tar"] not in tars:
             tars[found["tar"]] = len(tars)
-        places.append(
-            [index, found["bucket_height"], found["bucket_width"], tars[found["tar"]], int(found["offset"])],
-        )
+        size = [found["bucket_height"], found["bucket_width"]]
+        places.append([index, *size, tars[found["tar"]], int(found["offset"]), _conditions(found)])
     if len(kinds) > 1:
         raise DataError(
             f"{facet} holds latents of several types or channels ({sorted(kinds)}): `data verify` lists all"
@@ -69,9 +79,18 @@ def find_other_class(
     return {"facet": facet, "dtype": dtype, "channels": channels, "tars": listed, "places": places}
 
 
-def _read(dataset: Dataset, facet: str, unit: int) -> tuple[dict[int, dict[str, Any]], dict[str, int]]:
+def _conditions(found: Mapping[str, Any]) -> list[list[int]]:
+    """[height, width, offset] of each condition of a row."""
+    places = {one["name"]: one for one in found.get("further") or ()}
+    ours = [places[condition_name(k)] for k in range(len(places)) if condition_name(k) in places]
+    return [[int(one["shape"][1]) * 8, int(one["shape"][2]) * 8, int(one["offset"])] for one in ours]
+
+
+def _read(
+    dataset: Dataset, facet: str, unit: int, columns: Sequence[str]
+) -> tuple[dict[int, dict[str, Any]], dict[str, int]]:
     """Row number -> its place, and the sizes of the tars, of one unit."""
-    table = dataset.read_unit(facet, unit, _COLUMNS)
+    table = dataset.read_unit(facet, unit, columns)
     if table is None:
         return {}, {}
     sizes = {tar.name: tar.size_bytes for part in dataset.unit_parts(facet, unit) for tar in dataset.tars(part)}
@@ -94,26 +113,36 @@ def catalog_of_held_out(catalog: Catalog, dataset: Dataset, rows: Ints, others: 
         caption_start=np.arange(len(rows) + 1, dtype=np.int64),
         caption_text=catalog.caption_text[catalog.caption_start[rows]],
         caption_kind=catalog.caption_kind[catalog.caption_start[rows]],
+        row_empty_text=None if catalog.row_empty_text is None else catalog.row_empty_text[rows],
         latents=latents,
         tars=tars,
     )
 
 
 def _index(other: OtherClass, num_rows: int, *, first_tar: int) -> LatentsIndex:
-    places: Sequence[Sequence[int]] = other["places"]
-    buckets = sorted({(height, width) for _, height, width, _, _ in places})
+    places: Sequence[Sequence[Any]] = other["places"]
+    made = [
+        Bucket(height=height, width=width, conditions=tuple((h, w) for h, w, _ in conditions))
+        for _, height, width, _, _, conditions in places
+    ]
+    buckets = sorted(set(made))
     bucket: npt.NDArray[np.int16] = np.full(num_rows, -1, dtype=np.int16)
     tar: npt.NDArray[np.int32] = np.full(num_rows, -1, dtype=np.int32)
     offset = np.full(num_rows, -1, dtype=np.int64)
-    for index, height, width, number, begin in places:
-        bucket[index] = buckets.index((height, width))
+    most = max((len(one.conditions) for one in buckets), default=0)
+    further = {condition_name(index): np.full(num_rows, -1, dtype=np.int64) for index in range(most)}
+    for (index, _, _, number, begin, conditions), of_row in zip(places, made, strict=True):
+        bucket[index] = buckets.index(of_row)
         tar[index], offset[index] = first_tar + number, begin
+        for name, (_, _, place) in zip(further, conditions, strict=False):
+            further[name][index] = place
     return LatentsIndex(
         facet=other["facet"],
         dtype=other["dtype"],
         channels=other["channels"],
-        buckets=tuple(Bucket(height=height, width=width) for height, width in buckets),
+        buckets=tuple(buckets),
         bucket=bucket,
         tar=tar,
         offset=offset,
+        further=further,
     )

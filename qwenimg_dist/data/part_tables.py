@@ -24,7 +24,19 @@ import pyarrow.parquet as pq
 from qwenimg_dist.data.catalog import ITEM_BYTES, Ints
 from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.data.pins import Pin, UnitPins, parallel, read_part_bytes
-from qwenimg_dist.schema import LABEL_PREFIX, LISTING, OPTIONAL_COLUMNS, ROWS, SCAN, SCORE_PREFIX, caption_key
+from qwenimg_dist.schema import (
+    EDIT,
+    IMAGE,
+    LABEL_PREFIX,
+    LISTING,
+    OPTIONAL_COLUMNS,
+    PROMPT,
+    ROWS,
+    SCAN,
+    SCORE_PREFIX,
+    Kind,
+    caption_key,
+)
 
 _PLACE: Final = ("tar", "offset", "nbytes", "dtype", "shape")
 _COLUMNS: Final = {
@@ -50,12 +62,15 @@ class FacetTable:
 
 
 def load_facets(
-    dataset: Dataset, units: Sequence[UnitPins], *, further: bool = False, prompts: bool = False
+    dataset: Dataset, units: Sequence[UnitPins], *, further: bool = False, kind: Kind = IMAGE
 ) -> dict[str, FacetTable]:
-    """Read every pinned part once: bytes for the digest, then columns, with `further` of latents' other tensors too,
-    with `prompts` each row's text (`prompt`) and what its source told of it (`meta`)."""
+    """Read every pinned part once: bytes for the digest, then columns, with `further` of latents' other tensors too.
+
+    Of prompts each row's text (`prompt`) and what its source told of it (`meta`). Of edits captions stay text (their
+    keys are also of pictures), and `scan` has `pictures`, the sha256 of each further picture.
+    """
     parts = [part for unit in units for part in unit.parts()]
-    read = parallel(lambda part: _read(dataset, part, further, prompts), parts)
+    read = parallel(lambda part: _read(dataset, part, further, kind), parts)
     loaded: dict[str, FacetTable] = {}
     for facet in sorted({part.facet for part in parts}):
         mine = [(part, result) for part, result in zip(parts, read, strict=True) if part.facet == facet]
@@ -69,29 +84,34 @@ def load_facets(
     return loaded
 
 
-def _read(dataset: Dataset, part: Part, further: bool, prompts: bool) -> tuple[str, dict[str, Any], pa.Table]:
+def _read(dataset: Dataset, part: Part, further: bool, kind: Kind) -> tuple[str, dict[str, Any], pa.Table]:
     raw = read_part_bytes(dataset, part)
     file = dataset.parquet(part)
     try:
         # One thread per file: the files themselves are read side by side.
         parquet = pq.ParquetFile(pa.BufferReader(raw))
-        wanted = _wanted(part.facet, parquet.schema_arrow.names, further, prompts)
+        wanted = _wanted(part.facet, parquet.schema_arrow.names, further, kind)
         table = parquet.read(columns=wanted, use_threads=False)
         meta = json.loads((parquet.schema_arrow.metadata or {})[b"qwenimg_dist"])
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise DataError(f"{file} cannot be read ({error}): restore it, `data verify` lists all") from error
-    table = _without_limits(table.replace_schema_metadata(None), prompts)
+    table = _without_limits(table.replace_schema_metadata(None), kind)
     table = table.append_column("unit", pa.array(np.full(len(table), part.unit, dtype=np.int32)))
     return hashlib.sha256(raw).hexdigest(), meta, table
 
 
-def _without_limits(table: pa.Table, prompts: bool) -> pa.Table:
-    """`captions` become `caption_keys`, with `prompts` the first of each beside them; text gets 64-bit offsets."""
-    if prompts and "captions" in table.column_names:
+def _without_limits(table: pa.Table, kind: Kind) -> pa.Table:
+    """`captions` become `caption_keys`, the first of each beside them for prompts, text as it is for edits, whose
+    `others` become `pictures`; text gets 64-bit offsets."""
+    if kind == PROMPT and "captions" in table.column_names:
         first = [texts[0] if texts else None for texts in table["captions"].to_pylist()]
         table = table.append_column("prompt", pa.array(first, pa.large_string()))
     for index, field in enumerate(table.schema):
-        if field.name == "captions":
+        if field.name == "captions" and kind == EDIT:
+            table = table.set_column(index, "captions", table["captions"].cast(pa.large_list(pa.large_string())))
+        elif field.name == "others":
+            table = table.set_column(index, "pictures", _sha256s(table["others"]))
+        elif field.name == "captions":
             table = table.set_column(index, "caption_keys", caption_keys(table["captions"]))
         elif field.type == pa.string():
             table = table.set_column(index, field.name, table[field.name].cast(pa.large_string()))
@@ -107,12 +127,23 @@ def caption_keys(captions: pa.ChunkedArray) -> pa.LargeListArray:
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(keys, pa.large_string()))
 
 
-def _wanted(facet: str, names: Sequence[str], further: bool, prompts: bool) -> list[str]:
+def _sha256s(others: pa.ChunkedArray) -> pa.LargeListArray:
+    """list<struct> of further pictures -> large_list<large_string> of their hashes; empty where there are none."""
+    lists = others.combine_chunks()
+    counts = to_array(pc.fill_null(pc.list_value_length(lists), 0), np.int64)
+    found = pc.struct_field(pc.list_flatten(lists), "sha256").cast(pa.large_string())
+    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
+    return pa.LargeListArray.from_arrays(pa.array(offsets), found)
+
+
+def _wanted(facet: str, names: Sequence[str], further: bool, kind: Kind) -> list[str]:
+    if facet == SCAN and kind == EDIT:
+        return _there((*_COLUMNS[SCAN], "others"), names)
     if facet == ROWS:
         values = sorted(name for name in names if name.startswith((SCORE_PREFIX, LABEL_PREFIX)))
         return [*_there(_COLUMNS[ROWS], names), *values]
     if facet in _COLUMNS:
-        return _there([*_COLUMNS[facet], *(["meta"] if prompts and facet == LISTING else [])], names)
+        return _there([*_COLUMNS[facet], *(["meta"] if kind == PROMPT and facet == LISTING else [])], names)
     if facet.startswith("text-"):
         return list(_TEXT_COLUMNS)
     return [*_LATENTS_COLUMNS, *(_there([FURTHER], names) if further else ())]

@@ -211,7 +211,7 @@ class Sampler:
             choice = choose_captions(catalog, local, draws, self._selection.caption_weights)
         texts = catalog.caption_text[start + choice].astype(np.int64)
         dropped = uniform(self._key("dropout", epoch), numbers) < self._dropout
-        texts = np.where(dropped, catalog.empty_text, texts)
+        texts = np.where(dropped, catalog.empty_texts(local), texts)
         return Samples(
             rows=local + self._catalogs.row_base(catalog_index),
             texts=texts + self._catalogs.text_base(catalog_index),

@@ -61,26 +61,30 @@ def generate_latents(
     num_steps: int,
     guidance: float,
     scheduler_config: Mapping[str, Any],
+    conditions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """Normalised latents (B,16,h,w) fp32 from `noise` of that shape, in one batch, on the noise's device.
 
     `text` holds B features (T_i,D), `negative_text` one (T,D) for all. There is no guidance when `guidance`
-    <= 1 or `negative_text` is None: then each step costs one forward instead of two.
+    <= 1 or `negative_text` is None: then each step costs one forward instead of two. `conditions` are the latents
+    (B,16,h_i,w_i) of an edit's pictures, which both forwards see, as in the stock pipelines; the schedule is of the
+    drawn picture's tokens alone.
     """
     if len(text) != noise.shape[0]:
         raise ValueError(f"{len(text)} prompts for {noise.shape[0]} pictures")
     height, width = noise.shape[2:]
     positive, positive_mask = _on_device(collate_text(text), noise.device)
     sigmas = ode_schedule(num_steps, height * width // 4, scheduler_config)
+    given = [one.to(noise.device) for one in conditions]
     if negative_text is None or guidance <= 1.0:
         return sample_ode(
-            lambda x, sigma: predict_velocity(transformer, x, sigma, positive, positive_mask), noise, sigmas
+            lambda x, sigma: predict_velocity(transformer, x, sigma, positive, positive_mask, given), noise, sigmas
         )
     negative = negative_text.to(noise.device)[None].expand(len(text), -1, -1)
 
     def predict(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        with_prompt = predict_velocity(transformer, x, sigma, positive, positive_mask)
-        without = predict_velocity(transformer, x, sigma, negative, None)
+        with_prompt = predict_velocity(transformer, x, sigma, positive, positive_mask, given)
+        without = predict_velocity(transformer, x, sigma, negative, None, given)
         guided = true_guidance(pack_latents(with_prompt), pack_latents(without), guidance)
         return unpack_latents(guided, height, width)
 
@@ -101,8 +105,10 @@ def generate(
     scheduler_config: Mapping[str, Any],
     batch_size: int = 8,
     device: torch.device | str = "cpu",
+    conditions: Sequence[torch.Tensor] = (),
 ) -> list[Image.Image]:
-    """One RGB picture of `height` x `width` pixels per (text, seed) pair, in order.
+    """One RGB picture of `height` x `width` pixels per (text, seed) pair, in order; `conditions` (16,h_i,w_i) are the
+    same for all of them.
 
     `transformer` is anything with the transformer's forward, on `device`. See `generate_latents` for the
     rest.
@@ -120,6 +126,7 @@ def generate(
             num_steps=num_steps,
             guidance=guidance,
             scheduler_config=scheduler_config,
+            conditions=[one.expand(len(seeds[part]), *one.shape) for one in conditions],
         )
         pictures.extend(to_pictures(codec.decode(latents)))
     return pictures

@@ -18,6 +18,8 @@ from qwenimg_dist.models.hub import resolve_directory
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+OPTIONAL_COMPONENTS = ("processor",)
+"""Of edit pipelines: how the text encoder's eye cuts pictures."""
 PROVENANCE = "qwenimg_dist.json"
 """In an exported pipeline: run, step and weights that it was."""
 CERTIFICATE = "certificate.json"
@@ -35,20 +37,30 @@ def resolve_pipeline(path: str, revision: str | None = None, *, components: Sequ
     ValueError saying what is missing, what to set, or why the download failed.
     """
     wanted = tuple(components) if components is not None else COMPONENTS
-    patterns = ["model_index.json", *(f"{name}/*{suffix}" for name in wanted for suffix in SAFE_SUFFIXES)]
+    folders = (*wanted, *OPTIONAL_COMPONENTS)
+    patterns = ["model_index.json", *(f"{name}/*{suffix}" for name in folders for suffix in SAFE_SUFFIXES)]
     folder = resolve_directory(path, revision, patterns=patterns, keys=("model.path", "model.revision"))
     return _check_local(folder, wanted)
 
 
 def pipeline_dir(model: ModelConfig, *, components: Sequence[str] | None = None) -> Path:
     """The directory of the configured model: built in the user's cache for `model=tiny` without a path."""
+    if model.edit and (model.path is not None or model.name != "tiny"):
+        raise ValueError(
+            "model.edit is an option of the tiny twin: of another model give an edit pipeline as model.path"
+        )
     if model.path is not None:
         return resolve_pipeline(model.path, model.revision, components=components)
     if model.name != "tiny":
         raise ValueError(f"model.path is not set: give a directory or hub id for model={model.name}")
     from qwenimg_dist.models.tiny import tiny_pipeline_dir  # builds real models: only where it is wanted
 
-    return tiny_pipeline_dir()
+    return tiny_pipeline_dir(edit=model.edit)
+
+
+def pipeline_class(folder: Path) -> str:
+    """Name of the diffusers class that loads a pipeline directory: `QwenImagePipeline`, `QwenImageEditPlusPipeline`."""
+    return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name"))
 
 
 def _check_local(folder: Path, components: Sequence[str]) -> Path:

@@ -7,6 +7,7 @@ encoder stays so: two random layers carry enough of a sentence), tokenizer and V
 """
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -22,7 +23,12 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
+)
 
 ASSETS = Path(__file__).parent / "assets"
 CACHE_VARIABLE = "QWENIMG_DIST_CACHE"
@@ -110,13 +116,14 @@ def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGenerati
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-def build_tiny_pipeline(*, seed: int = 0) -> QwenImagePipeline:
-    """The pipeline in memory, fp32 on the CPU; the caller's random state is left as it was."""
+def build_tiny_pipeline(*, seed: int = 0, edit: bool = False) -> QwenImagePipeline:
+    """The pipeline in memory, fp32 on the CPU; the caller's random state is left as it was. With `edit` its transformer
+    is one of an edit pipeline: the same weights, and condition tokens have the time 0."""
     tokenizer = _tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = _text_encoder(tokenizer)
-        transformer = QwenImageTransformer2DModel(**TRANSFORMER_CONFIG).eval()
+        transformer = QwenImageTransformer2DModel(**TRANSFORMER_CONFIG, zero_cond_t=edit).eval()
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG),
         vae=AutoencoderKLQwenImage.from_pretrained(ASSETS / "tiny_vae"),
@@ -126,8 +133,22 @@ def build_tiny_pipeline(*, seed: int = 0) -> QwenImagePipeline:
     )
 
 
-def write_tiny_pipeline(path: Path, *, seed: int = 0) -> Path:
-    """Write the tiny twin as a diffusers `QwenImagePipeline` directory and return its path.
+def _make_edit_pipeline(folder: Path) -> None:
+    """Turn a written pipeline into a `QwenImageEditPlusPipeline`: its name, and the processor that cuts pictures."""
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "QwenImageEditPlusPipeline", "processor": ["transformers", "Qwen2VLProcessor"]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    _tokenizer().save_pretrained(folder / "processor")
+    Qwen2VLImageProcessorPil().save_pretrained(folder / "processor")
+    file = folder / "processor" / "preprocessor_config.json"
+    # The class of this name needs torchvision, which whoever loads the pipeline may have.
+    settings = {**json.loads(file.read_text()), "image_processor_type": "Qwen2VLImageProcessor"}
+    file.write_text(json.dumps({**settings, "processor_class": "Qwen2VLProcessor"}, indent=2) + "\n")
+
+
+def write_tiny_pipeline(path: Path, *, seed: int = 0, edit: bool = False) -> Path:
+    """Write the tiny twin as a diffusers `QwenImagePipeline` directory and return its path; with `edit` as a
+    `QwenImageEditPlusPipeline`.
 
     The same seed gives the same bytes of every weight. The directory appears complete or not at all (written
     beside its place, then renamed). Raises FileExistsError if `path` exists and is not an empty directory.
@@ -138,7 +159,9 @@ def write_tiny_pipeline(path: Path, *, seed: int = 0) -> Path:
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent))
     try:
         scratch.chmod(0o755)  # mkdtemp makes it private, and the directory outlives this process
-        build_tiny_pipeline(seed=seed).save_pretrained(scratch, safe_serialization=True)
+        build_tiny_pipeline(seed=seed, edit=edit).save_pretrained(scratch, safe_serialization=True)
+        if edit:
+            _make_edit_pipeline(scratch)
         try:
             scratch.rename(path)
         except OSError as error:
@@ -160,17 +183,18 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def tiny_pipeline_dir(cache: Path | None = None) -> Path:
-    """Directory of the tiny twin (seed 0), made on first use in `cache`, else in the per-user cache.
+def tiny_pipeline_dir(cache: Path | None = None, *, edit: bool = False) -> Path:
+    """Directory of the tiny twin (seed 0; with `edit` of an edit pipeline), made on first use in `cache`, else in the
+    per-user cache.
 
     Safe when several processes ask at once: each may build, one rename wins, all return that one directory.
     """
     if cache is None:
         cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "qwenimg-dist")
-    path = cache / f"tiny-{_fingerprint()}"
+    path = cache / f"tiny-{'edit-' if edit else ''}{_fingerprint()}"
     if not path.exists():
         try:
-            write_tiny_pipeline(path)
+            write_tiny_pipeline(path, edit=edit)
         except FileExistsError:
             if not (path / "model_index.json").exists():
                 raise

@@ -4,7 +4,9 @@ Place in the flow: the consumers' objectives, the evaluation and the samplers al
 `predict_velocity`; nothing else in the project calls the transformer.
 
 Shapes: B images, 16 latent channels, latent height h and width w (pixels / 8, both even), S = (h/2)(w/2)
-image tokens of 64 channels, T text tokens of D channels.
+image tokens of 64 channels, T text tokens of D channels. An edit's condition pictures, each of a size of its own, stand
+behind the S tokens on the sequence axis, as in `QwenImageEditPlusPipeline`: the i-th entry of `img_shapes` is frame i
+of the rotary embedding, and a model with `zero_cond_t` gives what is not of the first entry the time 0.
 
 Refuses: mixed shapes in one call (RoPE would silently use the first image's), guidance embeddings (the
 model is not guidance-distilled), positional arguments.
@@ -12,7 +14,7 @@ model is not guidance-distilled), positional arguments.
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +100,12 @@ def predict_velocity(
     sigma: torch.Tensor,
     text: torch.Tensor,
     text_mask: torch.Tensor | None = None,
+    conditions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """The velocity `eps - x0` at `noisy` (B,16,h,w), `sigma` (B,) in [0,1]; returns fp32 (B,16,h,w).
 
     `text` (B,T,D); `text_mask` (B,T) bool, 1 = valid, None when every token is valid (see `text_batch.collate_text`).
+    `conditions`: clean latents (B,16,h_i,w_i) that the pictures are made from; what the model says there is dropped.
     `transformer` is the module, an engine around it, or any callable with its forward. Inputs are cast to a
     module's parameter dtype (a plain callable gets `text.dtype`); the model itself rounds sigma to it.
     """
@@ -110,17 +114,22 @@ def predict_velocity(
             f"expected noisy (B,16,h,w), sigma (B,), text (B,T,D); got {tuple(noisy.shape)}, "
             f"{tuple(sigma.shape)}, {tuple(text.shape)}"
         )
+    if any(one.ndim != 4 or one.shape[:2] != noisy.shape[:2] for one in conditions):
+        shapes = [tuple(one.shape) for one in conditions]
+        raise ValueError(f"expected conditions (B,16,h_i,w_i) for noisy {tuple(noisy.shape)}; got {shapes}")
     dtype = next(transformer.parameters()).dtype if isinstance(transformer, nn.Module) else text.dtype
     batch, _, height, width = noisy.shape
+    packed = [pack_latents(one) for one in (noisy, *conditions)]
     velocity = transformer(
-        hidden_states=pack_latents(noisy).to(dtype),
+        hidden_states=torch.cat(packed, dim=1).to(dtype),
         encoder_hidden_states=text.to(dtype),
         encoder_hidden_states_mask=text_mask,
         timestep=sigma,
-        img_shapes=[[(1, height // PATCH, width // PATCH)]] * batch,
+        img_shapes=[[(1, one.shape[2] // PATCH, one.shape[3] // PATCH) for one in (noisy, *conditions)]] * batch,
         guidance=None,
         return_dict=False,
     )[0]
+    velocity = velocity[:, : packed[0].shape[1]]
     return unpack_latents(velocity.float(), height, width)
 
 
@@ -192,7 +201,8 @@ def _not_experimental(record: logging.LogRecord) -> bool:
 
 
 def forward_flops(config: Mapping[str, Any], image_tokens: int, text_tokens: int) -> float:
-    """FLOPs of one forward for one image: `24 D^2 L (S_img + S_txt + 1) + 4 L D (S_img + S_txt)^2`.
+    """FLOPs of one forward for one image: `24 D^2 L (S_img + S_txt + 1) + 4 L D (S_img + S_txt)^2`; `image_tokens`
+    with those of its conditions.
 
     D is the inner dimension, L the number of blocks. Per block and token: attention projections 8 D^2 and
     MLP 16 D^2; once per image the two modulations, 24 D^2; attention scores and values 4 D S per token. The

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from fake_catalog import MemoryCatalogs, memory_catalog
+from fake_catalog import BUCKETS, MemoryCatalogs, memory_catalog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +21,7 @@ from qwenimg_dist.data.order import Segment
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.data.samples import Selection
 from qwenimg_dist.data.where import compile_where
+from qwenimg_dist.schema import Bucket
 
 FAST = settings(max_examples=60, deadline=None)
 Slot = tuple[int, str, int, float]
@@ -58,6 +59,16 @@ class Run:
             ledger.append(Segment(catalog=index, phase=None, epoch=0, last=True, dataset=name))
         return ledger
 
+    def buckets(self) -> dict[str, Bucket]:
+        """Key -> bucket, which is the same at every resolution here."""
+        found = {}
+        for index in range(len(self.catalogs)):
+            latents = self.catalogs[index].latents[32]
+            local = np.flatnonzero(latents.bucket >= 0)
+            keys = self.catalogs.keys(local + self.catalogs.row_base(index))
+            found |= {key: latents.buckets[bucket] for key, bucket in zip(keys, latents.bucket[local], strict=True)}
+        return found
+
     def trainable(self, resolution: int) -> list[str]:
         """Keys of all rows that there are at a resolution."""
         found = []
@@ -82,13 +93,13 @@ def one_phase(*, index: int, first: int, steps: int, size: int, budget: int, two
 
 @st.composite
 def runs(draw: st.DrawFn, *, weighed: bool = True) -> Run:
-    """One to three data sets of 1 to 30 rows in up to three buckets, each with a row at every resolution; 1 to 3
-    phases. With `weighed`, rows or data sets may come more or less often than once per epoch."""
+    """One to three data sets of 1 to 30 rows in up to five buckets, of pictures and of edits, each with a row at every
+    resolution; 1 to 3 phases. With `weighed`, rows or data sets may come more or less often than once per epoch."""
     num_datasets = draw(st.integers(1, 3))
     names = ("photos", "text", "art")[:num_datasets] if num_datasets > 1 else ()
     made = []
     for _ in range(num_datasets):
-        buckets = [0, *draw(st.lists(st.integers(-1, 2), max_size=29))]
+        buckets = [0, *draw(st.lists(st.integers(-1, len(BUCKETS) - 1), max_size=29))]
         lengths = draw(
             st.lists(st.lists(st.integers(2, 12), min_size=1, max_size=3), min_size=len(buckets), max_size=len(buckets))
         )
@@ -179,6 +190,7 @@ def test_all_ranks_do_as_many_forwards_and_any_number_of_them_sees_the_same(
     run: Run, worlds: set[int], first: int
 ) -> None:
     ledger = run.ledger()
+    of_key = run.buckets()
     for step in range(first, min(first + 12, run.phases[-1].last_step)):
         batch = ledger.batch(step)
         expected = real(on_ranks(ledger, step, 1))
@@ -188,12 +200,14 @@ def test_all_ranks_do_as_many_forwards_and_any_number_of_them_sees_the_same(
             ranks = on_ranks(ledger, step, world)
             # Equal forwards, also of equal size, so that no collective waits for a rank that has none.
             assert len({tuple(len(micro) for micro in rank) for rank in ranks}) == 1
+            # Rectangular: every sample's target and conditions are of the batch's sizes.
+            assert {of_key[key] for _, key, _, _ in expected} == {batch.bucket}
             # The same samples, with the same captions, in the same slots: these seed the noise.
             assert real(ranks) == expected
             slots = [slot for rank in ranks for micro in rank for slot, _, _, _ in micro]
             assert slots == list(range(len(slots)))
             for micro in (micro for rank in ranks for micro in rank):
-                tokens = len(micro) * (batch.bucket.image_tokens + max(length for _, _, length, _ in micro))
+                tokens = len(micro) * (batch.bucket.tokens + max(length for _, _, length, _ in micro))
                 assert tokens <= budget or len(micro) == 1
 
 

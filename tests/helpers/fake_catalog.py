@@ -14,7 +14,14 @@ from qwenimg_dist.data.columns import Columns
 from qwenimg_dist.data.draws import hash_keys
 from qwenimg_dist.schema import Bucket, row_key
 
-BUCKETS = (Bucket(height=16, width=32), Bucket(height=32, width=16), Bucket(height=32, width=32))
+BUCKETS = (
+    Bucket(height=16, width=32),
+    Bucket(height=32, width=16),
+    Bucket(height=32, width=32),
+    # Edits: the same target with other conditions is another bucket.
+    Bucket(height=32, width=32, conditions=((32, 32),)),
+    Bucket(height=32, width=32, conditions=((16, 32), (32, 32))),
+)
 
 
 class MemoryCatalogs(Catalogs):

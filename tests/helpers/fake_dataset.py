@@ -22,6 +22,8 @@ from qwenimg_dist.files import write_json
 from qwenimg_dist.schema import (
     DEDUP,
     DEDUP_COLUMNS,
+    EDIT,
+    IMAGE,
     LATENTS_COLUMNS,
     LISTING,
     LISTING_COLUMNS,
@@ -35,6 +37,7 @@ from qwenimg_dist.schema import (
     TEXT_COLUMNS,
     Bucket,
     caption_key,
+    edit_caption_key,
     latents_facet,
     row_key,
     text_facet,
@@ -100,6 +103,31 @@ def fake_features(caption: str) -> np.ndarray:
     return np.random.default_rng(seed).integers(-8, 8, (num_tokens(caption), WIDTH)).astype(np.float32)
 
 
+def picture_hashes(row: FakeRow) -> list[str]:
+    """sha256 of an edit's condition pictures: one or two of them."""
+    number = int(row.uri.rpartition("/")[2].partition(".")[0])
+    return [f"{k}{row.key}" for k in range(1 + number % 2)]
+
+
+def condition_sizes(row: FakeRow, resolution: int) -> list[tuple[int, int]]:
+    """(height, width) of them at a class: of several shapes, and another one each."""
+    number = int(row.uri.rpartition("/")[2].partition(".")[0])
+    shapes = ((1, 1), (1, 2), (2, 1))
+    picked = [shapes[(number // 2 + 2 * k) % 3] for k in range(len(picture_hashes(row)))]
+    return [(max(32, resolution * high // 2), max(32, resolution * wide // 2)) for high, wide in picked]
+
+
+def fake_condition(row: FakeRow, index: int, resolution: int) -> np.ndarray:
+    """As `fake_latents`: a condition picture of an edit."""
+    height, width = condition_sizes(row, resolution)[index]
+    return fake_latents(f"{row.key}, condition {index}", Bucket(height=height, width=width))
+
+
+def seen_with(caption: str, hashes: Sequence[str]) -> str:
+    """What stands for an instruction and its pictures where features are made; a token per picture."""
+    return " ".join([caption, *hashes]).strip()
+
+
 def facets_for(resolutions: Sequence[int], fingerprint: str = "0123456789ab") -> RunFacets:
     """Facet names as a run would ask for them."""
     return RunFacets(text=text_facet(fingerprint), latents={r: latents_facet(r, fingerprint) for r in resolutions})
@@ -120,9 +148,11 @@ class FakeProducer:
         logvar: bool = False,
         pairs: bool = False,
         prompts: bool = False,
+        edits: bool = False,
     ) -> None:
         """With `pairs` its rows are preferences: chosen ones, each with a rejected picture. With `prompts` they are
-        texts alone, of which runs draw pictures at `resolutions`."""
+        texts alone, of which runs draw pictures at `resolutions`. With `edits` they are targets, each with one or two
+        condition pictures."""
         self.dataset = Dataset.create(root, unit_size)
         self.facets = facets_for(resolutions, fingerprint)
         self.rows: list[FakeRow] = []
@@ -134,6 +164,9 @@ class FakeProducer:
             self.facets = replace(self.facets, kind=PREFERENCE, further=("rejected",))
         if prompts:
             self.facets = replace(self.facets, kind=PROMPT, latents={}, drawn=tuple(resolutions))
+        self.edits = edits
+        if edits:
+            self.facets = replace(self.facets, kind=EDIT)
 
     def add(self, rows: Sequence[FakeRow]) -> None:
         self.rows.extend(rows)
@@ -163,7 +196,7 @@ class FakeProducer:
         rows = self.unit_rows(unit)
         changed = self._listing(unit, rows)
         if not self.dataset.read_unit(SCAN, unit):
-            self._simple(SCAN, unit, _scan_table(rows))
+            self._simple(SCAN, unit, _scan_table(rows, edits=self.edits))
             self._simple(DEDUP, unit, _table(DEDUP_COLUMNS, [{"row": n, "duplicate_of": -1} for n in rows]))
         kept = {number: row for number, row in rows.items() if row.status == "kept"}
         added = self._text(unit, kept)
@@ -185,8 +218,8 @@ class FakeProducer:
                 "uri": r.uri,
                 "captions": list(r.captions),
                 "caption_fault": None,
-                "kind": {PREFERENCE: PREFERENCE, PROMPT: PROMPT}.get(self.facets.kind),
-                "others": [f"rejected/{r.uri}"] if self.pairs else None,
+                "kind": None if self.facets.kind == IMAGE else self.facets.kind,
+                "others": [f"rejected/{r.uri}"] if self.pairs else picture_hashes(r) if self.edits else None,
                 "meta": json.dumps({"number": n}) if self.facets.kind == PROMPT and n % 2 else None,
             }
             for n, r in changed.items()
@@ -197,20 +230,29 @@ class FakeProducer:
     def _text(self, unit: int, kept: dict[int, FakeRow]) -> bool:
         known = self.dataset.read_unit(self.facets.text, unit, ["key"])
         have = set(known["key"].to_pylist()) if known is not None else set()
-        wanted = dict.fromkeys(["", *(caption for row in kept.values() for caption in row.captions)])
-        missing = [caption for caption in wanted if caption_key(caption) not in have]
+        wanted = {caption_key(""): ""}
+        for row in kept.values():
+            wanted |= self.texts_of(row)
+        missing = {key: caption for key, caption in wanted.items() if key not in have}
         if known is not None and not missing:
             return False
         part = self.dataset.next_part(self.facets.text, unit)
         with ShardWriter(self.dataset, part, max_shard_bytes=self.max_shard_bytes) as writer:
             records = []
-            for caption in missing:
+            for key, caption in missing.items():
                 meta = {"caption": caption, "num_tokens": num_tokens(caption)}
-                place = writer.write(caption_key(caption), meta, {"features": self._raw(fake_features(caption))})
-                records.append({"key": caption_key(caption), "num_tokens": num_tokens(caption), **place.columns()})
+                place = writer.write(key, meta, {"features": self._raw(fake_features(caption))})
+                records.append({"key": key, "num_tokens": num_tokens(caption), **place.columns()})
             tars = writer.close()
         self.dataset.commit(part, _table(TEXT_COLUMNS, records), config_hash="fake", tars=tars)
         return True
+
+    def texts_of(self, row: FakeRow) -> dict[str, str]:
+        """Key of each text of a row -> what its features are made of, an edit's empty instruction first."""
+        if not self.edits:
+            return {caption_key(caption): caption for caption in row.captions}
+        hashes = picture_hashes(row)
+        return {edit_caption_key(caption, hashes): seen_with(caption, hashes) for caption in ("", *row.captions)}
 
     def _latents(self, unit: int, kept: dict[int, FakeRow], resolution: int, facet: str) -> bool:
         known = self.dataset.read_unit(facet, unit, ["row"])
@@ -228,6 +270,9 @@ class FakeProducer:
                 tensors = {"mean": self._raw(fake_latents(row.key, bucket))}
                 if self.pairs:
                     tensors["rejected"] = self._raw(fake_rejected(row.key, bucket))
+                if self.edits:
+                    for k in range(len(picture_hashes(row))):
+                        tensors[f"condition_{k}"] = self._raw(fake_condition(row, k, resolution))
                 if self.logvar:
                     tensors["logvar"] = self._raw(fake_logvar(row.key, bucket))
                 place = writer.write(row.key, meta, tensors)
@@ -288,7 +333,7 @@ def make_rows(
     return rows
 
 
-def _scan_table(rows: dict[int, FakeRow]) -> pa.Table:
+def _scan_table(rows: dict[int, FakeRow], *, edits: bool) -> pa.Table:
     records = [
         {
             "row": n,
@@ -301,6 +346,7 @@ def _scan_table(rows: dict[int, FakeRow]) -> pa.Table:
             "orientation": 1,
             "fault": None,
             "detail": "",
+            "others": [{"sha256": one} for one in picture_hashes(row)] if edits else None,
         }
         for n, row in rows.items()
     ]

@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb
 
 from qwenimg_dist.models.real_rotary import rotate, use_real_rotary
 from qwenimg_dist.models.text_batch import collate_text
-from qwenimg_dist.models.tiny import tiny_pipeline_dir
+from qwenimg_dist.models.tiny import TRANSFORMER_CONFIG, tiny_pipeline_dir
 from qwenimg_dist.models.transformer import predict_velocity, set_attention
 
 
@@ -43,6 +43,29 @@ def test_velocity_and_gradients_are_the_stock_ones(
         velocity = predict_velocity(model, noisy, sigma, text, mask)
         velocity.square().mean().backward()
         gradient = model.transformer_blocks[0].attn.add_q_proj.weight.grad
+        assert gradient is not None
+        return velocity.detach(), gradient.clone()
+
+    stock = run()
+    use_real_rotary(model)
+    for ours, expected in zip(run(), stock, strict=True):
+        assert torch.allclose(ours, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_with_condition_pictures_of_several_sizes(zero_cond_t: bool) -> None:
+    """The tables are of all pictures one behind the other, the text's begin behind the largest of them."""
+    torch.manual_seed(0)
+    model = QwenImageTransformer2DModel(**TRANSFORMER_CONFIG, zero_cond_t=zero_cond_t)
+    text, mask = collate_text([torch.randn(n, TRANSFORMER_CONFIG["joint_attention_dim"]) for n in (6, 4)])
+    conditions = [torch.randn(2, 16, 4, 12), torch.randn(2, 16, 6, 2)]
+    noisy, sigma = torch.randn(2, 16, 8, 4), torch.tensor([0.5, 0.9])
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        velocity = predict_velocity(model, noisy, sigma, text, mask, conditions)
+        velocity.square().mean().backward()
+        gradient = model.transformer_blocks[0].attn.to_q.weight.grad
         assert gradient is not None
         return velocity.detach(), gradient.clone()
 
