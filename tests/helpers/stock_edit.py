@@ -46,20 +46,24 @@ def stock_pipeline(stock: Any, template: Template, *, hands_types_on: bool = Tru
         processor=processor,
         transformer=None,
     )
-    if not hands_types_on:
-        return pipeline
-    image_id = stock.text_encoder.config.image_token_id
+    if hands_types_on:
+        hand_types_on(pipeline, stock.text_encoder)
+    return pipeline
+
+
+def hand_types_on(pipeline: Any, text_encoder: Any) -> None:
+    """Let a stock edit pipeline tell its text encoder which tokens are a picture's."""
+    image_id = text_encoder.config.image_token_id
 
     class Encoder:
-        dtype = stock.text_encoder.dtype
-        device = stock.text_encoder.device
+        dtype = text_encoder.dtype
+        device = text_encoder.device
 
         def __call__(self, input_ids: torch.Tensor, **given: Any) -> Any:
             types = (input_ids == image_id).int()
-            return stock.text_encoder(input_ids=input_ids, mm_token_type_ids=types, **given)
+            return text_encoder(input_ids=input_ids, mm_token_type_ids=types, **given)
 
     object.__setattr__(pipeline, "text_encoder", Encoder())
-    return pipeline
 
 
 def stock_features(pipeline: Any, text: str, images: Sequence[Image.Image], template: Template) -> torch.Tensor:

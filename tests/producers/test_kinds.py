@@ -34,8 +34,12 @@ from producers.sources.base import SourceRow
 from producers.write import EditPrompt
 from qwenimg_dist.commands.data_verify import Tally, problems
 from qwenimg_dist.data.buckets import place
+from qwenimg_dist.data.catalog import Catalog, RunFacets
+from qwenimg_dist.data.catalog_build import build_catalog
 from qwenimg_dist.data.facets import DataError, Dataset
+from qwenimg_dist.data.pins import ready_units
 from qwenimg_dist.schema import (
+    EDIT,
     IMAGE,
     LISTING,
     PREFERENCE,
@@ -246,6 +250,25 @@ def test_another_instruction_encodes_text_alone_and_verify_misses_it_if_it_is_no
     newest = dataset.unit_parts(PLAN.text_facet, 0)[-1]
     dataset.parquet(newest).unlink()
     assert any("instructions of kept edits" in problem.what for problem in problems(dataset, Tally()))
+
+
+def test_reconstruction_is_an_edit_without_words(folder: Path, dataset: Dataset, tmp_path: Path) -> None:
+    """Whatever its table says; caption filters have nothing to judge, and training gives it the empty instruction."""
+    words = (*EDITS, "source.instruction=''", "source.source_columns=[target]", "filters.caption_length.enabled=true")
+    plan = make_plan_for(*words, resolutions=(64, 96))
+    lines = write_lines(folder / "edits.jsonl", {"target": "0.png"}, {"target": "1.png", "instruction": "unread"})
+    produce_here(lines, dataset, plan, FakeEncoders(), *words)
+    assert [reason for reason, _ in decided(dataset).values()] == ["kept"] * 2
+    assert sound(dataset)
+    facets = RunFacets(text=plan.text_facet, latents=dict(plan.latents_facets), kind=EDIT)
+    made = build_catalog(dataset, ready_units(dataset, facets), facets, tmp_path / "index")
+    catalog = Catalog.open(made.folder, dataset.root)
+    scans = rows_of(dataset, SCAN)
+    for row in range(2):
+        assert [one["sha256"] for one in scans[row]["others"]] == [scans[row]["sha256"]]
+        (text,) = catalog.caption_text[catalog.caption_start[row] : catalog.caption_start[row + 1]]
+        assert text == catalog.empty_texts(np.array([row]))[0]
+        assert catalog.text_keys[text].decode() == edit_caption_key("", [scans[row]["sha256"]])
 
 
 def test_a_condition_side_of_its_own_holds_for_every_class(folder: Path, dataset: Dataset) -> None:

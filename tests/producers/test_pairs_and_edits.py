@@ -126,6 +126,9 @@ def test_edits_with_one_or_several_sources_and_wordings(tmp_path: Path) -> None:
         edits(columns)
     with pytest.raises(ValueError, match="line 1: has no picture in 'source'"):
         edits(lines(tmp_path / "e.jsonl", {"source": [], "instruction": "x", "target": "t"}))
+    own = edits(table, instruction=" all of them ", source_columns=("target",))
+    assert named(own)[:2] == [("t.png", ("t.png",), ("all of them",), None)] * 2
+    assert named(edits(table, instruction="", max_sources=2))[1] == ("t.png", ("a.png", "b.png"), (), None)
     with pytest.raises(ValueError, match=r"none of its 1 edits has an instruction in 'instruction'"):
         edits(lines(tmp_path / "m.jsonl", {"source": "s", "target": "t"}))
 
