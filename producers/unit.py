@@ -172,7 +172,7 @@ def ask_models(batch: Sequence[Opened], plan: Plan, scorers: Scorers) -> list[Op
     """Score by one model after the other, each for the rows that all before it admit."""
     asked = list(batch)
     for each in plan.filters:
-        if each.filter.load is None:
+        if each.filter.load is None or each.filter.looks_at == "captions":  # those were asked before
             continue
         admitted = [index for index, one in enumerate(asked) if one.facts is not None]
         todo = [index for index in admitted if not each.scored(asked[index].decision.scores)]
