@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from consumers.curriculum import plan as planned_phases
-from consumers.data_sets import check_ready, data_dirs, ledger_config
+from consumers.data_sets import check_ready, data_dirs, kinds_of, ledger_config
 from consumers.objectives import is_guided, rows_per_sample, sample_kind
 from consumers.parameter_groups import FROZEN, parameter_groups
 from consumers.run_directory import facets_of
@@ -113,7 +113,8 @@ class DataFacts:
     are_prompts: bool = False
     """There are no latents: pictures are drawn."""
     condition_tokens: int | None = 0
-    """Of an edit's input picture, which stand in the sequence beside the target's; None: as many as those."""
+    """Assumed of an edit's input picture, which stand in the sequence beside the target's; None: as many as those.
+    Buckets that were counted know their conditions."""
     assumed: bool
     told: str
 
@@ -123,7 +124,7 @@ class DataFacts:
 
     def image_tokens(self, bucket: Bucket) -> int:
         """In the sequence of one picture of a bucket."""
-        return bucket.image_tokens + (bucket.image_tokens if self.condition_tokens is None else self.condition_tokens)
+        return bucket.tokens + (bucket.image_tokens if self.condition_tokens is None else self.condition_tokens)
 
 
 def model_facts(config: Config) -> ModelFacts:
@@ -257,7 +258,6 @@ def _counted(config: Config, pipeline: Path, world_size: int) -> DataFacts:
         pictures=pictures,
         rows_per_sample=repeat,
         are_prompts=sample_kind(config) == PROMPT,
-        condition_tokens=_condition_tokens(config),
         assumed=False,
         told=f"{', '.join(map(str, dirs.values()))}: {rows:,} rows, texts of {mean:.0f} tokens on average and at most "
         f"{longest}",
@@ -281,7 +281,7 @@ def _texts(ledger: Ledger) -> tuple[int, float, int]:
 
 def _condition_tokens(config: Config) -> int | None:
     """Tokens that an edit's input picture adds to a sequence; None where they are as many as the target's."""
-    if sample_kind(config) != EDIT:
+    if EDIT not in kinds_of(config).values():
         return 0
     side = config.encode.edit.condition_side
     return None if side is None else (side // 16) ** 2
