@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from fake_catalog import BUCKETS, MemoryCatalogs, memory_catalog
+from fake_catalog import BUCKETS, EDIT_BUCKETS, MemoryCatalogs, memory_catalog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,7 +99,7 @@ def runs(draw: st.DrawFn, *, weighed: bool = True) -> Run:
     names = ("photos", "text", "art")[:num_datasets] if num_datasets > 1 else ()
     made = []
     for _ in range(num_datasets):
-        buckets = [0, *draw(st.lists(st.integers(-1, len(BUCKETS) - 1), max_size=29))]
+        buckets = [0, *draw(st.lists(st.integers(-1, len(BUCKETS + EDIT_BUCKETS) - 1), max_size=29))]
         lengths = draw(
             st.lists(st.lists(st.integers(2, 12), min_size=1, max_size=3), min_size=len(buckets), max_size=len(buckets))
         )

@@ -14,11 +14,8 @@ from qwenimg_dist.data.columns import Columns
 from qwenimg_dist.data.draws import hash_keys
 from qwenimg_dist.schema import Bucket, row_key
 
-BUCKETS = (
-    Bucket(height=16, width=32),
-    Bucket(height=32, width=16),
-    Bucket(height=32, width=32),
-    # Edits: the same target with other conditions is another bucket.
+BUCKETS = (Bucket(height=16, width=32), Bucket(height=32, width=16), Bucket(height=32, width=32))
+EDIT_BUCKETS = (  # the same target with other conditions is another bucket
     Bucket(height=32, width=32, conditions=((32, 32),)),
     Bucket(height=32, width=32, conditions=((16, 32), (32, 32))),
 )
@@ -64,7 +61,7 @@ def memory_catalog(
         facet="latents",
         dtype="bfloat16",
         channels=16,
-        buckets=BUCKETS,
+        buckets=BUCKETS + EDIT_BUCKETS,
         bucket=np.array(buckets, dtype=np.int16),
         tar=np.zeros(num, dtype=np.int32),
         offset=np.zeros(num, dtype=np.int64),

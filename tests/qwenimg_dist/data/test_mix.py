@@ -340,5 +340,6 @@ def test_the_order_of_a_mix_is_pinned() -> None:
     data = {"photos": [0, 1, 2, 0, -1] * 9, "text": [2, 0, 1] * 4}
     ledger = make_ledger(data, {"photos": 2, "text": 1.5})
     text = "\n".join(str(key(ledger.batch(step))) for step in range(50))
+    text = text.replace(", conditions=()", "")  # the digest is from before buckets had any
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "ab439ed9297f2d9f"
     assert {batch.bucket for batch in map(ledger.batch, range(50))} == set(BUCKETS)
