@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= offline
 
-.PHONY: demo test test-all lint format bench install clean
+.PHONY: demo demo-post test test-all lint format bench install clean
 
 install: $(STAMP)
 
@@ -24,6 +24,10 @@ $(STAMP): pyproject.toml
 
 demo: install
 	$(BIN)/qwenimg-dist demo
+
+# Goes on from the demo's early checkpoint, which it makes where there is none.
+demo-post: install
+	$(BIN)/qwenimg-dist demo-post
 
 lint: install
 	$(BIN)/ruff check .

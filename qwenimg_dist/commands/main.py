@@ -18,6 +18,7 @@ from qwenimg_dist.compose import did_you_mean
 
 COMMANDS: Final = {
     "demo": "qwenimg_dist.commands.demo",
+    "demo-post": "qwenimg_dist.commands.demo_post",
     "produce": "qwenimg_dist.commands.produce",
     "train": "qwenimg_dist.commands.train",
     "run": "qwenimg_dist.commands.run",

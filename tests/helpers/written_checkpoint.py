@@ -20,9 +20,17 @@ from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 
 
 def write_checkpoint(
-    root: Path, run: str, step: int, *, ranks: int = 3, ema: bool = True, lineage: Mapping[str, Any] | None = None
+    root: Path,
+    run: str,
+    step: int,
+    *,
+    ranks: int = 3,
+    ema: bool = True,
+    lineage: Mapping[str, Any] | None = None,
+    scale: float = 1.0,
 ) -> Path:
-    """A checkpoint of the small pipeline as `ranks` ranks write it: masters are the weights + step, averages - step."""
+    """A checkpoint of `root/pipeline` as `ranks` ranks write it: masters are the weights + step, averages - step, both
+    changes times `scale`."""
     source = SafetensorsDirectory(root / "pipeline" / "transformer")
     folder = checkpoints_dir(root / run) / step_name(step)
     folder.mkdir(parents=True)
@@ -35,7 +43,7 @@ def write_checkpoint(
             start, stop = min(rank * size, len(flat)), min((rank + 1) * size, len(flat))
             for which, change in (("master", step), ("ema", -step))[: 1 + ema]:
                 if stop > start:
-                    values = flat[start:stop] + change
+                    values = flat[start:stop] + scale * change
                     pieces.append(Piece(which=which, name=name, start=start, stop=stop, values=values))  # type: ignore[arg-type]
         records.append(write_rank_file(folder / rank_file(rank, ranks), pieces))
     shapes = {name: {"shape": list(source.shape(name)), "group": "decay"} for name in source.names}
