@@ -31,6 +31,7 @@ from consumers.reference_pass import Watch
 from consumers.run_directory import Prepared, facets_of, run_lock
 from consumers.session import Hooks, Stopped, open_data
 from consumers.trainer import stop_signals
+from consumers.validation_data import validation_generations
 from consumers.watchdog import watched
 from qwenimg_dist.compose import validate
 from qwenimg_dist.config import Config, DpoConfig
@@ -150,9 +151,12 @@ def _open_held_out(comparison: Comparison, ranks: Ranks, hooks: Hooks, stack: co
     prepared = ranks.together(lambda: _prepare(comparison))
     hooks.stage("opening the data")
     generations, stream = open_data(config, prepared, ranks, hooks, 0, 0, stack)
+    measured = validation_generations(config, prepared, generations, ranks)
+    if measured is None:
+        raise ValueError("prompts have no pictures to measure on: give a data set of images as evaluate.data_path")
     budgets = {r: phase.micro_batch_tokens for phase in prepared.ledger.phases for r in phase.weights}
-    others = ranks.on_first(lambda: find_other_classes(config, generations, None, set(budgets)))
-    classes = ranks.together(lambda: make_held_out(config, generations, stream, None, budgets, others))
+    others = ranks.on_first(lambda: find_other_classes(config, measured, None, set(budgets)))
+    classes = ranks.together(lambda: make_held_out(config, measured, stream, None, budgets, others))
     if not any(one.keys for one in classes.values()):
         raise ValueError(
             "the data set holds out no row (data.held_out): nothing is there that training has not seen. "

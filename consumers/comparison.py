@@ -82,6 +82,7 @@ class Comparison:
                 **{name: evaluate[name] for name in measured},
                 "sigma": {name: objective[name] for name in sigma},
                 "data": sorted(mixed.path for mixed in config.data.mix.values()) or config.data.path,
+                "images": config.evaluate.data_path,
                 "held_out": [config.data.where, config.data.held_out, config.data.max_held_out],
             },
         }
@@ -228,10 +229,8 @@ def _why_no_losses(config: Config) -> str:
         return "held-out losses are turned off (eval.losses=false)"
     if config.data.path is None and not config.data.mix:
         return "no data set is known for held-out losses (data.path)"
-    if sample_kind(config) == PROMPT:
-        return (
-            "a data set of prompts has no held-out losses (give one of images: data.path=... objective=flow_matching)"
-        )
+    if sample_kind(config) == PROMPT and config.evaluate.data_path is None:
+        return "prompts have no held-out losses (evaluate.data_path is a data set of images)"
     return ""
 
 

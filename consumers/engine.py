@@ -416,7 +416,7 @@ def build_frozen(
     module.requires_grad_(False)
     if config.engine.gather == "block":
         _gather_whole_blocks(module)
-    _fill_partitions(module, source, ranks)
+    ranks.together(lambda: _fill_partitions(module, source, ranks))
     deepspeed_engine, _, _, _ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
     if config.engine.compile:
         qwen.compile_blocks(module)  # as the trained model, whose rounding it must share

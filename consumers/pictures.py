@@ -116,7 +116,7 @@ def draw_pictures(
     write, and what `watch.stop` raises."""
     missing: list[int] = ranks.on_first(lambda: [i for i, cell in enumerate(cells) if not cell.file(folder).is_file()])
     per_round = sampling.batch_size * ranks.world_size
-    negative = texts.read(sampling.negative_prompt)
+    negative = ranks.together(lambda: texts.read(sampling.negative_prompt))
     rounds = range(0, len(missing), per_round)
     for number, first in enumerate(rounds):
         watch.stop()
@@ -147,12 +147,17 @@ def judge_pictures(
     """What the rewards say of the cells' files: `components` and `total`, lists beside the cells with None where a
     picture could not be judged, and `notes`. Collective: each rank judges its share."""
     mine = range(ranks.rank, len(cells), ranks.world_size)
-    parts: list[Scores] = []
-    for first in range(0, len(mine), _JUDGED_AT_ONCE):
-        watch.stage("judging pictures")
-        some = [cells[i] for i in mine[first : first + _JUDGED_AT_ONCE]]
-        parts.append(score([_read(cell.file(folder)) for cell in some], [prompts[cell.prompt] for cell in some]))
-    watch.stage("waiting for the other ranks' rewards")
+
+    def judge() -> list[Scores]:
+        parts = []
+        for first in range(0, len(mine), _JUDGED_AT_ONCE):
+            watch.stage("judging pictures")
+            some = [cells[i] for i in mine[first : first + _JUDGED_AT_ONCE]]
+            parts.append(score([_read(cell.file(folder)) for cell in some], [prompts[cell.prompt] for cell in some]))
+        watch.stage("waiting for the other ranks' rewards")
+        return parts
+
+    parts = ranks.together(judge)
     told = ranks.gather_json(
         {
             "total": _numbers([part.total for part in parts]),

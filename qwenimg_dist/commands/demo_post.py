@@ -173,8 +173,7 @@ def _judged(root: Path, runs: dict[str, Path], early: Path, step: int, extra: Se
     out = root / "post" / "eval"
     against = f"eval.against={early / 'checkpoints' / f'step-{step:08d}'}"
     drawn = (f"sample.prompts_file={root / 'post' / 'prompts.txt'}", f"sample.seeds={list(_SEEDS)}".replace(" ", ""))
-    data = (f"data.path={root / 'data'}", "objective=flow_matching", "data.where=null", "evaluate.resolutions=[64]")
-    words = ("reward.weights.shapes=1", *_SIZE, *data, *extra)
+    words = ("reward.weights.shapes=1", *_SIZE, *extra)
     args = ("eval", f"run.path={runs['grpo']}", against, *drawn, f"eval.out={out}", *words)
     return Step(title="eval: the end against the beginning", args=args, typical_s=60, done_if=out / "eval.json")
 

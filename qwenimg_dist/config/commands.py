@@ -128,7 +128,8 @@ class SampleConfig(Section):
     """A pipeline directory; `None` takes `export.path`, else the newest valid checkpoint of `run.path`."""
     prompts: tuple[str, ...]
     prompts_file: str | None = None
-    """One prompt per line, or a `.jsonl` with the key `prompt` and what rewards need besides; after `prompts`."""
+    """One prompt per line, or a `.jsonl` with the key `prompt` and what rewards need besides; after `prompts`. `text`
+    is a set that comes with the package: prompts that quote what is to be written, English and Chinese."""
     out: str
     """The grid, a PNG file."""
     images: tuple[str, ...] = ()

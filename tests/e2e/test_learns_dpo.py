@@ -61,7 +61,7 @@ def result(early_demo: EarlyDemo, root: Path, run_dir: Path) -> dict[str, Any]:
     """What `eval` found, by lineage, on the demo's own held-out pictures."""
     prompts = root / "prompts-tests.txt"
     prompts.write_text("\n".join(prompts_for_tests()) + "\n")
-    images = [f"data.path={early_demo.data}", "objective=flow_matching"]
+    images = [f"evaluate.data_path={early_demo.data}"]
     asked = [f"sample.prompts_file={prompts}", "sample.seeds=[0,1,2]", f"eval.out={root / 'eval'}", *DRAWN]
     command = ["-m", "consumers", "eval", f"run.path={run_dir}", *images, *asked]
     ended = run_gang(command, 2, root / "logs-eval", timeout_s=1800)

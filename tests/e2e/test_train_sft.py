@@ -27,6 +27,7 @@ SFT = (
     "checkpoint.certify=off",
     "evaluate.every=4",
     "evaluate.guard=warn",
+    "data.held_out=0.2",
     "data.where='sharpness < 3 or sharpness >= 4'",
     "data.weights={'sharpness >= 4': 3}",
 )

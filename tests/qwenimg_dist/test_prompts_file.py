@@ -8,6 +8,7 @@ import pytest
 
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.prompts_file import prompts_of, read_prompts_file
+from qwenimg_dist.rewards import refusals
 
 
 def test_lines_and_rows_after_those_of_the_command(tmp_path: Path) -> None:
@@ -35,3 +36,11 @@ def test_other_ends_of_lines_than_n_are_part_of_a_prompt(tmp_path: Path) -> None
     file = tmp_path / "prompts.jsonl"
     file.write_bytes('{"prompt": "a\u2028b"}\r\n{"prompt": "c"}\r\n'.encode())
     assert [one.text for one in read_prompts_file(file)] == ["a\u2028b", "c"]
+
+
+def test_the_set_of_text_prompts_has_a_text_to_judge_in_every_one() -> None:
+    found = prompts_of(load_config(["sample.prompts_file=text"]))
+    assert len(found) == len({one.text for one in found}) >= 24
+    config = load_config(["reward.weights.ocr=1"]).reward
+    assert refusals(config, found) == []
+    assert sum(any("\u4e00" <= letter <= "\u9fff" for letter in one.text) for one in found) >= 8
