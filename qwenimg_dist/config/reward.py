@@ -22,7 +22,7 @@ class RewardConfig(Section):
     `shapes` run from 0 to 1, cosines of `clip` vary by some 0.05, `pickscore` by 1 or 2."""
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Reward -> its own settings, such as `reward.settings.ocr.read_side=768`."""
-    timeout_s: PositiveFloat = 60.0
+    timeout_s: PositiveFloat = 120.0
     """How long one reward may take for one of its batches. What takes longer is ended with its process, counted, and
     NaN; after two such batches the reward is given up for the rest of that call. Too short a time loses good pictures
     on a busy machine, a long one is what a hung reward costs each time."""

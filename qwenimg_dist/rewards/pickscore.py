@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from PIL import Image
+from pydantic import PositiveInt
 
 from qwenimg_dist.models.hub import find_model
 from qwenimg_dist.rewards.base import Prompt
@@ -17,7 +18,7 @@ from qwenimg_dist.rewards.kind import Judge, Kind, Resources, RewardParams
 
 
 class Params(RewardParams):
-    batch_size: int = 16
+    batch_size: PositiveInt = 4
     path: str = "yuvalkirstain/PickScore_v1"
     """A directory, or a hub id."""
     revision: str | None = None

@@ -11,6 +11,7 @@ where verdicts have steps: a group of pictures that are all wrong still has bett
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -75,11 +76,16 @@ def _overlaps(alpha: FloatArray) -> dict[str, float]:
     )
     overlaps = {}
     for name in SHAPES:  # each has its centroid at its origin
-        unit = coverage(name, size_px=(64, 64), centre_px=(32.0, 32.0), radius_px=20.0)
-        radius = 20.0 * float(np.sqrt(area / unit.sum()))
+        radius = 20.0 * float(np.sqrt(area / _area_at_20(name)))
         drawn = coverage(name, size_px=(width, height), centre_px=centre, radius_px=radius)
         overlaps[name] = float(np.minimum(alpha, drawn).sum() / np.maximum(alpha, drawn).sum())
     return overlaps
+
+
+@cache
+def _area_at_20(shape: str) -> float:
+    """Pixels that the shape covers at a radius of 20."""
+    return float(coverage(shape, size_px=(64, 64), centre_px=(32.0, 32.0), radius_px=20.0).sum())
 
 
 def _look(image: Image.Image) -> _Seen:
