@@ -2,13 +2,12 @@
 longer, letters and digits alone.
 
 Text that was not asked for counts against a picture, since a model else learns to write it twice. Needs the extra `ocr`
-(the models come with it), and runs on the CPU. Refuses to judge a prompt that quotes nothing: NaN, and `pairs` names
-the line before it draws anything.
+(the models come with it), and runs on the CPU. Refuses to judge a prompt that quotes nothing: NaN with a note, and
+`pairs` names the prompt before it draws anything.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from PIL import Image
@@ -66,7 +65,7 @@ def _load(params: Params, resources: Resources) -> Judge:
     def one(image: Image.Image, prompt: Prompt) -> float:
         asked = asked_for(prompt, params)
         if not asked:
-            return math.nan
+            raise ValueError(_refuse(prompt, params))  # NaN for whoever asked, with this as its note
         read = [line for line in engine.read(image) if line.text and line.confidence >= params.min_confidence]
         return similarity(asked, full_text(read), extra_text=params.extra_text)
 

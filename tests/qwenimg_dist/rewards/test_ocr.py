@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import lettering
+import numpy as np
 import pytest
 from PIL import Image
 
-from qwenimg_dist.rewards import ocr
-from qwenimg_dist.rewards.base import Prompt
+from qwenimg_dist.rewards import _Loaded, ocr
+from qwenimg_dist.rewards.base import Prompt, WeightedRewards
 from qwenimg_dist.rewards.kind import Judge, Resources
 from qwenimg_dist.rewards.ocr import Params, asked_for, similarity
 
@@ -46,8 +45,11 @@ def test_chinese_is_read_too(plain: Judge) -> None:
 
 
 def test_a_prompt_without_a_quote_is_refused_beforehand_and_nan_at_run_time(plain: Judge) -> None:
-    (score,) = plain([SIGN], [Prompt(text="a sign")])
-    assert math.isnan(score)
+    judged = WeightedRewards([_Loaded("ocr", plain)], {"ocr": 1.0})
+    scores = judged.score([SIGN, SIGN], [Prompt(text="a sign"), Prompt(text='says "open 24 hours fresh bread"')])
+    assert np.isnan(scores.total).tolist() == [True, False]
+    assert scores.failures == {"ocr": 1}
+    assert "'a sign' quotes no text" in scores.notes[0]
     why = ocr._refuse(Prompt(text="a sign"), Params())
     assert why is not None
     assert "quotes no text" in why
