@@ -26,6 +26,7 @@ from ray.exceptions import RayError
 
 from producers.pool import machines, why_died
 from qwenimg_dist.config import ClusterConfig, Config, RewardConfig
+from qwenimg_dist.debug import fault_point
 from qwenimg_dist.rewards.base import Prompt, Scores, join, none_judged
 from qwenimg_dist.rewards.service import RewardError, RewardService
 from qwenimg_dist.rewards.wire import Pixels, to_pixels
@@ -65,6 +66,7 @@ class RewardActor:
 
     def score(self, pixels: Sequence[Pixels], prompts: Sequence[tuple[str, dict[str, Any]]]) -> Scores:
         """See `base.Score`."""
+        fault_point("reward_actor")
         images = [Image.fromarray(one) for one in pixels]
         return self._service.score(images, [Prompt(text=text, metadata=data) for text, data in prompts])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwenimg_dist.compose import ConfigError, groups, load_config
-from qwenimg_dist.config import RewardConfig
+from qwenimg_dist.config import RewardConfig, training_identity
 from qwenimg_dist.rewards import REWARDS, check_rewards, refusals, what_counts
 from qwenimg_dist.rewards.base import Prompt
 
@@ -40,6 +40,14 @@ def test_what_counts_is_what_moves_the_numbers() -> None:
 
     assert counted() == counted("reward.settings.shapes.batch_size=7", "reward.timeout_s=1", "reward.num_threads=3")
     assert counted() != counted("reward.weights.shapes=2")
+
+    def held_to(stage: str, *words: str) -> object:
+        return training_identity(load_config([f"stage={stage}", "reward.weights.shapes=1", *words]))
+
+    # A resumed run of GRPO is held to what it was rewarded for; other stages know no reward.
+    assert held_to("grpo") == held_to("grpo", "reward.settings.shapes.batch_size=7", "reward.settings.ocr.read_side=99")
+    assert held_to("grpo") != held_to("grpo", "reward.weights.shapes=2")
+    assert held_to("sft") == held_to("sft", "reward.weights.shapes=2")
 
 
 def test_prompts_that_no_picture_could_fit_are_found_beforehand() -> None:
