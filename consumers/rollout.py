@@ -38,10 +38,12 @@ from qwenimg_dist.flow.sde import Transition, draw_window, sample_sde, transitio
 from qwenimg_dist.flow.sigmas import draw_noise
 from qwenimg_dist.models.generate import load_scheduler_config, save_grid, to_pictures
 from qwenimg_dist.models.vae import LatentCodec
+from qwenimg_dist.rewards import refusals
 from qwenimg_dist.rewards.base import Prompt, Score
 
 _DECODED_PIXELS: Final = 1 << 20
 _SHOWN_GROUPS: Final = 4
+_CHECKED_PROMPTS: Final = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,22 @@ class Rollouts:
     def bind(self, engine: Engine, reference: Predict | None, catalogs: Catalogs) -> None:
         """What the pictures are drawn with, and where the prompts' words are."""
         self._engine, self._reference, self._catalogs = engine, reference, catalogs
+
+    def check_prompts(self) -> None:
+        """For rank 0, before the first picture: raise ValueError for prompts that the config's rewards cannot judge."""
+        catalogs = self._catalogs
+        assert catalogs is not None
+        if not self._config.reward.active:
+            return  # injected, of a kind of their own
+        for index in range(len(catalogs)):
+            rows = np.arange(min(catalogs[index].num_rows, _CHECKED_PROMPTS)) + catalogs.row_base(index)
+            found = [Prompt(text=text, metadata=meta) for text, meta in catalogs.prompts(rows)]
+            if refused := refusals(self._config.reward, found):
+                told = "; ".join(f"{found[at].text!r}: {why}" for at, why in refused)
+                raise ValueError(
+                    f"there are prompts of which no picture could be judged: {told}. Leave them out (data.where, "
+                    "data.takedown), or take other rewards"
+                )
 
     def play(self, batch: RankBatch, *, step: int, tell: Callable[[str], None]) -> Round:
         """Draw and judge the pictures of a batch. Collective. `tell` names what begins."""

@@ -75,7 +75,14 @@ class Grpo:
         return LossOutput(loss=(weights * losses).sum(), metrics=metrics, per_sample=per_sample)
 
     def notice(self, values: Mapping[str, float]) -> str:
-        return ""
+        """A warning where training does not repeat what the rollouts computed, so that clipping would act on noise."""
+        first = "train/ratio_error" + ("_of_first_update" if self.updates_per_step > 1 else "")
+        if values.get(first, 0.0) <= self.config.clip:
+            return ""
+        return (
+            f"the first ratio is off 1 by {values[first]:.2g} on average, more than objective.clip="
+            f"{self.config.clip:g}: rollouts and training round differently. Try engine.compile=false, or raise it"
+        )
 
 
 def guided_velocity(

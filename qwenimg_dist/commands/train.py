@@ -29,7 +29,8 @@ from qwenimg_dist.commands.inputs import required
 from qwenimg_dist.commands.stopping import stop_signals
 from qwenimg_dist.commands.train_display import TrainDisplay
 from qwenimg_dist.compose import load_config
-from qwenimg_dist.config import ClusterConfig, Config
+from qwenimg_dist.config import ClusterConfig, Config, GrpoConfig
+from qwenimg_dist.rewards import check_rewards
 from qwenimg_dist.rewards.base import Score
 
 SUMMARY: Final = "one stage on a gang of ZeRO-3 ranks; the same command again resumes"
@@ -51,6 +52,8 @@ def run(args: list[str]) -> int:
     from consumers.run_directory import preflight  # imports torch
 
     preflight(config)  # bad input is named in seconds, before Ray and with nothing written
+    if isinstance(config.objective, GrpoConfig):
+        check_rewards(config.reward)
     if (ended := already_ended(config, run_dir)) is not None:
         return ended.tell()
     from producers.pool import machines, ray_session

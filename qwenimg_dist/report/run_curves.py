@@ -30,6 +30,7 @@ _ENGINE_PANELS: Final = (
     ("Images per second", ("train/images_per_s",), False),
     ("Tokens per second", ("train/tokens_per_s",), False),
     ("Step time (s)", ("train/step_s",), False),
+    ("Of it: rollouts, rewards, updates (s)", ("train/rollout_s", "train/reward_s", "train/update_s"), False),
     ("Data wait (share of step time)", ("train/data_wait_share",), False),
     ("Padding (share)", ("train/padding", "train/padding_flops"), False),
     ("Model TFLOP per second, all ranks", ("train/model_tflops_per_s",), False),
@@ -37,6 +38,16 @@ _ENGINE_PANELS: Final = (
     ("Own step time (s)", ("train/own_step_s_max", "train/own_step_s_min"), False),
     ("Peak GPU memory, largest rank (GB)", ("train/memory_gb",), False),
     ("Peak host memory, largest rank (GB)", ("train/host_memory_gb",), False),
+)
+
+
+_REWARD: Final = re.compile(r"reward/(?!group_)\w+_std$")
+_POLICY_PANELS: Final = (
+    ("Spread of rewards within groups", ("reward/group_std",)),
+    ("Groups without a spread, pictures without a reward", ("reward/flat_groups", "reward/without")),
+    ("Ratios beyond the clip (share)", ("train/clip_fraction",)),
+    ("Distance of ratios from 1", ("train/ratio_error", "train/ratio_error_of_first_update")),
+    ("Divergence from the starting model", ("train/kl",)),
 )
 
 
@@ -79,6 +90,27 @@ def losses(metrics: Metrics, marks: Sequence[Mark]) -> tuple[Piece, ...]:
             dashed = any(one.dashed for one in lines)
             pieces.append(Figure(svg=draw([panel], marks, height_in=3.8), caption=caption if dashed else ""))
     return tuple(pieces)
+
+
+def rewards(metrics: Metrics, marks: Sequence[Mark]) -> tuple[Piece, ...]:
+    """Rewards of rollouts by component, and how the policy moves; nothing for runs without rollouts."""
+    names = sorted(name.removesuffix("_std") for name in metrics if _REWARD.match(name))
+    if not names:
+        return ()
+    total = [name for name in names if name == "reward/total"]
+    chosen = [*total, *(name for name in names if name not in total)]
+    lines = tuple(line(name.removeprefix("reward/"), metrics[name], smooth=half_life(metrics[name])) for name in chosen)
+    pieces = [Figure(svg=draw([Panel(title="Rewards of rollouts, means over a step's pictures", lines=lines)], marks))]
+    panels = []
+    for title, wanted in _POLICY_PANELS:
+        there = tuple(
+            line(name.partition("/")[2].replace("_", " "), metrics[name], smooth=half_life(metrics[name]))
+            for name in wanted
+            if name in metrics
+        )
+        if there:
+            panels.append(Panel(title=title, lines=there))
+    return (*pieces, Figure(svg=draw(panels, marks, columns=2, height_in=2.5))) if panels else tuple(pieces)
 
 
 def engine(metrics: Metrics, marks: Sequence[Mark]) -> tuple[Piece, ...]:

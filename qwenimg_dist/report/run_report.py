@@ -75,6 +75,7 @@ def run_sections(run_dir: Path, data: Sequence[Path] = ()) -> list[Section]:
     sections = [
         Section(title="Run", pieces=_overview(run_dir, metrics, config)),
         Section(title="Loss", pieces=(*run_curves.losses(metrics, marks), *run_events.worst_samples(run_dir))),
+        Section(title="Rewards", pieces=run_curves.rewards(metrics, marks)),
         Section(title="Samples along the way", pieces=_grids(run_dir / "samples", marks)),
         Section(title="Steps and speed", pieces=run_curves.engine(metrics, marks)),
         Section(title="Faults survived", pieces=run_events.events(run_dir, metrics)),
