@@ -216,6 +216,14 @@ def test_a_failed_reward_leaves_its_group_and_spoils_nobody() -> None:
     assert (groups.advantages[4:] == 0).all()
 
 
+def test_rollouts_that_training_does_not_repeat_are_told() -> None:
+    once, twice = Grpo(config(clip=1e-4), seed=0), Grpo(config(clip=1e-4, inner_updates=2), seed=0)
+    assert once.notice({"train/ratio_error": 1e-5}) == ""
+    assert "is off 1 by 0.002" in once.notice({"train/ratio_error": 2e-3})
+    assert twice.notice({"train/ratio_error": 2e-3, "train/ratio_error_of_first_update": 0.0}) == ""
+    assert "round differently" in twice.notice({"train/ratio_error_of_first_update": 2e-3})
+
+
 def test_the_config_names_prompts_rows_and_guidance() -> None:
     whole = load_config(["stage=grpo", "objective.group_size=3", "objective.kl_weight=0.1"])
     assert sample_kind(whole) == "prompt"

@@ -17,7 +17,7 @@ from qwenimg_dist.commands.main import main
 from qwenimg_dist.report.curves import MAX_POINTS, Line, Mark, Panel, _draw_panel, averaged, draw, smoothed, thinned
 from qwenimg_dist.report.metrics_file import read_metrics
 from qwenimg_dist.report.page import Figure, KeyFigures, Paragraph, Pictures, Section, report_html
-from qwenimg_dist.report.run_curves import class_lines, held_out_lines, phase_marks
+from qwenimg_dist.report.run_curves import class_lines, held_out_lines, phase_marks, rewards
 from qwenimg_dist.report.run_events import checkpoints
 from qwenimg_dist.report.run_report import data_paths, data_sections, run_sections, write_run_report
 from qwenimg_dist.report.table import Table
@@ -90,6 +90,21 @@ def test_the_starting_model_and_every_quantile_are_drawn(tmp_path: Path) -> None
     assert lines["starting model"].values.tolist() == [1.25] * 4
     assert lines["mean"].steps.tolist() == [0, 20, 40, 60]
     assert lines["mean"].values.tolist() == [1.25, 0.5, 0.5, 0.5]
+
+
+def test_rewards_are_drawn_by_component_where_there_are_some(tmp_path: Path) -> None:
+    lines = example_lines()
+    write_metrics(tmp_path / "without.jsonl", lines)
+    assert rewards(read_metrics(tmp_path / "without.jsonl"), []) == ()
+    for line in lines:
+        line |= {"reward/total": 0.5, "reward/total_std": 0.1, "reward/ocr": 0.4, "reward/ocr_std": 0.2}
+        line |= {"reward/group_std": 0.1, "reward/failures": 0, "train/clip_fraction": 0.2}
+    write_metrics(tmp_path / "with.jsonl", lines)
+    by_component, policy = rewards(read_metrics(tmp_path / "with.jsonl"), [])
+    assert isinstance(by_component, Figure)
+    assert isinstance(policy, Figure)
+    assert all(f"<!-- {name} -->" in by_component.svg for name in ("ocr", "total"))
+    assert "failures" not in by_component.svg
 
 
 def test_phase_changes_are_marked_where_they_happen(tmp_path: Path) -> None:
