@@ -45,7 +45,7 @@ GRPO = (
     "evaluate.guard=warn",
 )
 TIMES = ("train/rollout_s", "train/reward_s", "train/reward_busy_s", "train/update_s")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def words(root: Path, run: str, *extra: str) -> list[str]:
@@ -98,7 +98,7 @@ def gang(root: Path, world: int, *runs: dict[str, Any]) -> None:
         for run in runs
     ]
     (out / "runs.json").write_text(json.dumps(listed))
-    ended = run_gang([SCRIPT, str(out), str(out / "runs.json")], world, out / "logs", timeout_s=600)
+    ended = run_gang([SCRIPT, str(out), str(out / "runs.json")], world, out / "logs", timeout_s=1500)
     assert [end.code for end in ended] == [0] * world, "\n".join(end.output[-4000:] for end in ended)
 
 
