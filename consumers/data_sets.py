@@ -16,6 +16,7 @@ from qwenimg_dist.data.catalog import RunFacets
 from qwenimg_dist.data.catalog_build import wrong_kind
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.generations import DatasetConfig, LedgerConfig
+from qwenimg_dist.data.mirror import data_root
 from qwenimg_dist.data.mix import Mix
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.data.pins import ready_units, why_not_ready
@@ -23,19 +24,22 @@ from qwenimg_dist.schema import Kind
 
 
 def data_dirs(config: Config) -> dict[str, Path]:
-    """Name -> directory of each data set; the name is empty where there is one. Raises ValueError with the way out."""
+    """Name -> directory of each data set, of one on s3:// its mirror; the name is empty where there is one.
+
+    Raises ValueError with the way out.
+    """
     path, mix = config.data.path, config.data.mix
     if not mix:
         if not path:
             raise ValueError("data.path is not set: add data.path=... to the command, or several with data.mix={...}")
-        return {"": Path(path)}
-    dirs = {name: Path(one.path) for name, one in mix.items()}
+        return {"": data_root(path, config.data)}
+    dirs = {name: data_root(one.path, config.data) for name, one in mix.items()}
     real = {name: folder.resolve() for name, folder in dirs.items()}
     for name, folder in real.items():
         same = [other for other in real if real[other] == folder and other != name]
         if same:
             raise ValueError(f"data.mix.{name} and data.mix.{same[0]} are the same directory {folder}: name it once")
-    if path and Path(path).resolve() not in real.values():
+    if path and data_root(path, config.data).resolve() not in real.values():
         raise ValueError(
             f"data.path={path} is not among data.mix ({', '.join(map(str, dirs.values()))}), and training reads "
             "data.mix alone: leave data.path out, or add it to data.mix"
@@ -64,6 +68,7 @@ def check_ready(dirs: dict[str, Path], facets: RunFacets) -> None:
     for name, folder in dirs.items():
         try:
             dataset = Dataset.open(folder)
+            dataset.refresh()
             mine = facets.of(name)
             if (there := dataset.kind()) not in (None, mine.kind):
                 raise DataError(f"{folder} {wrong_kind([there], mine.kind)}")

@@ -309,7 +309,7 @@ def open_data(
     """The data sets' generations and this rank's stream, waited for where there are none yet. Collective."""
     waiting = False
     dirs = prepared.data_dirs
-    while not _on_first(ranks, lambda: all((folder / "dataset.json").is_file() for folder in dirs.values())):
+    while not _on_first(ranks, lambda: all(Dataset.is_there(folder) for folder in dirs.values())):
         hooks.stage("waiting for a data set")
         if not waiting:
             _say(ranks, hooks, f"waiting for a data set in {', '.join(map(str, dirs.values()))}")

@@ -26,6 +26,7 @@ import torch
 
 from consumers.assemble import Assembler
 from consumers.batch import BadSample, MicroBatch, RankBatch
+from consumers.look_ahead import LookAhead
 from consumers.reference_errors import ReferenceErrors
 from qwenimg_dist.data.catalog import Catalogs, Ints
 from qwenimg_dist.data.facets import DataError
@@ -129,6 +130,7 @@ class Stream:
         self._assembler = Assembler(ledger.catalogs, compute_dtype=compute_dtype, pin_memory=pin_memory)
         self.reference: ReferenceErrors | None = None
         """Handed out with pairs, once it is here: set before the first `get`."""
+        self._ahead = LookAhead(ledger, self._positions)
         self._pending: dict[int, Future[RankBatch | None]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
 
@@ -184,7 +186,14 @@ class Stream:
         for future in self._pending.values():
             future.cancel()
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._ahead.close()
         self._assembler.close()
+
+    def _positions(self, batch: GlobalBatch) -> Ints:
+        """Positions in a global batch that this rank reads."""
+        per_rank = -(-len(batch.rows) // self._world)
+        slots = np.arange(self._rank * per_rank, (self._rank + 1) * per_rank, dtype=np.int64)
+        return np.minimum(slots, len(batch.rows) - 1)
 
     def _submit(self, step: int, *, required: bool = False) -> None:
         if required or step not in self._pending:
@@ -269,6 +278,7 @@ class Stream:
             further=self._further,
             tolerant=self._tolerant,
         )
+        self._ahead.after(step)
         keys = self._ledger.catalogs.keys(batch.rows)
         if self._guided:
             if self._negative is None:

@@ -27,6 +27,8 @@ from producers.workers import Task, run_task
 from producers.write import Encoders
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.data.mirror import data_root
+from qwenimg_dist.storage import is_remote
 
 FailureKind = Literal["full_disk", "out_of_memory", "try_again", "fatal"]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -81,7 +83,8 @@ class UnitActor:
         cv2.setNumThreads(1)  # pictures are worked on in threads already; OpenCV would take every core of the node
         self._job = job
         self._config = _on_its_device(Config.model_validate_json(job.config_json))
-        self._dataset = Dataset.open(job.data_path)
+        path, root = self._config.data.path, Path(job.data_path)
+        self._dataset = Dataset.open(data_root(path, self._config.data, at=root) if path and is_remote(path) else root)
         self._fence = fence.enter(self._dataset.root)
         self._plan = make_plan(self._config, text_facet=job.text_facet, latents_facets=job.latents_facets)
         self._encoders: Encoders | None = None

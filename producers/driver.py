@@ -29,7 +29,6 @@ from producers.state import is_done, passing_faults, read_record
 from producers.unit import UnitReport
 from producers.workers import Task, Workers
 from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.files import fsync_dir, write_json
 from qwenimg_dist.schema import LISTING, SCAN, SOURCE_COMPLETE
 
 _POLL_S: Final = 0.5
@@ -127,6 +126,7 @@ class Driver:
                 self.observer.tick()
                 continue
             for outcome in workers.wait(_POLL_S):
+                self.dataset.refresh_unit(outcome.task.unit)  # it may have been done on another machine
                 for unit in schedule.done(outcome.task):
                     self._settle(unit)
                 if outcome.report is not None:
@@ -152,7 +152,9 @@ class Driver:
                 in_flight += 1
             if self.stopping() and in_flight == 0:
                 return False
-            in_flight -= len(workers.wait(_POLL_S))
+            for outcome in workers.wait(_POLL_S):
+                self.dataset.refresh_unit(outcome.task.unit)
+                in_flight -= 1
             self.observer.tick()
         return True
 
@@ -194,14 +196,13 @@ class Driver:
     def _mark_complete(self, num_rows: int) -> None:
         content: Mapping[str, Any] = {"units": len(self.dataset.units(LISTING)), "rows": num_rows}
         if not (self.dataset.root / SOURCE_COMPLETE).exists():
-            write_json(self.dataset.root / SOURCE_COMPLETE, content)
+            self.dataset.put_json(SOURCE_COMPLETE, content)
 
     def _unmark_complete(self) -> None:
         """Before anything is written."""
         self.before_writing()
         fence.mark(self.dataset.root)
-        (self.dataset.root / SOURCE_COMPLETE).unlink(missing_ok=True)
-        fsync_dir(self.dataset.root)
+        self.dataset.drop(SOURCE_COMPLETE)
 
 
 class _Schedule:

@@ -85,6 +85,7 @@ def run_task(
 
     Raises `PoisonError` if a careful task finds more than `max_poison_rows` pictures that kill.
     """
+    dataset.refresh_unit(task.unit)
     watch = None
     if task.careful:
         watch = Watch(dataset.root, task.kind, task.unit, why=task.why, limit=max_poison_rows)

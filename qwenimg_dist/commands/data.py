@@ -30,6 +30,7 @@ from qwenimg_dist.commands.inputs import required
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.data.mirror import data_root
 from qwenimg_dist.report.funnel import Funnel
 
 SUMMARY: Final = "look at a data set: inspect | verify | repair | stats | freeze"
@@ -47,7 +48,13 @@ def run(args: list[str]) -> int:
     check, rest = _take_value(rest, "--check", verb == "freeze")
     lift, rest = _take_flag(rest, "--lift-poison", verb == "repair")
     config = load_config(rest)
-    dataset = Dataset.open(required(config.data.path, "data.path"))
+    dataset = Dataset.open(data_root(required(config.data.path, "data.path"), config.data))
+    dataset.refresh()
+    if verb == "repair" and dataset.mirror is not None:
+        raise ValueError(
+            f"data repair moves files, and a bucket has none: copy {dataset.mirror.url} to a disk (aws s3 sync), "
+            "repair it there, and copy it back, also what is gone (aws s3 sync --delete)"
+        )
     if verb == "inspect":
         return _inspect(dataset, config)
     if verb == "verify":

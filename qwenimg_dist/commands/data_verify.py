@@ -147,8 +147,9 @@ def _check_part(dataset: Dataset, part: Part, tally: Tally) -> Iterator[Problem]
         for tar in tars:
             tally.tars += 1
             tally.bytes += tar.size_bytes
-            for what in check_tar(dataset.tar(part.facet, tar.name), tar, indices.get(tar.name, {})):
-                yield Problem(file=f"{part.facet}/{tar.name}", unit=part.unit, what=what, remedy=remedy, part=part)
+            with dataset.held_tar(part.facet, tar) as file:
+                for what in check_tar(file, tar, indices.get(tar.name, {})):
+                    yield Problem(file=f"{part.facet}/{tar.name}", unit=part.unit, what=what, remedy=remedy, part=part)
 
 
 def _check_units(dataset: Dataset, broken: set[Part], tally: Tally) -> Iterator[Problem]:

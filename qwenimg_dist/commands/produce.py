@@ -38,6 +38,7 @@ from qwenimg_dist.commands.stopping import catch_signals, stop_signals
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.facets import DataError, Dataset
+from qwenimg_dist.data.mirror import data_root
 from qwenimg_dist.data.origin import Origin, remember_origin
 from qwenimg_dist.report.funnel import funnel
 
@@ -83,7 +84,7 @@ class Production:
 
     @property
     def data_path(self) -> Path:
-        return Path(required(self.config.data.path, "data.path"))
+        return data_root(required(self.config.data.path, "data.path"), self.config.data)
 
 
 def prepare(config: Config) -> Production:
@@ -125,12 +126,15 @@ def drive(
             join_ray()
             catch_signals(stop)  # Ray has put its own handlers there
 
-        if not (production.data_path / "dataset.json").exists():
+        if not Dataset.is_there(production.data_path):
             join_ray()
         dataset = Dataset.create(production.data_path, config.data.unit_size)
+        dataset.refresh()
         check_kind(dataset, sample_kind(config.source))
         stack.enter_context(dataset.lock())
         fence.sweep(dataset, timeout_s=_WORKERS_GONE_S)
+        if dataset.mirror is not None:
+            dataset.mirror.clean()
         remember_origin(dataset, Origin(kind=config.source.kind, root=_absolute(source.root)))
         stack.callback(_sweep_after, dataset)  # runs after the workers' end
         stack.enter_context(progress)

@@ -140,11 +140,19 @@ class DataConfig(Section):
     """The data set directory, the only thing that producers and consumers share."""
 
     path: str | None = None
-    """What `produce` writes, and `train` reads unless there is a `mix`."""
+    """What `produce` writes, and `train` reads unless there is a `mix`: a directory, or `s3://BUCKET/FOLDER` (needs the
+    extra `s3`; credentials come from the environment, never from here)."""
     kind: SampleKind | None = None
     """Of the samples that flow matching trains on: `image` (text to picture), or `edit` (made from `source=edits`:
     instruction and condition pictures to picture; without instructions, reconstruction). `None` is the objective's own
     kind."""
+    cache: str | None = None
+    """Local directory for what is kept of data sets on `s3://`: their index, whole, and tars. `None`: the user's cache.
+    The ranks and producers of a machine share it; give fast local disk."""
+    cache_bytes: PositiveInt = 200 * 1024**3
+    """Bytes of tars kept there of each data set; the index is not counted. Tars that are needed next are fetched
+    ahead, those opened longest ago are removed. Four tars per rank are held while a batch is read: a limit below that
+    is passed. A limit below what one epoch's window touches fetches tars again and again."""
     mix: dict[Annotated[str, AfterValidator(_name_of_dataset)], MixedDataset] = Field(default_factory=dict)
     """Several data sets to train on, made by one `produce` each for the same model and encode settings: name -> its
     path and weight, for example `data.mix={photos: {path: /a, weight: 3}, text: {path: /b, weight: 1}}`, or one by one

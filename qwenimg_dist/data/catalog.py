@@ -270,6 +270,11 @@ class Catalogs:
         # The prefetching thread looks places up while the training thread lets further catalogs join.
         self._lock = threading.Lock()
 
+    @property
+    def roots(self) -> list[Path]:
+        """Directories of the data sets."""
+        return list(self._roots.values())
+
     @classmethod
     def of(cls, catalogs: Mapping[str, Catalog]) -> Catalogs:
         """Catalogs that lie in memory, by the name of their data set (empty in a run with one)."""

@@ -11,6 +11,7 @@ Both sides use this file; it knows neither Ray nor torch.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -23,16 +24,15 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qwenimg_dist.data.errors import DataError as DataError
+from qwenimg_dist.data.mirror import Mirror
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir, temporary_name, write_json
 from qwenimg_dist.schema import IMAGE, LISTING, OPTIONAL_COLUMNS, SCHEMA_VERSION, Kind
+from qwenimg_dist.storage import ObjectChangedError
 
 _PART: Final = re.compile(r"^unit-(\d{6,})\.(\d{3,})\.parquet$")
 _META_KEY: Final = b"qwenimg_dist"
-
-
-class DataError(ValueError):
-    """A data set directory is not what it should be; the message names the file and the way out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +61,23 @@ class Part:
 class Dataset:
     """A data set directory. Cheap to make; nothing is remembered, every question is put to the file system anew."""
 
-    def __init__(self, root: Path, unit_size: int) -> None:
+    def __init__(self, root: Path, unit_size: int, mirror: Mirror | None = None) -> None:
         self.root = root
         self.unit_size = unit_size
+        self.mirror = mirror
+        """Of a data set in a bucket, which `root` mirrors; None: it lies here."""
 
     @classmethod
     def open(cls, root: str | Path) -> Dataset:
         """Open an existing data set. Raises `DataError` if there is none, or one of another schema."""
         root = Path(root)
         file = root / "dataset.json"
+        mirror = Mirror.of(root)
+        if mirror is not None:
+            mirror.fetch_head()
         if not file.is_file():
-            raise DataError(f"{root} is not a data set (no dataset.json): run `qwenimg-dist produce` first")
+            where = mirror.url if mirror is not None else root
+            raise DataError(f"{where} is not a data set (no dataset.json): run `qwenimg-dist produce` first")
         try:
             head = json.loads(file.read_text())
             version, unit_size = int(head["schema_version"]), int(head["unit_size"])
@@ -79,13 +85,19 @@ class Dataset:
             raise DataError(f"{file} is damaged ({error}); restore it from a backup") from error
         if version != SCHEMA_VERSION:
             raise DataError(f"{file} has schema version {version}, this program reads {SCHEMA_VERSION}")
-        return cls(root, unit_size)
+        return cls(root, unit_size, mirror)
+
+    @classmethod
+    def is_there(cls, root: Path) -> bool:
+        """Whether `open` would find one; of a mirror, in its bucket."""
+        mirror = Mirror.of(root)
+        return mirror.fetch_head() if mirror is not None else (root / "dataset.json").is_file()
 
     @classmethod
     def create(cls, root: str | Path, unit_size: int) -> Dataset:
         """Open, or make an empty one. Raises `DataError` if it exists with another unit size."""
         root = Path(root)
-        if (root / "dataset.json").exists():
+        if cls.is_there(root):
             existing = cls.open(root)
             if existing.unit_size != unit_size:
                 raise DataError(
@@ -94,8 +106,22 @@ class Dataset:
                 )
             return existing
         root.mkdir(parents=True, exist_ok=True)
-        write_json(root / "dataset.json", {"schema_version": SCHEMA_VERSION, "unit_size": unit_size})
-        return cls(root, unit_size)
+        head = {"schema_version": SCHEMA_VERSION, "unit_size": unit_size}
+        mirror = Mirror.of(root)
+        if mirror is not None:
+            mirror.create_head(head)
+        write_json(root / "dataset.json", head)
+        return cls(root, unit_size, mirror)
+
+    def refresh(self, *, insist: bool = True) -> None:
+        """Of a mirror: bring what was committed by others here. Without `insist`, not more often than makes sense."""
+        if self.mirror is not None:
+            self.mirror.refresh(insist=insist)
+
+    def refresh_unit(self, unit: int) -> None:
+        """As `refresh`, one unit alone."""
+        if self.mirror is not None:
+            self.mirror.refresh_unit(unit)
 
     def facets(self) -> list[str]:
         """Names of the facets there are."""
@@ -148,6 +174,37 @@ class Dataset:
 
     def tar(self, facet: str, name: str) -> Path:
         return self.root / facet / name
+
+    def tar_bytes(self, facet: str, name: str) -> int:
+        """Size of a tar, in its bucket if it has one. Raises OSError if it is not there."""
+        if self.mirror is None:
+            return os.stat(self.tar(facet, name)).st_size
+        size = self.mirror.tar_bytes(f"{facet}/{name}")
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, f"is not in {self.mirror.url}", f"{facet}/{name}")
+        return size
+
+    @contextlib.contextmanager
+    def held_tar(self, facet: str, tar: Tar) -> Iterator[Path]:
+        """While a tar is here, brought from its bucket if need be. One that is missing there is missing here."""
+        with contextlib.ExitStack() as stack:
+            if self.mirror is not None:
+                with contextlib.suppress(FileNotFoundError, ObjectChangedError):
+                    stack.callback(os.close, self.mirror.tars.open(f"{facet}/{tar.name}", tar.size_bytes))
+            yield self.tar(facet, tar.name)
+
+    def put_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write one of the few files of a data set that may change."""
+        write_json(self.root / name, content)
+        if self.mirror is not None:
+            self.mirror.push_file(name)
+
+    def drop(self, name: str) -> None:
+        """Remove such a file."""
+        if self.mirror is not None:
+            self.mirror.drop_file(name)
+        (self.root / name).unlink(missing_ok=True)
+        fsync_dir(self.root)
 
     def read(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
         """The part's table; `OPTIONAL_COLUMNS` that it was written without are left out. Raises `DataError` naming the
@@ -220,11 +277,17 @@ class Dataset:
                 sink.flush()
                 os.fsync(sink.fileno())
             fault_point("part_commit")
+            if self.mirror is not None and not self.mirror.commit(
+                f"{part.facet}/{file.name}", temporary, [tar.name for tar in tars]
+            ):
+                return False
             try:
                 os.link(temporary, file)  # fails if it exists, where rename would overwrite
             except FileExistsError:
-                return False
+                return self.mirror is not None  # a look at the bucket brought what was just committed
             fsync_dir(file.parent)
+            if self.mirror is not None:
+                self.mirror.tars.trim()
         finally:
             temporary.unlink(missing_ok=True)
         return True

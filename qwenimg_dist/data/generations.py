@@ -389,6 +389,8 @@ class Generations:
         """The generations that a step needs; none if there is nothing new to make them of."""
         if self.settled:
             self.ledger.batch(step)  # raises, saying what is missing
+        for dataset in self.datasets.values():
+            dataset.refresh(insist=False)
         if self.follow or (self.lines and self.lines[0].phase is not None):
             line = self._next_of_phase(step, phase_at(self.config.phases, step).index)
             return [] if line is None else [line]

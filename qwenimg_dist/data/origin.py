@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 from qwenimg_dist.data.facets import DataError, Dataset
-from qwenimg_dist.files import write_json
 
 FILE: Final = "source.json"
 
@@ -27,13 +26,12 @@ class Origin:
 
 def remember_origin(dataset: Dataset, origin: Origin) -> None:
     """Write it down, if it is not what is written there already."""
-    file = dataset.root / FILE
     try:
         known = read_origin(dataset)
     except DataError:
         known = None
     if known != origin:
-        write_json(file, asdict(origin))
+        dataset.put_json(FILE, asdict(origin))
 
 
 def read_origin(dataset: Dataset) -> Origin | None:

@@ -8,7 +8,6 @@ run must remember. Refuses to guess: a data set made for another model is named 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -159,7 +158,7 @@ def check_tar(dataset: Dataset, facet: str, name: str, size_bytes: int) -> None:
     """Raise `DataError` if a tar is missing or has another size than was committed."""
     path = dataset.tar(facet, name)
     try:
-        size = os.stat(path).st_size
+        size = dataset.tar_bytes(facet, name)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): restore it, `data verify` lists all") from error
     if size != size_bytes:

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -23,9 +24,13 @@ import numpy.typing as npt
 
 from qwenimg_dist.data.catalog import Places, TarFile
 from qwenimg_dist.data.facets import DataError
+from qwenimg_dist.data.mirror import tar_cache_of
+from qwenimg_dist.data.tar_cache import TarCache
+from qwenimg_dist.storage import ObjectChangedError
 
 # A local read costs about as much as copying this many bytes; a network read far more.
 _MAX_GAP: Final = 64 * 1024
+_MAX_HELD: Final = 4
 _MAX_BUFFERS: Final = 512  # of one preadv; IOV_MAX is 1024 on Linux, and gaps need a buffer too
 
 Bytes = npt.NDArray[np.uint8]
@@ -39,6 +44,9 @@ class TarReader:
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
         self._open: OrderedDict[str, int] = OrderedDict()
+        self._caches: dict[Path, TarCache | None] = {}
+        self._held: dict[str, int] = {}
+        """Open tars of buckets, which are closed as soon as they were read."""
         self._lock = threading.Lock()
         self._scrap = bytearray(_MAX_GAP)  # nobody looks at it, so all threads may write there
 
@@ -50,9 +58,11 @@ class TarReader:
         order = np.lexsort((places.offset, places.tar))
         runs = list(_neighbours(places, order))
         with self._lock:
-            # No more than can be open at once: no tar is closed while one of the threads reads it.
-            for first in range(0, len(runs), self._max_open):
-                self._read_wave(places, runs[first : first + self._max_open], out)
+            for wave in self._waves(places, runs):
+                try:
+                    self._read_wave(places, wave, out)
+                finally:
+                    self._let_go()
         return int(places.nbytes.sum())
 
     def read_what_can_be(self, places: Places, out: Sequence[Bytes]) -> dict[int, str]:
@@ -76,6 +86,34 @@ class TarReader:
                 out[index][:] = 0
                 problems[index] = str(error)
         return problems
+
+    def _waves(self, places: Places, runs: Sequence[npt.NDArray[np.intp]]) -> Iterator[Sequence[npt.NDArray[np.intp]]]:
+        """No more than can be open at once: no tar is closed while one of the threads reads it. Of a bucket's tars few,
+        since while they are open the cache cannot make room."""
+        wave: list[npt.NDArray[np.intp]] = []
+        held: set[int] = set()
+        for run in runs:
+            number = int(places.tar[run[0]])
+            cached = self._cache_of(places.tars[number]) is not None
+            if len(wave) == self._max_open or (cached and number not in held and len(held) == _MAX_HELD):
+                yield wave
+                wave, held = [], set()
+            wave.append(run)
+            if cached:
+                held.add(number)
+        if wave:
+            yield wave
+
+    def _cache_of(self, tar: TarFile) -> TarCache | None:
+        folder = tar.path.parent
+        if folder not in self._caches:
+            self._caches[folder] = tar_cache_of(folder)
+        return self._caches[folder]
+
+    def _let_go(self) -> None:
+        """Close the tars that came from a bucket: the cache may remove them now."""
+        while self._held:
+            os.close(self._held.popitem()[1])
 
     def _read_wave(self, places: Places, runs: Sequence[npt.NDArray[np.intp]], out: Sequence[Bytes]) -> None:
         handles = []
@@ -138,6 +176,11 @@ class TarReader:
 
     def _handle(self, tar: TarFile, key: np.bytes_, offset: int) -> int:
         name = str(tar.path)
+        cache = self._cache_of(tar)
+        if cache is not None:
+            if name not in self._held:
+                self._held[name] = self._cached(cache, tar, key, offset)
+            return self._held[name]
         if name not in self._open:
             while len(self._open) >= self._max_open:
                 os.close(self._open.popitem(last=False)[1])
@@ -152,6 +195,15 @@ class TarReader:
             self._open[name] = handle
         self._open.move_to_end(name)
         return self._open[name]
+
+    def _cached(self, cache: TarCache, tar: TarFile, key: np.bytes_, offset: int) -> int:
+        """A bucket that cannot be reached is no verdict on the sample: that passes as it is, an OSError."""
+        try:
+            return cache.open(f"{tar.path.parent.name}/{tar.path.name}", tar.size_bytes)
+        except FileNotFoundError as error:
+            raise self._failed(tar, key, offset, f"is not in {cache.storage.url}") from error
+        except ObjectChangedError as error:
+            raise self._failed(tar, key, offset, f"{error.strerror} ({cache.storage.url})") from error
 
     def _failed(self, tar: TarFile, key: np.bytes_, offset: int, what: str) -> DataError:
         return DataError(

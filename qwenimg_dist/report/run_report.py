@@ -25,7 +25,9 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from qwenimg_dist.config import stable_hash
+from qwenimg_dist.config.data import DataConfig
 from qwenimg_dist.data.facets import DataError, Dataset
+from qwenimg_dist.data.mirror import data_root
 from qwenimg_dist.files import write_json
 from qwenimg_dist.report import run_curves, run_events
 from qwenimg_dist.report.curves import Mark
@@ -90,7 +92,9 @@ def data_paths(config: Any) -> list[Path]:
     """The data sets that a run reads: those of `data.mix`, else `data.path`; each once."""
     mix = OmegaConf.select(config, "data.mix") or {}
     found = [one.get("path") for one in mix.values()] or [OmegaConf.select(config, "data.path")]
-    return list(dict.fromkeys(Path(str(path)) for path in found if path))
+    kept = {key: OmegaConf.select(config, f"data.{key}") for key in ("cache", "cache_bytes")}
+    data = DataConfig.model_validate({key: value for key, value in kept.items() if value is not None})
+    return list(dict.fromkeys(data_root(str(path), data) for path in found if path))
 
 
 def data_sections(data: Sequence[Path], cache: Path | None = None) -> list[Section]:
@@ -109,6 +113,7 @@ def data_sections(data: Sequence[Path], cache: Path | None = None) -> list[Secti
 def _data_tables(path: Path, cache: Path | None) -> list[Table]:
     """Counted anew only when parts were added or removed since."""
     dataset = Dataset.open(path)
+    dataset.refresh()
     parts = {facet: [dataset.parquet(part).name for part in dataset.parts(facet)] for facet in dataset.facets()}
     state = stable_hash([str(path.resolve()), {facet: sorted(names) for facet, names in parts.items()}])
     kept: dict[str, Any] = {}
