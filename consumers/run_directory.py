@@ -26,6 +26,7 @@ from consumers.checkpoint_files import list_checkpoints, no_valid_checkpoint, sp
 from consumers.curriculum import plan
 from consumers.data_sets import check_ready, data_dirs, kinds_of, ledger_config
 from consumers.parameter_groups import FROZEN, parameter_groups
+from consumers.remote_checkpoints import RUN_ID
 from consumers.start_from import START_FROM, StartWeights, find_start, read_record
 from qwenimg_dist.compose import validate
 from qwenimg_dist.config import Config, training_identity
@@ -72,6 +73,7 @@ _MOVED_BY_FRESH: Final = (
     "plan.json",
     "parameter_groups.json",
     "environment.json",
+    RUN_ID,
 )
 
 

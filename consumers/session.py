@@ -33,6 +33,7 @@ from consumers.parameter_groups import describe, to_json
 from consumers.planning.plan import check_device
 from consumers.ranks import Ranks
 from consumers.reference_pass import Watch, open_reference
+from consumers.remote_checkpoints import RemoteCheckpoints
 from consumers.reporting import ReportWriter
 from consumers.rollout import Rollouts, open_rollouts
 from consumers.run_directory import Prepared, move_aside, preflight, run_lock, write_descriptions
@@ -124,6 +125,8 @@ class Session:
     """Of an objective that trains on pictures of the model's own."""
     throughput: Throughput
     certifier: Certifier
+    remote: RemoteCheckpoints | None
+    """Where copies of the checkpoints go, besides."""
     log: RunLog | None
     """Rank 0's."""
     report: ReportWriter | None
@@ -156,9 +159,16 @@ class Session:
 def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session]:
     """Build everything and take it down again. Collective. Raises ValueError for unusable input, on every rank."""
     with contextlib.ExitStack() as stack:
+        remote = RemoteCheckpoints.of(config.checkpoint.remote, Path(config.run.path or "."))
+        fresh = bool(_on_first(ranks, lambda: _is_fresh(config, hooks.command_id)))
+        if remote and (ahead := _on_first(ranks, lambda: remote.join(fresh=fresh))):
+            _say(ranks, hooks, ahead)
         prepared = preflight(config) if ranks.world_size == 1 else _on_all(ranks, lambda: preflight(config))
         _on_first(ranks, lambda: stack.enter_context(run_lock(prepared.run_dir)))
-        if config.train.fresh and (aside := _on_first(ranks, lambda: _moved(prepared.run_dir, hooks.command_id))):
+        if remote and not fresh:
+            hooks.stage("fetching a checkpoint")
+            remote.fetch(ranks, lambda line: _say(ranks, hooks, line))
+        if fresh and (aside := _on_first(ranks, lambda: _moved(prepared.run_dir, hooks.command_id))):
             _say(ranks, hooks, f"train.fresh: earlier results were moved to {aside}")
         if weights := agree(config, prepared.run_dir, prepared.pipeline, prepared.start, ranks):
             prepared = replace(prepared, start=weights, model_fingerprint=weights.fingerprint)
@@ -244,6 +254,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
                 peak_tflops=config.cluster.peak_tflops,
             ),
             certifier=certifier,
+            remote=remote,
             log=log,
             report=ReportWriter(prepared.run_dir, hooks.say)
             if ranks.is_first and config.train.report != "off"
@@ -424,12 +435,15 @@ def _open_log(config: Config, prepared: Prepared, loaded: Loaded | None) -> RunL
     )
 
 
+def _is_fresh(config: Config, command_id: str) -> bool:
+    """False for a restart of the gang by the same command: it goes on from its own checkpoints."""
+    mark = Path(config.run.path or ".") / ".fresh"
+    return config.train.fresh and not (command_id and mark.is_file() and mark.read_text() == command_id)
+
+
 def _moved(run_dir: Path, command_id: str) -> str | None:
-    mark = run_dir / ".fresh"
-    if command_id and mark.is_file() and mark.read_text() == command_id:
-        return None  # a restart of the gang by the same command goes on from its own checkpoints
     aside = move_aside(run_dir)
-    mark.write_text(command_id)
+    (run_dir / ".fresh").write_text(command_id)
     return str(aside) if aside else None
 
 

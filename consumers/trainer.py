@@ -30,6 +30,7 @@ from consumers.errors import DegradedError, TrainingError
 from consumers.fault_dump import dump_keys, dump_micro_batch
 from consumers.rank_log import rank_logged
 from consumers.rollout import Round
+from consumers.remote_checkpoints import RemoteCheckpoints
 from consumers.session import Hooks, Session, Stopped, await_batch, open_session
 from consumers.throughput import RANK_COLUMNS
 from consumers.watch import draw_grids, due_norms, evaluate
@@ -316,8 +317,20 @@ def _save(session: Session) -> None:
     )
     if session.ranks.is_first:
         session.hooks.say(f"saved step {session.progress.step}")
+    if session.remote:
+        _copy(session, session.remote)
     if session.report and session.config.train.report == "checkpoints":
         session.report.begin()
+
+
+def _copy(session: Session, remote: RemoteCheckpoints) -> None:
+    session.hooks.stage("copying the checkpoint")
+    keep, step, begin = session.config.checkpoint, session.progress.step, time.perf_counter()
+    problem = remote.push(step, session.ranks, keep=keep.keep, keep_every=keep.keep_every)
+    if problem and session.ranks.is_first:
+        _warn(session, f"step {step} is saved, but not copied to {remote.storage.url}: {problem}")
+    elif session.ranks.is_first:
+        session.hooks.say(f"copied step {step} to {remote.storage.url} in {time.perf_counter() - begin:.1f} s")
 
 
 @contextlib.contextmanager

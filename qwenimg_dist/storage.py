@@ -73,6 +73,9 @@ class Patience:
         return longest * random.uniform(0.5, 1.0)
 
 
+PATIENCE: Final = Patience()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Object:
     """One object as it is listed."""
@@ -108,7 +111,7 @@ class Storage:
 
     def __init__(self, url: str, *, patience: Patience | None = None) -> None:
         self.url = check_url(url, "url")
-        self.patience = patience or Patience()
+        self.patience = patience or PATIENCE
         self._root = self.url.removeprefix("s3://")
         self._fs = _file_system()
 
@@ -292,11 +295,11 @@ def _file_system() -> Any:
     config = {
         "connect_timeout": _CONNECT_S,
         "read_timeout": _SILENT_S,
-        "retries": {"mode": "standard", "total_max_attempts": 2},
+        "retries": {"mode": "standard", "total_max_attempts": 1},
         "max_pool_connections": 32,
     }
     client = s3fs.S3FileSystem(config_kwargs=config, use_listings_cache=False)
-    client.retries = 3  # of a call, quickly, which mends single parts of an upload; the patience is ours
+    client.retries = 4  # of a call, quickly, which mends single parts of an upload; the patience is ours
     return client
 
 

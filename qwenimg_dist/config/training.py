@@ -304,6 +304,11 @@ class CheckpointConfig(Section):
     keep_every: NonNegativeInt = 0
     """Checkpoints of steps that are multiples of this stay for good, whatever `keep` says; 0 keeps none so. The disk
     they fill is never given back by the run."""
+    remote: str | None = None
+    """`s3://BUCKET/FOLDER` that gets a copy of each checkpoint and of the run's small files, by which the same command
+    goes on with an empty `run.path` on any machine. The run directory itself stays on a disk. Costs the upload of a
+    checkpoint over all ranks, which training waits for; one that fails is a warning. `keep` holds there too. `None`
+    keeps no copy."""
     certify: Literal["start", "save", "off"] = "start"
     """When the run's call of the transformer is compared with stock diffusers' on the same weights: at each start, also
     before each `save`, or never. The result stands in every checkpoint's certificate; a difference beyond rounding

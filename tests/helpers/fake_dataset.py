@@ -18,7 +18,6 @@ import pyarrow as pa
 from qwenimg_dist.data.catalog import RunFacets
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.data.shards import RawTensor, ShardWriter
-from qwenimg_dist.files import write_json
 from qwenimg_dist.schema import (
     DEDUP,
     DEDUP_COLUMNS,
@@ -190,7 +189,7 @@ class FakeProducer:
             self.complete()
 
     def complete(self) -> None:
-        write_json(self.dataset.root / SOURCE_COMPLETE, {"units": self.num_units, "rows": len(self.rows)})
+        self.dataset.put_json(SOURCE_COMPLETE, {"units": self.num_units, "rows": len(self.rows)})
 
     def produce_unit(self, unit: int) -> None:
         rows = self.unit_rows(unit)
