@@ -110,7 +110,9 @@ class Storage:
     """A folder of a bucket; names are relative to it. Safe to use from several threads, and cheap to make."""
 
     def __init__(self, url: str, *, patience: Patience | None = None) -> None:
-        self.url = check_url(url, "url")
+        self.url = url.rstrip("/")
+        if not url.startswith("s3://") or "@" in urlsplit(url).netloc:
+            check_url(url, "a URL")  # raises
         self.patience = patience or PATIENCE
         self._root = self.url.removeprefix("s3://")
         self._fs = _file_system()
@@ -172,7 +174,12 @@ class Storage:
 
         def get() -> bytes:
             path = f"{self._root}/{name}"
-            return bytes(self._call(self._fs._cat_file, path, start=start, end=stop, num_bytes=stop - start))
+            try:
+                return bytes(self._call(self._fs._cat_file, path, start=start, end=stop, num_bytes=stop - start))
+            except OSError as error:
+                if _code(error) == "InvalidRange":  # it ends before `start`
+                    return b""
+                raise
 
         return self._patiently(f"read {name}", get)
 

@@ -23,6 +23,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 from producers.sources import parquet_cells, tars
 from producers.synthetic_text import recipe
 from qwenimg_dist.schema import IMAGE, Kind, row_identity
+from qwenimg_dist.storage import StorageError
 
 NO_CAPTION: Final = "no_caption"
 BAD_CAPTION: Final = "bad_caption"
@@ -141,11 +142,20 @@ def read_bytes(root: str, uri: str) -> bytes:
     if uri.startswith(parquet_cells.SCHEME):
         with _blaming(root):
             return parquet_cells.read(place, uri)
-    if "://" in place:
-        import fsspec  # only remote sources pay for it
+    if place.startswith("s3://"):
+        from producers.sources import remote  # only remote sources pay for it
 
-        with fsspec.open(place, "rb") as remote:
-            return bytes(remote.read())
+        try:
+            return remote.read_member(place, uri) if uri.startswith(tars.SCHEME) else remote.read(place)
+        except StorageError as error:
+            raise SourceGoneError(str(error)) from error
+        except ValueError as error:
+            raise FileNotFoundError(str(error)) from error
+    if "://" in place:
+        import fsspec
+
+        with fsspec.open(place, "rb") as stream:
+            return bytes(stream.read())
     with _blaming(root):
         if uri.startswith(tars.SCHEME):
             return tars.read_member(place, uri)

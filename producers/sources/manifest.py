@@ -1,24 +1,29 @@
 """A manifest: a `.jsonl` or `.parquet` file with one row per picture, in the file's own order.
 
-Uris may be relative (to `source.root`, else to the manifest's folder), absolute paths, or URLs that fsspec reads; one
-uri may appear several times. A row without a uri, or a broken line, becomes a `bad_row`.
+Uris may be relative (to `source.root`, else to the manifest's folder), absolute paths, or URLs that fsspec reads
+(s3:// with patience, see `storage.py`); the manifest itself may lie on s3://. One uri may appear several
+times. A row without a uri, or a broken line, becomes a `bad_row`.
 """
 
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from producers.sources import remote
 from producers.sources.bad_rows import bad_row, look_through
 from producers.sources.base import Found, SourceRow, captions_of_kinds, encode_uri, with_labels
 from producers.sources.jsonl import read_jsonl
 from qwenimg_dist.config import ManifestSource
 from qwenimg_dist.schema import RAW
+from qwenimg_dist.storage import check_url, is_remote
 
 _BATCH_ROWS: Final = 8192
 
@@ -29,14 +34,19 @@ class Manifest:
     def __init__(self, config: ManifestSource) -> None:
         if not config.path:
             raise ValueError("source.path is not set: add source.path=FILE (.jsonl or .parquet) to the command")
-        self._file = Path(config.path.removeprefix("file://")).expanduser()
+        self._url = check_url(config.path, "source.path") if is_remote(config.path) else None
+        # Of a URL the name alone, until `find` has brought it here.
+        plain = config.path.removeprefix("file://") if self._url is None else posixpath.basename(self._url)
+        self._file = Path(plain).expanduser()
         if self._file.suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"source.path={config.path}: a manifest is a .jsonl or a .parquet file")
         self._uri_column = config.uri_column
         self._kinds = config.caption_columns
         self._labels = config.label_columns
         self._columns = config.caption_columns or {RAW: config.caption_column}
-        self._root = config.root if config.root is not None else str(self._file.parent)
+        folder = str(self._file.parent) if self._url is None else posixpath.dirname(self._url)
+        self._root = config.root if config.root is not None else folder
+        self._stack = ExitStack()
 
     @property
     def root(self) -> str:
@@ -45,6 +55,12 @@ class Manifest:
     def find(self, *, min_age_s: float = 0.0) -> Found:
         """See `Source.find`; with `min_age_s` a last line half written is left for later. The files that a manifest
         names are complete."""
+        if self._url is not None:
+            self._stack.close()  # the look before this one
+            try:
+                self._file = self._stack.enter_context(remote.brought_here(self._url))
+            except FileNotFoundError as error:
+                raise ValueError(f"source.path={self._url} is not there") from error
         if not self._file.is_file():
             raise ValueError(f"source.path={self._file} is not a file that can be read")
         # Twice through the file rather than a million rows in memory; the first time only to find what is wrong.

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -92,6 +92,18 @@ def read_member(path: str, uri: str) -> bytes:
         if len(data) != found[1]:
             raise OSError(f"{path} is cut off within {name!a}")
         return data
+
+
+def member_of_range(uri: str, read: Callable[[int, int], bytes], place: str) -> bytes:
+    """As `read_member`, where looking for a member that was moved would mean to read the whole tar: `read` gives the
+    bytes [start, stop) of it."""
+    name, offset, size = _parse(uri)[1:]
+    data = read(offset - _BLOCK, offset + size) if offset >= _BLOCK else b""
+    if not _is_header_of(data[:_BLOCK], name, size):
+        raise FileNotFoundError(f"{place} has {name!a} no longer at byte {offset}: it was written anew")
+    if len(data) != _BLOCK + size:
+        raise OSError(f"{place} is cut off within {name!a}")
+    return data[_BLOCK:]
 
 
 def has_member(path: str, uri: str) -> bool:

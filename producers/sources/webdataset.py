@@ -5,23 +5,25 @@ picture of a sample is a row; rows are in the order of the tars' names, then of 
 only names, sizes and captions are read: no path leads anywhere, links and devices are passed over, nothing is executed.
 A tar that breaks off gives its samples before the fault, but for the last one, which may lack a member, and is named in
 `Found.problems`; once it is whole, the same command adds the others. Deliberately left out: compressed tars, `pipe:`
-and other URLs, pickles, captions over 1 MB.
+and URLs but s3://, pickles, captions over 1 MB.
 """
 
 from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 import posixpath
 import re
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from producers.sources import remote
 from producers.sources.base import (
     BAD_CAPTION,
     NO_CAPTION,
@@ -36,6 +38,7 @@ from producers.sources.metadata import Captions
 from producers.sources.tars import Member, TornTarError, member_uri, walk
 from qwenimg_dist.config import WebdatasetSource
 from qwenimg_dist.schema import RAW
+from qwenimg_dist.storage import StorageError, check_url, is_remote
 
 _CAPTION_BYTES: Final = 1024**2
 _BRACES: Final = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -52,12 +55,20 @@ class Webdataset:
                 "source.path is not set: add source.path=FOLDER, 'source.path=FOLDER/*.tar' or a list of tars"
             )
         self._patterns = [pattern.removeprefix("file://") for pattern in patterns]
+        self._is_remote = is_remote(self._patterns[0])
         for pattern in self._patterns:
-            if "://" in pattern or pattern.startswith("pipe:"):
-                raise ValueError(f"source.path={pattern}: source=webdataset reads tars on local or shared disks only")
+            if is_remote(pattern):
+                check_url(pattern, "source.path")
+            if pattern.startswith("pipe:") or is_remote(pattern) != self._is_remote:
+                raise ValueError(
+                    f"source.path={pattern}: source=webdataset reads tars on disks, or all of them on s3://"
+                )
         self._captions, self._kinds = config.captions, config.caption_columns
         self._labels = config.label_columns
         self._columns = config.caption_columns or {RAW: config.caption_column}
+        if self._is_remote:
+            self._root = _common_url([_fixed_part(pattern.rstrip("/")) for pattern in self._patterns])
+            return
         folders = [_fixed_part(os.path.abspath(os.path.expanduser(pattern))) for pattern in self._patterns]
         self._root = os.path.commonpath(folders)
 
@@ -67,10 +78,9 @@ class Webdataset:
 
     def find(self, *, min_age_s: float = 0.0) -> Found:
         """See `Source.find`. Looks for tars, and into them up to the first caption; the rows walk them once."""
-        tars = self._tars()
-        if min_age_s > 0:
-            newest = time.time() - min_age_s
-            tars = [tar for tar in tars if os.stat(tar).st_mtime <= newest]
+        written = self._remote_tars() if self._is_remote else {tar: os.stat(tar).st_mtime for tar in self._tars()}
+        newest = time.time() - min_age_s if min_age_s > 0 else math.inf
+        tars = [tar for tar, modified in written.items() if modified <= newest]
         first = Found(rows=())
         last: SourceRow | None = None
         for last in self._rows(tars, first):
@@ -105,16 +115,42 @@ class Webdataset:
                 found[tar] = None
         return list(found)
 
+    def _remote_tars(self) -> dict[str, float]:
+        """URL -> when it was written, of all tars. Raises ValueError for a pattern without any."""
+        found: dict[str, float] = {}
+        for pattern in self._patterns:
+            for one in _ranges(pattern.rstrip("/")):
+                here = remote.matching(one, _fixed_part(one))
+                if not here:
+                    raise ValueError(f"source.path={one} names no tar; is it right?")
+                found |= here
+        return found
+
     def _rows(self, tars: Iterable[str], found: Found) -> Iterator[SourceRow]:
         for tar in tars:
+            here = tar
             try:
-                with open(tar, "rb") as file:
-                    for _, members in groupby(walk(tar), key=lambda member: _sample_of(member.name)):
-                        yield from self._sample(os.path.relpath(tar, self._root), file, list(members), found)
+                with self._here(tar) as here, open(here, "rb") as file:
+                    for _, members in groupby(walk(here), key=lambda member: _sample_of(member.name)):
+                        yield from self._sample(self._name(tar), file, list(members), found)
+            except StorageError:  # no verdict on any tar
+                raise
             except TornTarError as error:
-                found.problems.append(f"{error}: its samples before the fault are used; replace it and run again")
+                told = str(error).replace(here, tar)
+                found.problems.append(f"{told}: its samples before the fault are used; replace it and run again")
             except OSError as error:
                 found.problems.append(f"{tar} cannot be read ({error.strerror}): its samples so far are used")
+
+    @contextmanager
+    def _here(self, tar: str) -> Iterator[str]:
+        if not self._is_remote:
+            yield tar
+            return
+        with remote.brought_here(tar) as file:
+            yield str(file)
+
+    def _name(self, tar: str) -> str:
+        return tar.removeprefix(f"{self._root}/") if self._is_remote else os.path.relpath(tar, self._root)
 
     def _sample(self, tar: str, file: BinaryIO, members: list[Member], found: Found) -> Iterator[SourceRow]:
         pictures, texts = [], {}
@@ -191,17 +227,35 @@ def _expand(path: str) -> list[str]:
     match = _BRACES.search(path)
     if match is None:
         return [path] if os.path.exists(path) else sorted(glob.glob(path))
+    return [tar for name in _named(path, match) for tar in (_expand(name) or [name])]
+
+
+def _named(path: str, match: re.Match[str]) -> list[str]:
+    """The paths that the first range of a pattern stands for."""
     width = len(match[1])
     numbers = range(int(match[1]), int(match[2]) + 1)
-    names = [f"{path[: match.start()]}{number:0{width}d}{path[match.end() :]}" for number in numbers]
-    return [tar for name in names for tar in (_expand(name) or [name])]
+    return [f"{path[: match.start()]}{number:0{width}d}{path[match.end() :]}" for number in numbers]
+
+
+def _ranges(path: str) -> list[str]:
+    """The pattern without ranges: one for each number."""
+    match = _BRACES.search(path)
+    return [path] if match is None else [one for name in _named(path, match) for one in _ranges(name)]
 
 
 def _fixed_part(path: str) -> str:
     """The folder that a pattern starts in: what uris are relative to."""
-    if os.path.isdir(path):
+    if os.path.isdir(path) or (is_remote(path) and not path.endswith(".tar") and not glob.has_magic(path)):
         return path
-    folder = Path(path).parent
-    while glob.has_magic(str(folder)) or _BRACES.search(str(folder)):
-        folder = folder.parent
-    return str(folder)
+    folder = posixpath.dirname(path)
+    while glob.has_magic(folder) or _BRACES.search(folder):
+        folder = posixpath.dirname(folder)
+    return folder
+
+
+def _common_url(folders: list[str]) -> str:
+    """Raises ValueError if they have not even a bucket in common."""
+    common = os.path.commonpath([folder.removeprefix("s3://") for folder in folders])
+    if not common:
+        raise ValueError("source.path: tars of different buckets are different sources, each for a data set of its own")
+    return f"s3://{common}"

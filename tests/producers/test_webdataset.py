@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import webdataset
 from producer_world import SCORERS, FakeEncoders, draw, make_plan_for, rows_of
+from tar_samples import Members, samples, write_tar
 
 from producers.driver import Driver
 from producers.sources import open_source, tars
@@ -21,31 +21,6 @@ from producers.workers import InlineWorkers
 from qwenimg_dist.config import WebdatasetSource
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.schema import LISTING, ROWS, SCAN
-
-Members = list[tuple[str, bytes]]
-
-
-def write_tar(file: Path, members: Members, *, form: int = tarfile.PAX_FORMAT) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w", format=form) as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return file
-
-
-def samples(start: int, stop: int) -> Members:
-    """As img2dataset writes them."""
-    return [
-        (f"{number:09d}.{kind}", data)
-        for number in range(start, stop)
-        for kind, data in (
-            ("jpg", b"picture %d" % number * 40),
-            ("json", json.dumps({"caption": f"words {number}", "status": "success"}).encode()),
-            ("txt", f"words {number}".encode()),
-        )
-    ]
 
 
 def find(path: Any, **options: Any) -> Found:
@@ -144,8 +119,8 @@ def test_a_torn_tar_is_named_and_gives_what_is_before_the_fault(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("pipe:cat a.tar", "local or shared disks only"),
-        ("https://host/a.tar", "local or shared disks only"),
+        ("pipe:cat a.tar", "reads tars on disks, or all of them on s3://"),
+        ("https://host/a.tar", "of URLs only s3://BUCKET/FOLDER is supported"),
         ("{root}/none/*.tar", "names no tar"),
         ("{root}/{{000..002}}.tar", "002.tar is not a file that can be read"),
         ("{root}/z.tar.gz", "no picture in 1 tars: .*z.tar.gz is damaged or no plain tar"),

@@ -1,0 +1,59 @@
+"""Sources on `s3://`: which tars there are, a file brought here while it is gone through, single pictures by range.
+
+Place in the flow: `webdataset.py` and `manifest.py` list through this, workers read pictures (`base.read_bytes`). A tar
+is streamed to a temporary once per listing, since its headers lie all over it; a picture in it is then one request of
+just its bytes. A bucket that cannot be reached is the source that is gone (`SourceGoneError` in `base.py`), not a fault
+of any row. Refused: what `storage.check_url` refuses, and a tar that was written anew since it was listed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from producers.sources import tars
+from qwenimg_dist.storage import Storage
+
+
+def split(url: str) -> tuple[str, str]:
+    """(folder, name) of an object's URL."""
+    folder, _, name = url.rpartition("/")
+    return folder, name
+
+
+def matching(pattern: str, folder: str) -> dict[str, float]:
+    """URL -> when it was written (seconds since 1970) of the tars that a folder's URL, or a glob below `folder`, names;
+    sorted."""
+    whole = pattern == folder
+    wanted = f"{folder}/*.tar" if whole else pattern
+    found = {f"{folder}/{name}": one.modified_s for name, one in Storage(folder).list().items()}
+    return {
+        url: modified
+        for url, modified in sorted(found.items())
+        if url.count("/") == wanted.count("/") and fnmatch.fnmatchcase(url, wanted)
+    }
+
+
+@contextmanager
+def brought_here(url: str) -> Iterator[Path]:
+    """A file of this machine with the object's content, while it is gone through."""
+    folder, name = split(url)
+    with tempfile.TemporaryDirectory(prefix="qwenimg-dist-") as here:
+        file = Path(here) / name
+        Storage(folder).fetch(name, file)
+        yield file
+
+
+def read(url: str) -> bytes:
+    """A picture. Raises FileNotFoundError if there is none, `StorageError` if it cannot be reached."""
+    folder, name = split(url)
+    return Storage(folder).read(name)
+
+
+def read_member(url: str, uri: str) -> bytes:
+    """A picture in the tar at `url`, by the range in its uri. Raises FileNotFoundError if it is not there now."""
+    folder, name = split(url)
+    return tars.member_of_range(uri, lambda start, stop: Storage(folder).read_range(name, start, stop), url)

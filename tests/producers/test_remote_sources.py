@@ -1,0 +1,97 @@
+"""Tars, manifests and pictures on s3:// are listed and read as those on a disk; an outage is no fault of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3_server import BUCKET, Server, s3_server
+from tar_samples import samples, write_tar
+
+from producers.sources import open_source
+from producers.sources.base import Found, SourceGoneError, read_bytes
+from qwenimg_dist import storage
+from qwenimg_dist.config import ManifestSource, WebdatasetSource
+from qwenimg_dist.storage import Patience, Storage, StorageError
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with s3_server() as running:
+        yield running
+
+
+@pytest.fixture
+def url(server: Server, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(storage, "PATIENCE", Patience(attempts=3, first_s=0.02))
+    yield f"s3://{BUCKET}/{request.node.name}"
+    server.faults.heal()
+
+
+def find(path: Any) -> tuple[Found, str]:
+    source = open_source(WebdatasetSource(kind="webdataset", path=path))
+    found = source.find()
+    return replace(found, rows=list(found.rows)), source.root
+
+
+def test_tars_of_a_bucket_give_the_rows_and_bytes_of_those_on_a_disk(url: str, tmp_path: Path, server: Server) -> None:
+    for name, first in (("a/000.tar", 0), ("a/001.tar", 3), ("a/002.tar", 6), ("b/000.tar", 9)):
+        Storage(url).upload(write_tar(tmp_path / name, samples(first, first + 3)), name)
+    local, _ = find(str(tmp_path / "a"))
+    server.faults.refuse_every = 5
+    for path in (f"{url}/a", f"{url}/a/*.tar", url + "/a/{000..002}.tar"):
+        found, root = find(path)
+        assert root == f"{url}/a"
+        assert list(found.rows) == list(local.rows)
+    for row in found.rows:
+        assert read_bytes(root, row.uri) == read_bytes(str(tmp_path / "a"), row.uri)
+    both, root = find((f"{url}/a/001.tar", f"{url}/b"))
+    assert root == url
+    assert len(list(both.rows)) == 6
+    assert read_bytes(root, list(both.rows)[-1].uri) == b"picture 11" * 40
+    server.faults.heal()
+
+    uri = list(local.rows)[4].uri
+    Storage(url).upload(write_tar(tmp_path / "other.tar", samples(0, 1)), "a/001.tar")
+    with pytest.raises(FileNotFoundError, match="was written anew"):
+        read_bytes(f"{url}/a", uri)
+    server.faults.refuse = 100_000
+    with pytest.raises(SourceGoneError, match="after 3 tries"):
+        read_bytes(f"{url}/a", uri)
+    with pytest.raises(StorageError):
+        find(f"{url}/a")
+
+
+def test_a_manifest_and_its_pictures_may_lie_in_a_bucket(url: str) -> None:
+    store = Storage(url)
+    store.write("pictures/a 1?.jpg", b"bytes of a")
+    store.write("list.jsonl", b'{"uri": "pictures/a 1?.jpg", "caption": "a"}\n{"uri": "gone.jpg", "caption": "b"}\n')
+    source = open_source(ManifestSource(kind="manifest", path=f"{url}/list.jsonl"))
+    rows = list(source.find().rows)
+    assert [row.captions for row in rows] == [("a",), ("b",)]
+    assert source.root == url
+    assert read_bytes(source.root, rows[0].uri) == read_bytes("/elsewhere", f"{url}/pictures/a 1?.jpg") == b"bytes of a"
+    with pytest.raises(FileNotFoundError):
+        read_bytes(source.root, rows[1].uri)
+    assert len(list(source.find().rows)) == 2  # a second look, as with follow=true
+    with pytest.raises(ValueError, match="is not there"):
+        open_source(ManifestSource(kind="manifest", path=f"{url}/none.jsonl")).find()
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("s3://key:secret@bucket/a", "must hold no credentials"),
+        ("gs://bucket/a", "only s3://BUCKET/FOLDER"),
+        ("pipe:curl", "reads tars on disks, or all of them on s3://"),
+        (("s3://a/b", "/local"), "reads tars on disks, or all of them on s3://"),
+        (("s3://a/b", "s3://c/d"), "tars of different buckets"),
+        ("s3://bucket/none", "names no tar"),
+    ],
+)
+def test_refused(server: Server, path: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        find(path)
