@@ -191,9 +191,8 @@ class Stream:
 
     def _positions(self, batch: GlobalBatch) -> Ints:
         """Positions in a global batch that this rank reads."""
-        per_rank = -(-len(batch.rows) // self._world)
-        slots = np.arange(self._rank * per_rank, (self._rank + 1) * per_rank, dtype=np.int64)
-        return np.minimum(slots, len(batch.rows) - 1)
+        tokens = self._ledger.phases[batch.phase].micro_batch_tokens  # decides the micro-batches, not whose they are
+        return cut_for(len(batch.rows), 1, 0, tokens, rank=self._rank, world=self._world).source
 
     def _submit(self, step: int, *, required: bool = False) -> None:
         if required or step not in self._pending:

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from producers import fence
 from producers.actor import Job
+from producers.commit import UnitConflictError
 from producers.driver import Driver
 from producers.hold import Hold
 from producers.listing import ListingChange, check_kind
@@ -161,7 +162,10 @@ def drive(
             hold=_hold(production, dataset, progress),
         )
         with stop_signals(stop):
-            return _rounds(driver, production, stop, progress, on_listed)
+            try:
+                return _rounds(driver, production, stop, progress, on_listed)
+            except UnitConflictError as error:  # workers try again; what the driver commits is the driver's alone
+                raise ProduceError(f"another `produce` works on this data set: {error}; end one of them") from error
 
 
 def _tracked(production: Production, dataset: Dataset, stack: ExitStack) -> list[WandbGauges]:
