@@ -16,6 +16,7 @@ from typing import Final
 
 from qwenimg_dist.commands.inputs import required
 from qwenimg_dist.compose import load_config
+from qwenimg_dist.data.mirror import data_root
 from qwenimg_dist.report.run_report import write_run_report
 
 SUMMARY: Final = "write a run's report.html: curves, grids, funnel, faults, checkpoints"
@@ -27,7 +28,7 @@ def run(args: list[str]) -> int:
         return _dashboard(args[1:])
     config = load_config(args)
     run_dir = Path(required(config.run.path, "run.path"))
-    data = [Path(config.data.path)] if config.data.path else None
+    data = [data_root(config.data.path, config.data)] if config.data.path else None
     print(write_run_report(run_dir, data))
     return 0
 

@@ -55,15 +55,13 @@ def tar_bytes(folder: Path) -> int:
 
 @pytest.mark.slow
 def test_two_ranks_on_a_bucket_lose_their_machine_and_end_in_the_same_run(tmp_path: Path) -> None:
-    write_input(tmp_path)
+    write_input(tmp_path, unit_size=4)
     data = tmp_path / "data"
     words = ["-m", "consumers", *overrides(tmp_path, "local", "engine.precision=fp32", "train.log_every=1")]
     ended = run_gang(words, 2, tmp_path / "logs-local")
     assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
 
-    largest = max(file.stat().st_size for file in data.rglob("*.tar"))
-    limit = max(tar_bytes(data) // 2, 8 * largest)
-    assert limit < tar_bytes(data)
+    limit = tar_bytes(data) * 6 // 10
     with s3_server() as server:
         upload(data, DATA)
         shutil.rmtree(data)

@@ -69,10 +69,10 @@ def overrides(root: Path, run: str = "run", *extra: str) -> list[str]:
     ]
 
 
-def write_input(root: Path, others: Sequence[int] = ()) -> None:
+def write_input(root: Path, others: Sequence[int] = (), *, unit_size: int = 16) -> None:
     """`root/pipeline` and `root/data`, which has latents of the classes `others` besides those that are trained."""
     write_pipeline(root / "pipeline")
-    producer = FakeProducer(root / "data", unit_size=16, resolutions=(64, 128))
+    producer = FakeProducer(root / "data", unit_size=unit_size, resolutions=(64, 128))
     encoded = f"encode.resolutions={[*others, 64, 128]}".replace(" ", "")
     config = load_config([*overrides(root), encoded])
     trained = facets_of(config, root / "pipeline")
