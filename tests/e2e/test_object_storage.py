@@ -54,11 +54,12 @@ def tar_bytes(folder: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_two_ranks_on_a_bucket_lose_their_machine_and_end_in_the_same_run(tmp_path: Path) -> None:
     write_input(tmp_path, unit_size=4)
     data = tmp_path / "data"
     words = ["-m", "consumers", *overrides(tmp_path, "local", "engine.precision=fp32", "train.log_every=1")]
-    ended = run_gang(words, 2, tmp_path / "logs-local")
+    ended = run_gang(words, 2, tmp_path / "logs-local", timeout_s=600)
     assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
 
     limit = tar_bytes(data) * 6 // 10
@@ -87,7 +88,7 @@ def test_two_ranks_on_a_bucket_lose_their_machine_and_end_in_the_same_run(tmp_pa
                 f"checkpoint.remote={RUN}",
                 f"train.stop_after={stop_after}",
             ]
-            ended = run_gang(words, 2, tmp_path / f"logs-{machine}", env=server.env)
+            ended = run_gang(words, 2, tmp_path / f"logs-{machine}", env=server.env, timeout_s=600)
             assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
             if machine == 1:
                 assert "copied step 5 to" in ended[0].output
@@ -105,6 +106,7 @@ def test_two_ranks_on_a_bucket_lose_their_machine_and_end_in_the_same_run(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_produce_into_a_bucket_killed_twice_goes_on_elsewhere_and_gives_the_same_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
