@@ -29,8 +29,8 @@ from consumers.engine import StepResult, start_distributed, stop_distributed
 from consumers.errors import DegradedError, TrainingError
 from consumers.fault_dump import dump_keys, dump_micro_batch
 from consumers.rank_log import rank_logged
-from consumers.rollout import Round
 from consumers.remote_checkpoints import RemoteCheckpoints
+from consumers.rollout import Round
 from consumers.session import Hooks, Session, Stopped, await_batch, open_session
 from consumers.throughput import RANK_COLUMNS
 from consumers.watch import draw_grids, due_norms, evaluate

@@ -18,6 +18,7 @@ from qwenimg_dist.config import Config
 from qwenimg_dist.data.catalog import RunFacets
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.mirror import data_root
 from qwenimg_dist.data.pins import ready_units, why_not_ready
 from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
 from qwenimg_dist.schema import PROMPT
@@ -31,7 +32,9 @@ def validation_generations(
     """Where held-out samples come from; None where there are none. Collective."""
     if config.evaluate.data_path is None:
         return None if prepared.facets.kind == PROMPT else generations
-    made: Generations = ranks.together(lambda: _open(config, prepared, Path(str(config.evaluate.data_path))))
+    made: Generations = ranks.together(
+        lambda: _open(config, prepared, data_root(str(config.evaluate.data_path), config.data))
+    )
     count = ranks.on_first(lambda: _advanced(made, tars=config.data.max_bad_samples == 0))
     ranks.together(lambda: made.refresh(count))
     return made
@@ -45,6 +48,7 @@ def _open(config: Config, prepared: Prepared, folder: Path) -> Generations:
     facets = RunFacets(text=text_facet_name(prepared.pipeline, config), latents={r: latents[r] for r in classes})
     try:
         dataset = Dataset.open(folder)
+        dataset.refresh()
         if not ready_units(dataset, facets):
             raise DataError(why_not_ready(dataset, facets))
     except DataError as error:
