@@ -71,7 +71,8 @@ class LookAhead:
         batch = self._ledger.batch(step)
         mine = np.unique(self._share(batch))
         catalogs, rows = self._ledger.catalogs, batch.rows[mine]
-        found = [_named(places) for _, _, places in catalogs.latents_places(rows, batch.resolution, batch.bucket)]
+        latents = catalogs.latents_places(rows, batch.resolution, batch.bucket)
+        found = [_named(places) for catalog, _, places in latents if catalog.latents[batch.resolution].facet]
         found += [_named(places) for _, _, places in catalogs.text_places(np.unique(batch.texts[mine]))]
         return [tar for tars in found for tar in tars]
 

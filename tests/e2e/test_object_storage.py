@@ -77,7 +77,7 @@ def test_two_ranks_on_a_bucket_lose_their_machine_and_end_in_the_same_run(tmp_pa
         watcher = threading.Thread(target=watch)
         watcher.start()
         server.faults.refuse_every, server.faults.late_s = 11, 0.02
-        for machine, stop_after in ((1, "5"), (2, "null")):
+        for machine, stop_after in ((1, "6"), (2, "null")):
             words = [
                 "-m",
                 "consumers",
@@ -91,18 +91,18 @@ def test_two_ranks_on_a_bucket_lose_their_machine_and_end_in_the_same_run(tmp_pa
             ended = run_gang(words, 2, tmp_path / f"logs-{machine}", env=server.env, timeout_s=600)
             assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
             if machine == 1:
-                assert "copied step 5 to" in ended[0].output
+                assert "copied step 6 to" in ended[0].output
                 shutil.rmtree(tmp_path / "run-1")
         watching.set()
         watcher.join()
-        assert "is at step 5, ahead of" in ended[0].output
-        assert "resuming from step 5" in ended[0].output
+        assert "is at step 6, ahead of" in ended[0].output
+        assert "resuming from step 6" in ended[0].output
         assert server.faults.seen["503"] > 10
         assert 0 < most <= limit
     run, local = tmp_path / "run-2", tmp_path / "local"
     assert lines(run / "samples.jsonl") == lines(local / "samples.jsonl")
     assert numbers(run) == numbers(local)
-    assert [info.step for info in list_checkpoints(run) if info.fault is None] == [5, 8, 12]
+    assert [info.step for info in list_checkpoints(run) if info.fault is None] == [6, 8, 12]
 
 
 @pytest.mark.slow
