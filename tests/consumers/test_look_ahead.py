@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cache_size import tar_bytes
 from fake_dataset import FakeProducer, make_rows
 from s3_server import BUCKET, Server, s3_server
 
@@ -85,7 +86,7 @@ def test_two_ranks_on_a_cache_smaller_than_the_data_read_the_same_as_from_a_disk
             got, wanted = mine.get(step), theirs.get(step)
             assert got.keys == wanted.keys
             assert all(torch.equal(a, b) for a, b in zip(content(got), content(wanted), strict=True))
-        assert sum(file.stat().st_size for file in root.rglob("*.tar") if file.exists()) <= limit
+        assert 0 < tar_bytes(root) <= limit
     for stream in (*ranks, *alone):
         stream.close()
 

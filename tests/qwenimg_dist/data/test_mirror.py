@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cache_size import tar_bytes
 from fake_dataset import FakeProducer, make_rows
 from s3_server import BUCKET, Server, objects, s3_server
 
@@ -112,7 +113,7 @@ def test_another_machine_reads_what_was_committed_under_a_limit_smaller_than_the
 
     def watch() -> None:
         while not watching.wait(0.005):
-            most[0] = max(most[0], sum(file.stat().st_size for file in dataset.root.rglob("*.tar")))
+            most[0] = max(most[0], tar_bytes(dataset.root))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
