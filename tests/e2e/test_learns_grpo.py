@@ -16,7 +16,8 @@ from early_demo import EarlyDemo, prompts_for_pairs, prompts_for_tests
 from produce_command import produce
 from small_run import lines, run_gang
 
-STEPS = 30
+STEPS = 20
+"""Seen at a rate of 2e-4: +0.08 +- 0.025 after 20, with a held-out loss 4 % worse, which grows faster than the gain."""
 SEEDS = (0, 1, 2)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -37,7 +38,7 @@ def run_dir(early_demo: EarlyDemo, tmp_path_factory: pytest.TempPathFactory) -> 
         "curriculum.phases.low.global_batch=8",
         "curriculum.phases.low.share=null",
         f"curriculum.phases.low.steps={STEPS}",
-        "optim.lr=2e-4",
+        "optim.lr=1.5e-4",
         "optim.ema_decay=0.9",
         "objective.group_size=8",
         "objective.num_steps=6",
@@ -47,7 +48,7 @@ def run_dir(early_demo: EarlyDemo, tmp_path_factory: pytest.TempPathFactory) -> 
         "objective.share_noise=true",  # of 64 pictures, what the window did tells groups' pictures apart better
         f"train.steps={STEPS}",
         f"checkpoint.every={STEPS}",
-        "evaluate.every=20",
+        "evaluate.every=10",
         "evaluate.weights=ema",
         "evaluate.guard=warn",
     ]
