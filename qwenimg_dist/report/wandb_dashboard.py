@@ -24,6 +24,11 @@ PANELS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         "winner's error and the reference's": ("train/winner_error", "train/winner_reference_error"),
         "margin": ("train/margin",),
     },
+    "Rewards": {
+        "reward": ("reward/total",),
+        "spread within groups": ("reward/group_std",),
+        "failed, timed out": ("reward/failures", "reward/timeouts"),
+    },
     "Steps": {
         "gradient norm": ("train/grad_norm",),
         "learning rate": ("train/lr",),
