@@ -65,7 +65,7 @@ def build_dashboard(project: str, entity: str = "", name: str = "qwenimg-dist") 
         lines = [panels.LinePlot(title=plot, x=axis, y=list(metrics)) for plot, metrics in plots.items()]
         sections.append(workspaces.Section(name=title, panels=lines, is_open=True))
     pictures = panels.MediaBrowser(
-        title="grids", media_keys=["eval/samples", "eval/samples-raw", "eval/best-and-worst"]
+        title="grids", media_keys=["eval/samples", "eval/samples-raw", "eval/edits", "eval/groups"]
     )
     sections.insert(1, workspaces.Section(name="Grids", panels=[pictures], is_open=True))
     return workspaces.Workspace(entity=entity, project=project, name=name, sections=sections)
