@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +62,43 @@ def test_ranks_without_a_place_are_told(capsys: pytest.CaptureFixture[str]) -> N
     told = {one["name"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
     assert "the ranks did not start" in told["all-reduce on 2 ranks"]["told"]
     assert told["room for ranks"]["state"] == "failure"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_node_is_asked_and_a_silent_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.cluster_utils import Cluster
+
+    # All listen on loopback alone. Unset, a driver would use the token that a user may have, and the others not.
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # A driver would look for 127.0.0.1 under the machine's other address.
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    local = {"num_cpus": 2, "node_ip_address": "127.0.0.1", "object_store_memory": 80_000_000}
+    cluster = Cluster(
+        initialize_head=True, shutdown_at_exit=False, head_node_args={**local, "include_dashboard": False}
+    )
+    second = cluster.add_node(**local)
+    raylet = second.all_processes["raylet"][0].process.pid
+
+    def told(*words: str) -> list[dict[str, str]]:
+        given = [*words, f"cluster.address={cluster.address}", f"run.path={tmp_path / 'run'}", "cluster.ranks=2"]
+        command = [sys.executable, "-m", "qwenimg_dist", "doctor", *given, "doctor.speed_mb=1", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        found: list[dict[str, str]] = json.loads(done.stdout)["findings"]
+        return found
+
+    try:
+        found = told("storage", "clocks", "cluster", "doctor.timeout_s=90")
+        text = "\n".join(one["told"] for one in found)
+        assert [one for one in found if one["state"] == "failure"] == []
+        assert "read and renamed on all 2 nodes" in text
+        assert "2 alive: 127.0.0.1#" in text
+        assert any(one["name"] == "host names" for one in found)  # both are this machine
+        os.kill(raylet, signal.SIGSTOP)
+        (silent,) = [one for one in told("disks", "doctor.timeout_s=15") if one["state"] == "failure"]
+        assert "no answer within 15 s" in silent["told"]
+        assert str(second.node_id)[:6] in silent["name"]
+    finally:
+        os.kill(raylet, signal.SIGCONT)
+        cluster.remove_node(second, allow_graceful=False)
+        cluster.remove_node(cluster.head_node, allow_graceful=False)
