@@ -185,7 +185,7 @@ class DemoConfig(Section):
     early_step: PositiveInt = 500
     """`demo-post` goes on from this step of the demo: few enough that about half of its pictures are wrong."""
     sft_steps: PositiveInt = 40
-    dpo_steps: PositiveInt = 60
+    dpo_steps: PositiveInt = 36
     grpo_steps: PositiveInt = 40
     """Length of the stages of `demo-post`."""
     pair_seeds: PositiveInt = 8

@@ -17,7 +17,8 @@ from small_run import lines, run_gang
 
 from qwenimg_dist.commands.main import main
 
-STEPS = 60
+STEPS = 36
+"""At 60 the reward has risen twice as far, and the held-out loss of the demo's pictures by 5.7 %."""
 DRAWN = (f"sample.height={PX}", f"sample.width={PX}", "sample.num_steps=12", "reward.weights.shapes=1")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -47,7 +48,7 @@ def run_dir(early_demo: EarlyDemo, root: Path) -> Path:
         "objective.beta=500",
         f"train.steps={STEPS}",
         f"checkpoint.every={STEPS}",
-        "evaluate.every=20",
+        "evaluate.every=18",
         "evaluate.guard=warn",
         "evaluate.weights=ema",
     ]
