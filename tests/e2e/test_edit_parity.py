@@ -35,7 +35,7 @@ from qwenimg_dist.models.tiny import TRANSFORMER_CONFIG, tiny_pipeline_dir
 from qwenimg_dist.models.transformer import pack_latents, predict_velocity, unpack_latents
 from qwenimg_dist.schema import EDIT, latents_facet, text_facet
 
-SIZES = {0: (96, 96), 1: (150, 100), 2: (90, 140), 3: (120, 90)}
+SIZES = {0: (96, 96), 1: (200, 80), 2: (80, 170), 3: (120, 90)}
 SIGMA = 0.25  # which survives a division by 1000 and back
 VISION = {"plus": 96, "single": 64}
 
@@ -158,7 +158,7 @@ def test_the_forward_of_training_is_the_stock_pipeline_s(
             pipeline, transformer, micro, noisy, image=images if several else images[0], prompt=line["instruction"]
         )
         assert ours["img_shapes"] == theirs["img_shapes"]
-        assert len(ours["img_shapes"][0]) == 1 + len(images)
+        assert len(set(ours["img_shapes"][0])) == 1 + len(images)  # all of another size
         for name in ("hidden_states", "encoder_hidden_states", "timestep", "answer"):
             torch.testing.assert_close(ours[name], theirs[name], atol=2e-5, rtol=0)
         target = theirs["answer"][:, : micro.bucket.image_tokens]
