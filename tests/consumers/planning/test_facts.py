@@ -76,6 +76,12 @@ def test_without_data_it_is_assumed_and_said() -> None:
     assert sum(high[0].steps.values()) == pytest.approx(14)  # 0.7 of 20
 
 
+def test_an_edit_has_its_input_picture_in_the_sequence() -> None:
+    facts = data_facts(load_config(["model=qwen_image_2512", "stage=edit"]), world_size=8)
+    bucket = next(iter(facts.streams[0].steps))
+    assert facts.image_tokens(bucket) == bucket.image_tokens + 64 * 64
+
+
 def test_data_of_a_model_that_is_not_here_is_assumed_too(tmp_path: Path) -> None:
     config = load_config(["model=qwen_image_2512", f"data.path={tmp_path}", "model.revision=0000000000"])
     assert "not on this machine" in data_facts(config, world_size=8).told
