@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -21,6 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from qwenimg_dist.config import Config, flatten
+
+_PATHS_FOR_SHORT: Final = ("start_from", "eval.against")
+"""Sections whose path alone may be given."""
 
 
 class ConfigError(ValueError):
@@ -61,7 +64,7 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
 def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     """Hydra overrides -> resolved plain dict."""
     GlobalHydra.instance().clear()
-    given = [_readable(override) for override in overrides]
+    given = [_readable(_with_path(override)) for override in overrides]
     for group in ("filters", "reward"):
         if not any(override.partition("=")[0].lstrip("+~") == group for override in given):
             # A filter's or reward's file is all that it takes to have it: no list of them to forget.
@@ -77,6 +80,13 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError("the composed config is not a mapping")
     return {str(key): value for key, value in tree.items()}
+
+
+def _with_path(override: str) -> str:
+    """`start_from=RUN` beside `start_from.weights=raw`: Hydra would put the word in the place of the whole section."""
+    key, equals, value = override.partition("=")
+    named = equals and value.strip() and value.strip() != "null" and not value.lstrip().startswith("{")
+    return f"{key}.path={value}" if named and key in _PATHS_FOR_SHORT else override
 
 
 def _readable(override: str) -> str:

@@ -193,3 +193,12 @@ def test_without_a_checkout_the_packaged_copy_is_used(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
     assert Path(shown.stdout.strip()).resolve() == (package / "conf").resolve()
+
+
+def test_a_path_for_short_goes_with_further_keys_of_its_section_in_any_order() -> None:
+    for words in (["start_from=/runs/a", "start_from.weights=raw"], ["start_from.weights=raw", "start_from=/runs/a"]):
+        config = load_config(words)
+        assert (config.start_from.path, config.start_from.weights) == ("/runs/a", "raw")
+    assert load_config(["eval.against=/runs/b", "eval.against.step=3"]).eval.against.step == 3
+    assert load_config(["start_from={path: /runs/a, step: 4}"]).start_from.step == 4
+    assert load_config(["start_from=null"]).start_from.path is None
