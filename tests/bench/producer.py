@@ -6,6 +6,7 @@ caption through the tiny text encoder. All variants work through the same pictur
     bare      open, convert, resize, crop, the same VAE batches, the same text encoder, safetensors into two tars and
               one for text; no hash, no scores, no index, no fsync: what a script would do
     inline    listing, scan, dedup, filters, decode recipe, encode, shards, parquet, commits, in this process
+    plain     the same without filters and near duplicates: what the pipeline itself costs
     ray       the same units on one Ray actor, driven from here as `produce` does; its start is not counted
     ray 2     on two actors, whose figure means something only where two cores are free: the load is printed beside it
 
@@ -26,6 +27,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -203,24 +205,25 @@ def main() -> int:
     )
     with scratch("producer") as folder:
         write_source(folder / "pictures", per_round * (repeats + 1))
-        config = load_config(
-            [f"source.path={folder / 'pictures'}", f"data.unit_size={UNIT}", "encode.resolutions=[64,128]"]
-        )
+        words = [f"source.path={folder / 'pictures'}", f"data.unit_size={UNIT}", "encode.resolutions=[64,128]"]
+        config = load_config(words)
+        off = [*(f"filters.{name}.enabled=false" for name in config.filters), "dedup.near=false"]
+        without = load_config([*words, *off])
         pipeline = pipeline_dir(config.model)
-        plan = make_plan(
-            config, text_facet=text_facet_name(pipeline, config), latents_facets=latents_facet_names(pipeline, config)
-        )
+        text, latents = text_facet_name(pipeline, config), latents_facet_names(pipeline, config)
+        plan, plain_plan = (make_plan(one, text_facet=text, latents_facets=latents) for one in (config, without))
         found = list(open_source(config.source).find().rows)
         rounds = [_round(folder / "pictures", found, index, per_round) for index in range(repeats + 1)]
         encoders = PipelineEncoders.load(pipeline, config)
         scorers = Scorers(Resources(pipeline_dir=pipeline, device=config.cluster.device))
         bare = BareLoop(pipeline, plan, folder / "bare")
 
-        def inline_workers(dataset: Dataset) -> Workers:
-            assert config.source.path is not None
-            return InlineWorkers(dataset, plan, config.source.path, encoders, scorers)
+        def in_process(name: str, plan: Plan, config: Config) -> Pipeline:
+            root = str(folder / "pictures")
+            make = partial(InlineWorkers, plan=plan, root=root, encoders=encoders, scorers=scorers)
+            return Pipeline(folder / name, plan, config, make)
 
-        inline = Pipeline(folder / "inline", plan, config, inline_workers)
+        inline, plain = in_process("inline", plan, config), in_process("plain", plain_plan, without)
 
         def on_ray(producers: int) -> Pipeline:
             cluster = config.cluster.model_copy(update={"producers": producers})
@@ -233,7 +236,13 @@ def main() -> int:
 
         with ray_session(config.cluster.model_copy(update={"producers": 3})):
             one, two = on_ray(1), on_ray(2)
-            variants: dict[str, Callable[[Round], None]] = {"bare": bare, "inline": inline, "ray": one, "ray 2": two}
+            variants: dict[str, Callable[[Round], None]] = {
+                "bare": bare,
+                "inline": inline,
+                "plain": plain,
+                "ray": one,
+                "ray 2": two,
+            }
             load = os.getloadavg()[0]
             results = interleaved(
                 {name: _variant(run, rounds) for name, run in variants.items()}, repeats=repeats, warmup=1
@@ -261,6 +270,7 @@ def _round(folder: Path, found: Sequence[Any], index: int, per_round: int) -> Ro
 
 def _say_overheads(report: Report, trips: Sequence[float]) -> None:
     report.add_ratio("inline / bare", "images/s", "inline", "bare")
+    report.add_ratio("plain / bare", "images/s", "plain", "bare")
     report.add_ratio("ray / bare", "images/s", "ray", "bare")
     report.add_ratio("ray / inline", "images/s", "ray", "inline")
     quantiles = statistics.quantiles(trips, n=10)
