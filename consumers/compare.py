@@ -9,6 +9,7 @@ command goes on behind it. Refuses nothing by itself: `comparison.py` has checke
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -105,6 +106,10 @@ def _measure(comparison: Comparison, ranks: Ranks, hooks: Hooks) -> None:
                 cells, prompts = comparison.cells, comparison.prompts
                 draw_pictures(model, codec, cells, prompts, texts, sampling, folder, ranks, watch)
             close()
+            del model, close  # the other one must not be loaded beside it
+            gc.collect()
+            if ranks.device.type == "cuda":
+                torch.cuda.empty_cache()
     if comparison.prompts and config.reward.active:
         _judge(comparison, ranks, hooks, watch)
     watch.stage("writing the page")

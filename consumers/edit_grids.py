@@ -19,6 +19,7 @@ import torch
 
 from consumers.batch import MicroBatch
 from consumers.ema import Ema
+from consumers.grids import saved_or_said
 from qwenimg_dist.data.generations import Generations
 from qwenimg_dist.data.held_out import HeldOutBucket
 from qwenimg_dist.models.generate import generate_latents, save_grid, seeded_noise, to_pictures
@@ -64,7 +65,8 @@ def draw_edits(session: Session, ema: Ema | None, *, resolution: int, suffix: st
     latents = _gathered(session, chosen, drawn)
     if grids.codec is None:
         return None
-    return _save(session, grids.codec, chosen, shown, latents, suffix)
+    codec = grids.codec
+    return saved_or_said(lambda: _save(session, codec, chosen, shown, latents, suffix))
 
 
 def chosen_edits(generations: Generations, resolution: int, limit: int) -> list[HeldOutBucket]:

@@ -10,6 +10,8 @@ and the encoder is gone when training begins. Refuses nothing; a rank without a 
 from __future__ import annotations
 
 import contextlib
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -75,7 +77,19 @@ class Grids:
             return None
         pictures = [picture for one in latents for picture in to_pictures(self.codec.decode(one[None]))]
         file = Path(self._config.run.path or ".") / "samples" / f"step-{step:08d}{suffix}.png"
-        return save_grid(pictures, list(evaluate.prompts), file, columns=4)
+        return saved_or_said(lambda: save_grid(pictures, list(evaluate.prompts), file, columns=4))
+
+
+def saved_or_said(save: Callable[[], Path]) -> Path | None:
+    """What rank 0 alone does at the end of a grid: failing there, it would leave the others in their next collective.
+
+    A disk without room ends the run through its logs, on all ranks.
+    """
+    try:
+        return save()
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"warning: a grid of samples was not written ({type(error).__name__}: {error})\n")
+        return None
 
 
 def _encode(config: Config, pipeline: Path, device: torch.device, prompts: list[str]) -> list[torch.Tensor]:

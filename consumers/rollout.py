@@ -27,12 +27,15 @@ from PIL import Image
 from consumers.batch import MicroBatch, RankBatch, RolloutStep
 from consumers.engine import Engine
 from consumers.errors import TrainingError
+from consumers.grids import saved_or_said
 from consumers.objectives.base import Predict
 from consumers.objectives.grpo import Groups, Rewards, group_advantages, guided_velocity
 from consumers.ranks import Ranks
 from consumers.scoring import Judged, Judging, Scorer
 from qwenimg_dist.config import Config, GrpoConfig
-from qwenimg_dist.data.catalog import Catalogs
+from qwenimg_dist.data.catalog import Catalog
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.where import compile_where
 from qwenimg_dist.flow.samplers import ode_schedule
 from qwenimg_dist.flow.sde import Transition, draw_window, sample_sde, transition
 from qwenimg_dist.flow.sigmas import draw_noise
@@ -101,20 +104,26 @@ class Rollouts:
         self._failed_rounds = 0
         self._engine: Engine | None = None
         self._reference: Predict | None = None
-        self._catalogs: Catalogs | None = None
+        self._generations: Generations | None = None
 
-    def bind(self, engine: Engine, reference: Predict | None, catalogs: Catalogs) -> None:
+    def bind(self, engine: Engine, reference: Predict | None, generations: Generations) -> None:
         """What the pictures are drawn with, and where the prompts' words are."""
-        self._engine, self._reference, self._catalogs = engine, reference, catalogs
+        self._engine, self._reference, self._generations = engine, reference, generations
 
     def check_prompts(self) -> None:
         """For rank 0, before the first picture: raise ValueError for prompts that the config's rewards cannot judge."""
-        catalogs = self._catalogs
-        assert catalogs is not None
+        generations = self._generations
+        assert generations is not None
         if not self._config.reward.active:
             return  # injected, of a kind of their own
-        for index in range(len(catalogs)):
-            rows = np.arange(min(catalogs[index].num_rows, _CHECKED_PROMPTS)) + catalogs.row_base(index)
+        catalogs = generations.catalogs
+        for line, index in generations.firsts():
+            catalog, selection = catalogs[index], generations.config.selection(line.dataset, line.held_out_below)
+            mask = catalog.key_hash >= np.uint64(selection.held_out_below)
+            if selection.where is not None:
+                mask &= selection.where.mask(catalog.columns, catalog.num_rows)
+            mask &= drawn_by_a_phase(generations, catalog)
+            rows = np.flatnonzero(mask)[:_CHECKED_PROMPTS] + catalogs.row_base(index)
             found = [Prompt(text=text, metadata=meta) for text, meta in catalogs.prompts(rows)]
             if refused := refusals(self._config.reward, found):
                 told = "; ".join(f"{found[at].text!r}: {why}" for at, why in refused)
@@ -199,10 +208,10 @@ class Rollouts:
         return [picture for part in parts for picture in to_pictures(self._codec.decode(part))]
 
     def _prompts(self, batch: RankBatch, micro: MicroBatch, rows: npt.NDArray[np.int64]) -> list[Prompt]:
-        assert self._catalogs is not None
+        assert self._generations is not None
         slots = micro.slots.cpu().numpy()[rows]
         unique, inverse = np.unique(batch.batch.rows[slots], return_inverse=True)
-        found = [Prompt(text=text, metadata=meta) for text, meta in self._catalogs.prompts(unique)]
+        found = [Prompt(text=text, metadata=meta) for text, meta in self._generations.catalogs.prompts(unique)]
         return [found[index] for index in inverse.tolist()]
 
     def _gather(self, batch: RankBatch, drawn: Sequence[_Drawn], mine: Judged) -> _Answers:
@@ -267,14 +276,27 @@ class Rollouts:
         pixels = self._ranks.sum_tensor(pixels.to(self._ranks.device)).cpu()
         if not self._ranks.is_first:
             return None
-        assert self._catalogs is not None
-        words = self._catalogs.prompts(batch.batch.rows[np.array(chosen)])
+        return saved_or_said(lambda: self._save_grid(batch, answers, chosen, pixels, step))
+
+    def _save_grid(
+        self, batch: RankBatch, answers: _Answers, chosen: Sequence[int], pixels: torch.Tensor, step: int
+    ) -> Path:
+        assert self._generations is not None
+        words = self._generations.catalogs.prompts(batch.batch.rows[np.array(chosen)])
         labels = [
             f"{name} {answers.total[slot]:.3g}: {text}"
             for name, slot, (text, _) in zip(("best", "worst") * len(chosen), chosen, words, strict=False)
         ]
         file = Path(self._config.run.path or ".") / "samples" / f"step-{step + 1:08d}-groups.png"
         return save_grid([Image.fromarray(one.numpy()) for one in pixels], labels, file, columns=4)
+
+
+def drawn_by_a_phase(generations: Generations, catalog: Catalog) -> npt.NDArray[np.bool_]:
+    """Rows that the `where` of some phase takes."""
+    mask = np.zeros(catalog.num_rows, dtype=np.bool_)
+    for phase in generations.config.phases:
+        mask |= compile_where(phase.where).mask(catalog.columns, catalog.num_rows) if phase.where else True
+    return mask
 
 
 def open_rollouts(

@@ -229,7 +229,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         )
         objective = build_objective(config, reference)
         if rollouts:
-            rollouts.bind(engine, reference, generations.catalogs)
+            rollouts.bind(engine, reference, generations)
             ranks.on_first(rollouts.check_prompts)
         yield Session(
             config=config,

@@ -278,8 +278,9 @@ def _log(
     session.log.metrics(step, values)
     if notice := session.objective.notice(values):
         _warn(session, f"step {step}: {notice}")
+    told = f"loss {values['train/loss']:.4f}" if losses or result.skipped else "no update"
     session.hooks.say(
-        f"step {step}/{config.train.steps}  loss {values['train/loss']:.4f}  lr {lr:.2e}  {batch.batch.bucket}  "
+        f"step {step}/{config.train.steps}  {told}  lr {lr:.2e}  {batch.batch.bucket}  "
         f"{rates['train/step_s']:.2f} s/step"
         + (f"  reward {extra['reward/total']:.4f}" if "reward/total" in extra else "")
         + (f"  held-out {evaluated['eval/loss']:.4f}" if "eval/loss" in evaluated else "")

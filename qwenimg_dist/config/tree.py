@@ -108,6 +108,16 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rewards_before_the_watchdog(self) -> Config:
+        waits, stalls = getattr(self.objective, "reward_timeout_s", 0.0), self.train.stall_timeout_s
+        if waits >= stalls:
+            raise ValueError(
+                f"objective.reward_timeout_s={waits:g} is not below train.stall_timeout_s={stalls:g}: the watchdog "
+                "would end a rank that waits for a reward; lower the first or raise the second"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _steps_of_the_phases(cls, tree: Any) -> Any:

@@ -75,7 +75,7 @@ def conditions_of_rows(facet: FacetTable, dtype: str, channels: int) -> Conditio
     fits[rows[index >= count[rows]]] = False
     require(facet, fits, "its conditions are not numbered through")
     shapes = pc.struct_field(places, "shape")
-    fits[rows] &= to_array(pc.list_value_length(shapes), np.int64) == 3
+    np.logical_and.at(fits, rows, to_array(pc.list_value_length(shapes), np.int64) == 3)
     require(facet, fits, "a condition's latents have not 3 dimensions")
     shape = to_array(pc.list_flatten(shapes), np.int64).reshape(-1, 3)
     offset, nbytes = (to_array(pc.struct_field(places, name), np.int64) for name in ("offset", "nbytes"))

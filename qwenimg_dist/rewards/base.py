@@ -163,7 +163,7 @@ def none_judged(names: Sequence[str], num_pictures: int, *, timed_out: bool, not
         total=np.full(num_pictures, np.nan),
         failures=dict.fromkeys(names, 0) if timed_out else counts,
         timeouts=counts if timed_out else dict.fromkeys(names, 0),
-        notes=(note,),
+        notes=(note,) if note else (),
     )
 
 

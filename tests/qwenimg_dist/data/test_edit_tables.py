@@ -70,6 +70,7 @@ def test_numbers_and_sizes_of_conditions() -> None:
         ([place("condition_1")], "key1: its conditions are not numbered through"),
         ([place("condition_0"), place("condition_2")], "key1: its conditions are not numbered through"),
         ([place("condition_0", shape=[16, 16])], "key1: a condition's latents have not 3 dimensions"),
+        ([place("condition_0", shape=[16, 16]), place("condition_1")], "latents have not 3 dimensions"),
         ([place("condition_0", dtype="float32")], "key1: a condition's latents are of another type"),
         ([place("condition_0", 3, 4)], "key1: a condition's latents are of another type"),  # no whole patches
         ([place("condition_0", nbytes=7)], "key1: a condition's latents are of another type"),
