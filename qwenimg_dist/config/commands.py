@@ -185,8 +185,8 @@ class DemoConfig(Section):
     early_step: PositiveInt = 500
     """`demo-post` goes on from this step of the demo: few enough that about half of its pictures are wrong."""
     sft_steps: PositiveInt = 40
-    dpo_steps: PositiveInt = 36
-    grpo_steps: PositiveInt = 40
+    dpo_steps: PositiveInt = 20
+    grpo_steps: PositiveInt = 20
     """Length of the stages of `demo-post`."""
     pair_seeds: PositiveInt = 8
     """Pictures per prompt, of which the best and the worst make a pair."""

@@ -53,16 +53,20 @@ STRAY_S: Final = 24 * 3600.0
 _CLOCK: Final = ".clock"
 
 
+def data_dir(path: str, data: DataConfig) -> Path:
+    """The directory of a data set: the path itself, or for a URL where its mirror is or would be. Makes nothing."""
+    return _cache_dir(data) / f"data-{folder_of(check_url(path, 'data.path'))}" if is_remote(path) else Path(path)
+
+
 def data_root(path: str, data: DataConfig, at: Path | None = None) -> Path:
-    """The directory of a data set: the path itself, or for a URL its mirror (`at`, if that is known), which is made if
-    it is not there.
+    """`data_dir` (or `at`, if that is known), made if it is a mirror that is not there.
 
     Raises ValueError for a URL that is refused.
     """
+    root = at or data_dir(path, data)
     if not is_remote(path):
-        return Path(path)
+        return root
     url = check_url(path, "data.path")
-    root = at or _cache_dir(data) / f"data-{folder_of(url)}"
     content = {"url": url, "max_bytes": data.cache_bytes}
     if _read_json(root / FILE) != content:
         write_json(root / FILE, content)

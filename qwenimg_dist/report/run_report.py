@@ -17,7 +17,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -88,13 +88,13 @@ def run_sections(run_dir: Path, data: Sequence[Path] = ()) -> list[Section]:
     return [section for section in sections if section.pieces]
 
 
-def data_paths(config: Any) -> list[Path]:
-    """The data sets that a run reads: those of `data.mix`, else `data.path`; each once."""
+def data_paths(config: Any, place: Callable[[str, DataConfig], Path] = data_root) -> list[Path]:
+    """The data sets that a run reads: those of `data.mix`, else `data.path`; each once. `place` says where one is."""
     mix = OmegaConf.select(config, "data.mix") or {}
     found = [one.get("path") for one in mix.values()] or [OmegaConf.select(config, "data.path")]
     kept = {key: OmegaConf.select(config, f"data.{key}") for key in ("cache", "cache_bytes")}
     data = DataConfig.model_validate({key: value for key, value in kept.items() if value is not None})
-    return list(dict.fromkeys(data_root(str(path), data) for path in found if path))
+    return list(dict.fromkeys(place(str(path), data) for path in found if path))
 
 
 def data_sections(data: Sequence[Path], cache: Path | None = None) -> list[Section]:

@@ -19,6 +19,7 @@ from typing import Any, Final
 from omegaconf import OmegaConf
 
 from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.data.mirror import data_dir
 from qwenimg_dist.metrics import last_entries
 from qwenimg_dist.report.run_events import last_warnings, num_restarts
 from qwenimg_dist.report.run_report import data_paths
@@ -151,7 +152,7 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
         bad_samples=int(last.get("train/bad_samples", 0)),
         silent_s=_silent_s(run_dir, now),
         warnings=tuple(last_warnings(run_dir)[-3:]),
-        data=tuple(_data(path) for path in data_paths(config) if (path / "dataset.json").is_file()),
+        data=tuple(_data(path) for path in data_paths(config, data_dir) if (path / "dataset.json").is_file()),
     )
 
 
@@ -184,7 +185,7 @@ def _silent_s(run_dir: Path, now: float) -> float | None:
 
 
 def _data(path: Path) -> DataStatus:
-    dataset = Dataset.open(path)
+    dataset = Dataset(path, unit_size=0)  # not opened: of a bucket's data set, what lies here is counted
     return DataStatus(
         path=str(path),
         units_listed=len(dataset.units(LISTING)),

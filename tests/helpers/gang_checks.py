@@ -442,8 +442,8 @@ def refusal(certifier: Certifier, *, wrong_on: int | None) -> str | None:
     """What `measure` refuses, with sigma times 1000 on one rank; None if it finds nothing."""
     right = engine_module.qwen.predict_velocity
 
-    def wrong(transformer: Any, noisy: Any, sigma: Any, text: Any, mask: Any) -> torch.Tensor:
-        return right(transformer, noisy, sigma * 1000, text, mask)
+    def wrong(transformer: Any, noisy: Any, sigma: Any, *words: Any) -> torch.Tensor:
+        return right(transformer, noisy, sigma * 1000, *words)
 
     if certifier._engine.ranks.rank == wrong_on:
         engine_module.qwen.predict_velocity = wrong

@@ -22,6 +22,7 @@ import ray
 from producers.pool import check_room as check_producers
 from producers.pool import machines
 from qwenimg_dist.commands.doctor.findings import Context, Finding, failure, ok, warning
+from qwenimg_dist.commands.run import check_room_for_both
 from qwenimg_dist.commands.train import check_room as check_ranks
 from qwenimg_dist.config import ClusterConfig
 
@@ -58,6 +59,11 @@ def _room(cluster: ClusterConfig) -> list[Finding]:
             found.append(ok(f"room for {name}", f"cluster.{name}={getattr(cluster, name)}"))
         except ValueError as error:
             found.append(failure(f"room for {name}", str(error), "as it says"))
+    try:
+        check_room_for_both(cluster, machines())
+        found.append(ok("room for run", "ranks and a producer beside them"))
+    except ValueError as error:
+        found.append(warning("room for run", str(error), "as it says; `produce` first and `train` then may have room"))
     return found
 
 

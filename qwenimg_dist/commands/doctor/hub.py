@@ -20,6 +20,7 @@ from qwenimg_dist.config import ModelConfig
 _REQUEST_S: Final = 10.0
 _COMMIT: Final = re.compile(r"^[0-9a-f]{40}$")
 _COMPONENTS: Final = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+_WITH_WEIGHTS: Final = ("transformer", "vae", "text_encoder")
 
 
 def check(context: Context) -> Sequence[Finding]:
@@ -67,6 +68,8 @@ def missing_files(folder: Path) -> list[str]:
         if not (folder / name).is_dir():
             missing.append(f"{name}/")
             continue
+        if name in _WITH_WEIGHTS and not any((folder / name).glob("*.safetensors*")):
+            missing.append(f"{name}/*.safetensors")
         for index in (folder / name).glob("*.safetensors.index.json"):
             try:
                 named = set(json.loads(index.read_text())["weight_map"].values())

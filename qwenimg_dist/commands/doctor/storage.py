@@ -2,7 +2,8 @@
 
 Looked at where `run.path`, `data.path` and the paths of `data.mix` are or will be. A nonce is written by the first node
 and read on each (network file systems may show it late: the delay is told); each node then replaces a file of its own
-by rename. Everything is removed again. Without any path there is nothing to look at.
+by rename. Everything is removed again. Of a bucket every node lists a name. Without any path there is nothing to look
+at.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 from qwenimg_dist.commands.doctor.findings import Context, Finding, failure, ok, warning
 from qwenimg_dist.config import Config
+from qwenimg_dist.storage import Storage
 
 _PREFIX: Final = ".qwenimg-dist-doctor-"
 _VISIBLE_S: Final = 15.0
@@ -31,7 +33,10 @@ def check(context: Context) -> Sequence[Finding]:
     places = paths(context.config)
     for key, path in places.items():
         found += _check_path(context, key, path)
-    if not places:
+    remote = urls(context.config)
+    for key, url in remote.items():
+        found += _check_url(context, key, url)
+    if not places and not remote:
         found.append(warning("storage", "neither run.path nor data.path is given", "add them, and they are tried"))
     return found
 
@@ -41,6 +46,43 @@ def paths(config: Config) -> dict[str, str]:
     given = {"run.path": config.run.path, "data.path": config.data.path}
     given |= {f"data.mix.{name}.path": one.path for name, one in config.data.mix.items()}
     return {key: str(Path(path).absolute()) for key, path in given.items() if path and "://" not in path}
+
+
+def urls(config: Config) -> dict[str, str]:
+    """Config key -> URL of what lies in a bucket."""
+    given = {
+        "data.path": config.data.path,
+        **{f"source.path {path}": path for path in source_paths(config)},
+        "checkpoint.remote": config.checkpoint.remote,
+        "evaluate.data_path": config.evaluate.data_path,
+        **{f"data.mix.{name}.path": one.path for name, one in config.data.mix.items()},
+    }
+    return {key: path for key, path in given.items() if path and "://" in path}
+
+
+def source_paths(config: Config) -> tuple[str, ...]:
+    """Some sources take several."""
+    path = config.source.path
+    return (path,) if isinstance(path, str) else tuple(path or ())
+
+
+def _check_url(context: Context, key: str, url: str) -> list[Finding]:
+    name = f"{key}={url}"
+    asked = context.nodes.ask(reach, url, timeout_s=context.timeout_s)
+    fix = "look at the URL, the keys (AWS_*, or the machine's role), and that the extra `s3` is installed"
+    found = [failure(f"{name} on {node}", told, fix) for node, told in asked.faults.items()]
+    refused = {node: told for node, told in asked.values.items() if told}
+    found += [failure(f"{name} on {node}", told, fix) for node, told in refused.items()]
+    return found or [ok(name, f"can be listed on all {len(asked.values)} nodes; writing was not tried")]
+
+
+def reach(url: str) -> str:
+    """Why a folder of a bucket cannot be listed from here; empty if it can."""
+    try:
+        Storage(url).list(prefix=f"{_PREFIX}nothing")
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def _check_path(context: Context, key: str, path: str) -> list[Finding]:

@@ -202,6 +202,11 @@ def test_a_model_is_a_whole_directory_a_pinned_snapshot_or_told(
     assert one.state == "failure"
     assert "transformer/part-2.safetensors" in one.told
     (folder / "transformer" / "part-2.safetensors").touch()
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").touch()
+    (one,) = found(path=str(folder))
+    assert "text_encoder/*.safetensors" in one.told  # its settings alone do not encode a text
+    assert "vae" not in one.told
+    (folder / "text_encoder" / "model.safetensors").touch()
     assert states(found(path=str(folder))) == ["ok"]
 
 
