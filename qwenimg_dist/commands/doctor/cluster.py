@@ -59,6 +59,8 @@ def _room(cluster: ClusterConfig) -> list[Finding]:
             found.append(ok(f"room for {name}", f"cluster.{name}={getattr(cluster, name)}"))
         except ValueError as error:
             found.append(failure(f"room for {name}", str(error), "as it says"))
+    if not (cluster.address or os.environ.get("RAY_ADDRESS")):
+        return found  # a Ray of one's own takes the CPUs that it is told
     try:
         check_room_for_both(cluster, machines())
         found.append(ok("room for run", "ranks and a producer beside them"))
