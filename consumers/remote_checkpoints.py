@@ -7,7 +7,8 @@ copy is valid if and only if its manifest is there and all that it lists has the
 manifest first. At a start, where the copy is newer than the run directory (an empty machine, say), the ranks fetch it,
 each its share of the files; the resume then hashes them as it does always.
 
-An upload that fails is a warning and not the end: the checkpoint is on the disk, the next one is uploaded again.
+An upload that fails, or is too slow, is a warning and not the end: the checkpoint is on the disk, and the next one is
+uploaded again.
 
 Refused: a copy of another run than the run directory's, and a fresh start over one.
 """
@@ -21,7 +22,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -89,6 +90,11 @@ class RemoteCheckpoints:
         if fresh:
             raise ValueError(f"{where} holds a run already, and train.fresh=true would replace it: give another URL")
         here = _read_id(self.run_dir)
+        if here is None and not list_checkpoints(self.run_dir) and not self._steps(self.storage.list(_FOLDER)):
+            # The first upload did not come to its manifest, and its machine is lost: nothing is to be fetched, but the
+            # copy's id is this run's, or no later checkpoint could be copied.
+            write_json(self.run_dir / RUN_ID, {"run_id": there})
+            return None
         if here is None and (list_checkpoints(self.run_dir) or (self.run_dir / "generations.jsonl").exists()):
             raise ValueError(f"{where} holds another run than {self.run_dir}, which was never copied there")
         if here not in (None, there):
@@ -120,15 +126,19 @@ class RemoteCheckpoints:
         if steps:
             raise ValueError(f"no copy in {self.storage.url} can be used, see above; leave checkpoint.remote out")
 
-    def push(self, step: int, ranks: Ranks, *, keep: int, keep_every: int) -> str:
-        """Copy the checkpoint just committed. Collective. Returns why it could not be done, or nothing."""
+    def push(self, step: int, ranks: Ranks, *, keep: int, keep_every: int, stall_s: float) -> str:
+        """Copy the checkpoint just committed. Collective. Returns why it could not be done, or nothing.
+
+        Gives up after half of `stall_s`: on a slow link the watchdog, for which this is one stage, would end the run.
+        """
+        in_time = replace(self, storage=self.storage.within(stall_s / 2, "half of train.stall_timeout_s"))
         folder = checkpoints_dir(self.run_dir) / step_name(step)
-        problem = ranks.first_problem(_told(lambda: self._begin(folder.name)) if ranks.is_first else "")
-        problem = problem or ranks.first_problem(_told(lambda: self._push_share(folder, step, ranks)))
+        problem = ranks.first_problem(_told(lambda: in_time._begin(folder.name)) if ranks.is_first else "")
+        problem = problem or ranks.first_problem(_told(lambda: in_time._push_share(folder, step, ranks)))
         if problem:
             return problem
         return ranks.first_problem(
-            _told(lambda: self._commit(folder, step, keep, keep_every)) if ranks.is_first else ""
+            _told(lambda: in_time._commit(folder, step, keep, keep_every)) if ranks.is_first else ""
         )
 
     # ---- Rank 0 and the others, up

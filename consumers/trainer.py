@@ -327,7 +327,8 @@ def _save(session: Session) -> None:
 def _copy(session: Session, remote: RemoteCheckpoints) -> None:
     session.hooks.stage("copying the checkpoint")
     keep, step, begin = session.config.checkpoint, session.progress.step, time.perf_counter()
-    problem = remote.push(step, session.ranks, keep=keep.keep, keep_every=keep.keep_every)
+    stall_s = session.config.train.stall_timeout_s
+    problem = remote.push(step, session.ranks, keep=keep.keep, keep_every=keep.keep_every, stall_s=stall_s)
     if problem and session.ranks.is_first:
         _warn(session, f"step {step} is saved, but not copied to {remote.storage.url}: {problem}")
     elif session.ranks.is_first:

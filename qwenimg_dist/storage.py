@@ -8,7 +8,8 @@ An object is fetched in ranges, so that a fault repeats one range and not 5 GB; 
 after, and the size that was promised. A call that makes no headway for its time is given up and tried again.
 
 Refused: credentials in a URL (they come from the environment or AWS configuration and stand in no config or log), and
-schemes other than s3, where "never overwrite" is not proven.
+schemes other than s3, where "never overwrite" is not proven; of S3 itself `Mirror.create_head` tries it out, as there
+are other makers' stores that overwrite nonetheless.
 """
 
 from __future__ import annotations
@@ -36,7 +37,14 @@ _CONNECT_S: Final = 10
 _SILENT_S: Final = 30
 """A connection that sends nothing for so long is given up by the client itself."""
 _FOR_GOOD: Final = frozenset(
-    {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError", "InvalidRegionError"}
+    {
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "ProfileNotFound",
+        "ParamValidationError",
+        "InvalidRegionError",
+        "NotImplemented",
+    }
 )
 _Result = TypeVar("_Result")
 
@@ -56,7 +64,8 @@ class ObjectChangedError(StorageError):
 class Patience:
     """How long a call may take and how often it is tried."""
 
-    attempts: int = 7
+    attempts: int = 13
+    """With their waits about two minutes where a call is refused at once, as by a 503."""
     first_s: float = 0.5
     """Wait before the second try; doubles with each further one, up to `longest_s`, with jitter."""
     longest_s: float = 20.0
@@ -74,6 +83,17 @@ class Patience:
 
 
 PATIENCE: Final = Patience()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Deadline:
+    at: float
+    """By the monotonic clock."""
+    told: str
+    """How long that was, and what sets it."""
+
+    def left_s(self) -> float:
+        return self.at - time.monotonic()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +134,16 @@ class Storage:
         if not url.startswith("s3://") or "@" in urlsplit(url).netloc:
             check_url(url, "a URL")  # raises
         self.patience = patience or PATIENCE
+        self._deadline: _Deadline | None = None
         self._root = self.url.removeprefix("s3://")
         self._fs = _file_system()
+
+    def within(self, limit_s: float, set_by: str) -> Storage:
+        """The same folder, for calls that together, with all their tries, may take so long from now on; then they raise
+        `StorageError`, which names what sets the limit."""
+        made = Storage(self.url, patience=self.patience)
+        made._deadline = _Deadline(at=time.monotonic() + limit_s, told=f"within {limit_s:.0f} s ({set_by})")
+        return made
 
     def where(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -272,7 +300,10 @@ class Storage:
         """One try, in its time."""
         from fsspec.asyn import sync
 
-        return sync(self._fs.loop, method, *args, timeout=self.patience.limit_s(num_bytes), **options)
+        limit_s = self.patience.limit_s(num_bytes)
+        if self._deadline:
+            limit_s = max(0.001, min(limit_s, self._deadline.left_s()))  # 0 would mean for ever
+        return sync(self._fs.loop, method, *args, timeout=limit_s, **options)
 
     def _patiently(self, what: str, action: Callable[[], _Result]) -> _Result:
         """Raises FileNotFoundError as it comes, `StorageError` for what further tries cannot mend or did not."""
@@ -282,14 +313,21 @@ class Storage:
             except FileNotFoundError as error:
                 raise FileNotFoundError(errno.ENOENT, "is not there", f"{self.url} ({what})") from error
             except Exception as error:
-                hopeless = isinstance(error, PermissionError | TypeError) or type(error).__name__ in _FOR_GOOD
+                name = _code(error) or type(error).__name__
+                hopeless = isinstance(error, PermissionError | TypeError) or name in _FOR_GOOD
                 if hopeless or attempt + 1 == self.patience.attempts:
                     tries = "" if hopeless else f" after {attempt + 1} tries"
                     cause = str(error) or type(error).__name__
                     raise StorageError(
                         errno.EACCES if hopeless else errno.EIO, f"could not {what}{tries} ({cause})", self.url
                     ) from error
-                time.sleep(self.patience.wait_s(attempt))
+                wait_s = self.patience.wait_s(attempt)
+                if self._deadline and self._deadline.left_s() <= wait_s:
+                    cause = str(error) or type(error).__name__
+                    raise StorageError(
+                        errno.ETIMEDOUT, f"could not {what} {self._deadline.told} ({cause})", self.url
+                    ) from error
+                time.sleep(wait_s)
         raise AssertionError("the last try returns or raises")
 
 

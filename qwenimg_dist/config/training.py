@@ -307,8 +307,8 @@ class CheckpointConfig(Section):
     remote: str | None = None
     """`s3://BUCKET/FOLDER` that gets a copy of each checkpoint and of the run's small files, by which the same command
     goes on with an empty `run.path` on any machine. The run directory itself stays on a disk. Costs the upload of a
-    checkpoint over all ranks, which training waits for; one that fails is a warning. `keep` holds there too. `None`
-    keeps no copy."""
+    checkpoint over all ranks, which training waits for; one that fails, or takes more than half of
+    `train.stall_timeout_s`, is a warning. `keep` holds there too. `None` keeps no copy."""
     certify: Literal["start", "save", "off"] = "start"
     """When the run's call of the transformer is compared with stock diffusers' on the same weights: at each start, also
     before each `save`, or never. The result stands in every checkpoint's certificate; a difference beyond rounding

@@ -118,10 +118,26 @@ class Mirror:
         return True
 
     def create_head(self, content: dict[str, Any]) -> None:
-        """Make the data set exist. Raises `DataError` if another process made another one meanwhile."""
+        """Make the data set exist. Raises `DataError` if another process made another one meanwhile, or if the store
+        lets commits overwrite each other."""
+        self._prove_conditional_writes()
         data = json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
         if not self.storage.write(HEAD, data, create=True) and json.loads(self.storage.read(HEAD)) != content:
             raise DataError(f"{self.url} was made meanwhile, as another data set: run the same command again")
+
+    def _prove_conditional_writes(self) -> None:
+        name = f".probe-{uuid.uuid4().hex}"
+        try:
+            made = self.storage.write(name, b"a", create=True)
+            overwritten = self.storage.write(name, b"b", create=True)
+        finally:
+            self.storage.remove([name])
+        if not made or overwritten:
+            raise DataError(
+                f"{self.url}: this store overwrites an object that a PUT with If-None-Match must leave alone, and two "
+                "producers could mix their parts: use a store with conditional writes (AWS S3, newer MinIO or Ceph), "
+                "or give a directory as data.path"
+            )
 
     # ---- Parts
 

@@ -6,7 +6,9 @@ share it, with nothing but the file system between them:
 - A tar appears under its name by a rename, from `.fetch/`, where a fetch reserves its bytes first. Of several that want
   one tar, one fetches and the others wait for it.
 - Who reads a tar holds a shared lock on it; the operating system drops the lock with the process. What is locked is
-  not removed, nor is a tar whose parquet is not here yet: a producer is about to commit it.
+  not removed, nor is a tar that was written here and whose parquet is not here yet: a producer is about to commit it.
+  Fetched ones are told by their mode, which is read-only: the parquets of a run that follows its producers come to one
+  machine alone.
 - Room is made by removing the tars that were opened longest ago. If all that is left is in use, the limit is passed
   rather than a reader left waiting: it must be larger than what the ranks of a machine read at one moment.
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -32,6 +35,8 @@ from qwenimg_dist.storage import Storage
 FETCHING: Final = ".fetch"
 _STRIPES: Final = 64
 _TRIES: Final = 8
+_FETCHED: Final = 0o444
+"""Mode of what the bucket has for certain; what a producer writes here its owner may write."""
 
 
 class _Entry(NamedTuple):
@@ -74,6 +79,7 @@ class TarCache:
                     fault_point("tar_fetched")
                     file = self.root / name
                     file.parent.mkdir(exist_ok=True)
+                    os.chmod(temporary, _FETCHED)
                     os.replace(temporary, file)
                 fsync_dir(file.parent)
             finally:
@@ -132,11 +138,12 @@ class TarCache:
             names = {entry.name: entry for entry in os.scandir(folder.path)}
             for name, entry in names.items():
                 stem = name.rpartition("-")[0].rpartition("-")[0]
-                if not name.endswith(".tar") or not (half or f"{stem}.parquet" in names):
+                if not name.endswith(".tar"):
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat()
-                    yield _Entry(status.st_mtime_ns, status.st_size, entry.path, half)
+                    if half or f"{stem}.parquet" in names or not status.st_mode & stat.S_IWUSR:
+                        yield _Entry(status.st_mtime_ns, status.st_size, entry.path, half)
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:

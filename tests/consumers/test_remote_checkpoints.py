@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,8 +61,8 @@ def copy_of(url: str, run_dir: Path) -> RemoteCheckpoints:
     return made
 
 
-def push(url: str, run_dir: Path, step: int, keep_every: int = 0) -> str:
-    return copy_of(url, run_dir).push(step, ALONE, keep=2, keep_every=keep_every)
+def push(url: str, run_dir: Path, step: int, keep_every: int = 0, stall_s: float = 600.0) -> str:
+    return copy_of(url, run_dir).push(step, ALONE, keep=2, keep_every=keep_every, stall_s=stall_s)
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -115,6 +116,45 @@ def test_a_copy_without_its_manifest_or_a_file_is_none(url: str, tmp_path: Path,
     Storage(url).remove([f"checkpoints/{step_name(2)}/{rank_file(0, 1)}"])
     with pytest.raises(ValueError, match=r"no copy in .* can be used"):
         copy_of(url, tmp_path / "third").fetch(ALONE, said.append)
+
+
+def test_a_machine_lost_in_its_first_upload_leaves_a_copy_that_goes_on(url: str, tmp_path: Path) -> None:
+    lost, other = tmp_path / "lost", tmp_path / "other"
+    save(lost, 2)
+    assert push(url, lost, 2) == ""
+    Storage(url).remove([f"checkpoints/{step_name(2)}/manifest.json"])  # as if it had been killed before that
+    other.mkdir()
+    (other / "generations.jsonl").write_text("")  # a start before this one
+    assert copy_of(url, other).join(fresh=False) is None
+    assert (other / RUN_ID).read_text() == (lost / RUN_ID).read_text()
+    save(other, 2)
+    assert push(url, other, 2) == ""
+    assert copy_of(url, tmp_path / "third").steps_ahead() == [2]
+    # One that has checkpoints of its own is another run, whatever lies in the bucket.
+    Storage(url).remove([f"checkpoints/{step_name(2)}/manifest.json"])
+    save(tmp_path / "b", 2)
+    with pytest.raises(ValueError, match="which was never copied there"):
+        copy_of(url, tmp_path / "b").join(fresh=False)
+
+
+def test_a_copy_over_a_slow_link_is_given_up_before_the_watchdog_ends_the_run(
+    url: str, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "run", 2)
+    monkeypatch.setattr(storage, "PATIENCE", Patience(attempts=1000, first_s=0.02, longest_s=0.1))
+    server.faults.match = lambda method, path: method == "PUT" and path.endswith(".safetensors")
+    server.faults.refuse = 100_000
+    begin = time.monotonic()
+    problem = push(url, tmp_path / "run", 2, stall_s=4.0)
+    assert time.monotonic() - begin < 4.0
+    assert "within 2 s (half of train.stall_timeout_s)" in problem
+    server.faults.heal()
+    server.faults.late_s = 3.0  # each answer comes later than all together may take
+    begin = time.monotonic()
+    assert "within 2 s (half of train.stall_timeout_s)" in push(url, tmp_path / "run", 2, stall_s=4.0)
+    assert time.monotonic() - begin < 4.0
+    server.faults.heal()
+    assert push(url, tmp_path / "run", 2) == ""
 
 
 def test_a_step_that_is_written_again_is_not_valid_meanwhile(url: str, tmp_path: Path, server: Server) -> None:

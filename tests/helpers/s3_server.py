@@ -36,6 +36,8 @@ class Faults:
     stall_s: float = 20.0
     lose_answer: int = 0
     """So many PUTs are done, and answered with a 500 nonetheless."""
+    overwrite: bool = False
+    """As stores that do not know If-None-Match: every PUT overwrites."""
     match: Callable[[str, str], bool] = lambda method, path: True
     """Which requests (method, path) `refuse`, `stall` and `lose_answer` mean."""
     seen: Counter[str] = field(default_factory=Counter)
@@ -60,6 +62,7 @@ class Faults:
     def heal(self) -> None:
         self.refuse = self.refuse_every = self.stall = self.lose_answer = 0
         self.late_s = 0.0
+        self.overwrite = False
 
 
 class _Faulty:
@@ -80,6 +83,8 @@ class _Faulty:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
             return [_SLOW_DOWN]
+        if faults.overwrite:
+            environ.pop("HTTP_IF_NONE_MATCH", None)
         if method == "PUT" and faults.take("lose_answer", method, path):
             list(self._app(environ, lambda *_: None))
             start_response("500 Internal Server Error", [("Content-Type", "application/xml")])

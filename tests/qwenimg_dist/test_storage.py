@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +87,27 @@ def test_a_burst_of_503_is_waited_out_and_a_lasting_one_told(store: Storage, ser
         StorageError, match=r"s3://bucket/.*: could not read a after 2 tries \(.*(reduce your|Unavailable)"
     ):
         Storage(store.url, patience=Patience(attempts=2, first_s=0.01)).read("a")
+
+
+def test_a_burst_is_waited_out_for_about_two_minutes_by_default() -> None:
+    patience = Patience()
+    waits = [patience.wait_s(attempt) for attempt in range(patience.attempts - 1)]
+    assert 75 < sum(waits) < 155
+
+
+def test_calls_with_a_time_limit_end_by_it(store: Storage, server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    in_time = store.within(30.0, "a key")
+    in_time.upload(tmp_path / "file", "a")
+    server.faults.refuse = 10_000
+    patient = Storage(store.url, patience=Patience(attempts=10_000, first_s=0.01, longest_s=0.05))
+    begin = time.monotonic()
+    limited = patient.within(1.0, "a key")
+    for name in "bc":  # the second one finds no time left
+        with pytest.raises(StorageError, match=rf"could not upload {name} within 1 s \(a key\) \("):
+            limited.upload(tmp_path / "file", name)
+    assert time.monotonic() - begin < 10
+    assert in_time.patience is store.patience
 
 
 def test_an_answer_that_stops_is_asked_for_again(store: Storage, server: Server) -> None:

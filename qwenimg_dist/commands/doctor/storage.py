@@ -19,12 +19,14 @@ from typing import Any, Final
 
 from qwenimg_dist.commands.doctor.findings import Context, Finding, failure, ok, warning
 from qwenimg_dist.config import Config
-from qwenimg_dist.storage import Storage
+from qwenimg_dist.storage import Patience, Storage
 
 _PREFIX: Final = ".qwenimg-dist-doctor-"
 _VISIBLE_S: Final = 15.0
 _LATE_S: Final = 2.0
 _SLOW_MB_S: Final = 200.0
+_BRIEF: Final = Patience(attempts=7)
+"""A cause that is told beats a doctor who waits."""
 _MOUNT: Final = "mount the same file system at the same path on every node"
 
 
@@ -79,7 +81,7 @@ def _check_url(context: Context, key: str, url: str) -> list[Finding]:
 def reach(url: str) -> str:
     """Why a folder of a bucket cannot be listed from here; empty if it can."""
     try:
-        Storage(url).list(prefix=f"{_PREFIX}nothing")
+        Storage(url, patience=_BRIEF).list(prefix=f"{_PREFIX}nothing")
     except (ValueError, OSError) as error:
         return str(error)
     return ""

@@ -229,6 +229,29 @@ def test_a_tar_in_use_stays_and_what_the_dead_left_goes(url: str, tmp_path: Path
     assert len(list(dataset.root.rglob("*.tar"))) == 1
 
 
+def test_a_machine_that_never_looks_at_the_index_keeps_the_limit(url: str, tmp_path: Path) -> None:
+    """A run that follows its producers: rank 0's machine alone brings the parquets."""
+    filled(url, tmp_path / "a", num=8)
+    mirror = Mirror.of(machine(url, tmp_path / "b", cache_bytes=1))
+    assert mirror is not None
+    tars = [(n, o.size_bytes) for n, o in Storage(url).list().items() if n.endswith(".tar")][:3]
+    for name, size in tars:
+        os.close(mirror.tars.open(name, size))
+    assert {str(file.relative_to(mirror.root)) for file in mirror.root.rglob("*.tar")} == {tars[2][0]}
+    assert mirror.tars.num_bytes() == tars[2][1]
+    assert not list(mirror.root.rglob("*.parquet"))
+
+
+def test_a_store_that_overwrites_what_is_committed_is_refused(url: str, tmp_path: Path, server: Server) -> None:
+    server.faults.overwrite = True
+    with pytest.raises(DataError, match=rf"{url}: this store overwrites .* use a store with conditional writes"):
+        Dataset.create(machine(url, tmp_path), 4)
+    assert Storage(url).list() == {}
+    server.faults.heal()
+    Dataset.create(machine(url, tmp_path), 4)
+    assert list(Storage(url).list()) == ["dataset.json"]
+
+
 def test_many_readers_of_one_tar_fetch_it_once(url: str, tmp_path: Path, server: Server) -> None:
     filled(url, tmp_path / "a", num=4)
     dataset = opened(url, tmp_path / "b")
