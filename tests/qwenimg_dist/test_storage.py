@@ -13,7 +13,7 @@ from s3_server import BUCKET, Server, s3_server
 from qwenimg_dist import storage as module
 from qwenimg_dist.storage import ObjectChangedError, Patience, Storage, StorageError, check_url, is_remote
 
-HASTY = Patience(attempts=4, first_s=0.02, longest_s=0.1, call_s=20)
+HASTY = Patience(attempts=8, first_s=0.02, longest_s=0.1, call_s=20)
 
 
 @pytest.fixture(scope="module")
