@@ -77,8 +77,8 @@ class Hold:
         if not free and not self.is_holding and self._clock() - self._said > _SAY_EVERY_S:
             self._said = self._clock()
             self._say(
-                f"producers are held back: {ahead / 1e9:.2f} GB are ahead of training in {self._run_dir} "
-                f"(cluster.max_ahead_bytes={self._bound})"
+                f"producers are held back: {ahead:,.0f} bytes are ahead of training in {self._run_dir} "
+                f"(cluster.max_ahead_bytes={self._bound}); they go on when it does"
             )
         self.is_holding = not free
         return free

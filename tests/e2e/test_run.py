@@ -167,8 +167,8 @@ def test_a_side_that_fails_ends_the_other_saved_and_the_way_on_is_told(tmp_path:
     assert "the same command goes on" in err
     steps = num_steps(tmp_path, "run")
     assert [info.step for info in list_checkpoints(tmp_path / "run") if info.fault is None][-1] == steps
-    # Either side goes on alone: the producers by `produce`, the ranks by `train`.
-    with ending(start("produce", *command)) as process:
+    # Either side goes on alone: the producers by `produce` (held back, they would wait for training), then the ranks.
+    with ending(start("produce", *command, "cluster.max_ahead_bytes=null")) as process:
         out, err = process.communicate(timeout=250)
     assert process.returncode == 0, out + err
     with ending(start("train", *command, "follow=true", f"train.stop_after={steps + 8}")) as process:
