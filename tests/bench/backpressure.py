@@ -126,7 +126,7 @@ class World:
     def __init__(self, root: Path, source: Path, num_units: int) -> None:
         self.num_units = num_units
         self.plan = make_plan(
-            load_config([]),
+            load_config(["filters=[broken]", "dedup.near=false"]),  # every row is kept: a step takes a unit
             text_facet=text_facet(FINGERPRINT),
             latents_facets={RESOLUTION: latents_facet(RESOLUTION, FINGERPRINT)},
         )
@@ -181,6 +181,7 @@ class World:
             stream.get(step)
             waits.append(time.perf_counter() - begin)
         stream.close()
+        assert {line.epoch for line in run.lines} == {0}, "a later epoch waits for nobody"
         half = waits[len(waits) // 2 :]
         return _share(waits), _share(half)
 
