@@ -41,7 +41,7 @@ class ClusterConfig(Section):
     is deleted. Less than a few units per producer makes training wait; it never stands still for it, since a waiting
     run is always produced for. `None` never holds them back."""
     address: str | None = None
-    """Ray address (`auto` inside a submitted job); `None` starts a local Ray on 127.0.0.1."""
+    """Ray address (`auto` inside a submitted job); `None` starts a Ray here, which ends with the command."""
     unit_retries: NonNegativeInt = 3
     """Tries of one unit after its actor died."""
     unit_timeout_s: PositiveFloat = 3600
