@@ -2,7 +2,8 @@
 
 Place in the flow: the stream calls `after(step)` from its own thread once it has read a step's batch; downloads run in
 threads of their own, in the ledger's order, and end in the cache that all ranks of a machine share. Half of the cache,
-divided among those ranks, is what may be fetched ahead: more would push out what is read now. A data set on the file
+divided among those ranks, is what may be fetched ahead: more would push out what is read now; and nothing is fetched
+ahead where all that is in the cache is in use. A data set on the file
 system costs nothing here. Errors are left to the reader, which meets them where it can name the sample.
 """
 
@@ -85,4 +86,4 @@ def _fetch(tar: TarFile) -> None:
     cache = tar_cache_of(tar.path.parent)
     if cache is not None:
         with contextlib.suppress(OSError):
-            cache.fetch(f"{tar.path.parent.name}/{tar.path.name}", tar.size_bytes)
+            cache.fetch(f"{tar.path.parent.name}/{tar.path.name}", tar.size_bytes, ahead=True)

@@ -9,8 +9,9 @@ share it, with nothing but the file system between them:
   not removed, nor is a tar that was written here and whose parquet is not here yet: a producer is about to commit it.
   Fetched ones are told by their mode, which is read-only: the parquets of a run that follows its producers come to one
   machine alone.
-- Room is made by removing the tars that were opened longest ago. If all that is left is in use, the limit is passed
-  rather than a reader left waiting: it must be larger than what the ranks of a machine read at one moment.
+- Room is made by removing the tars that were opened longest ago. If all that is left is in use, a fetch ahead of need
+  is left out, while a reader passes the limit rather than wait: the tars never take more than the limit and what the
+  ranks of a machine read at one moment.
 
 The tars of readers and fetches count, the index (parquets) does not.
 """
@@ -67,14 +68,16 @@ class TarCache:
             self.fetch(name, size_bytes)
         raise OSError(f"{name} is removed from {self.root} as fast as it is fetched: raise data.cache_bytes")
 
-    def fetch(self, name: str, size_bytes: int) -> None:
-        """Bring a tar here, if it is not."""
+    def fetch(self, name: str, size_bytes: int, *, ahead: bool = False) -> None:
+        """Bring a tar here, if it is not; `ahead` of need, only if there is room."""
         with self._lock(f"{zlib.crc32(name.encode()) % _STRIPES:02d}.lock"):
             if (self.root / name).exists():
                 return
             temporary = self.root / FETCHING / f"{uuid.uuid4().hex}.tar"
             try:
-                with self._reserved(temporary, size_bytes):
+                with self._reserved(temporary, size_bytes, pass_limit=not ahead) as reserved:
+                    if not reserved:
+                        return
                     self.storage.fetch(name, temporary, size_bytes=size_bytes)
                     fault_point("tar_fetched")
                     file = self.root / name
@@ -112,22 +115,28 @@ class TarCache:
         return handle
 
     @contextlib.contextmanager
-    def _reserved(self, temporary: Path, size_bytes: int) -> Iterator[None]:
-        """While a temporary takes up the tar's size; made, and locked as alive, while nobody else counts."""
+    def _reserved(self, temporary: Path, size_bytes: int, *, pass_limit: bool) -> Iterator[bool]:
+        """While a temporary takes up the tar's size; made, and locked as alive, while nobody else counts. False where
+        the tar does not fit and the limit may not be passed."""
         with contextlib.ExitStack() as stack:
             with self._lock("room.lock"):
-                self._trim(size_bytes)
+                left_bytes = self._trim(size_bytes)
+                if not pass_limit and left_bytes + size_bytes > self.max_bytes:
+                    yield False
+                    return
                 handle = stack.enter_context(open(temporary, "xb"))
                 fcntl.flock(handle, fcntl.LOCK_EX)
                 handle.truncate(size_bytes)
-            yield
+            yield True
 
-    def _trim(self, wanted_bytes: int) -> None:
+    def _trim(self, wanted_bytes: int) -> int:
+        """Bytes of the tars that are left."""
         found = sorted(self._entries())
         total = sum(one.size_bytes for one in found)
         for one in found:
             if (one.half or total + wanted_bytes > self.max_bytes) and _remove_unused(one.path):
                 total -= one.size_bytes
+        return total
 
     def _entries(self) -> Iterator[_Entry]:
         """Tars that may be removed, and those that are being fetched."""

@@ -220,6 +220,10 @@ def test_a_tar_in_use_stays_and_what_the_dead_left_goes(url: str, tmp_path: Path
         os.close(cache.open(name, size))
     here = {str(file.relative_to(dataset.root)) for file in dataset.root.rglob("*.tar")}
     assert here == {tars[0][0], tars[2][0]}, "the one in use, and the last one, though the limit is passed"
+    cache.trim()
+    cache.fetch(*tars[1], ahead=True)  # which nobody waits for
+    here = {str(file.relative_to(dataset.root)) for file in dataset.root.rglob("*.tar")}
+    assert here == {tars[0][0]}, "nothing ahead of need passes the limit"
     os.close(handle)
     cache.trim()
     assert not list(dataset.root.rglob("*.tar"))
