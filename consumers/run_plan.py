@@ -34,6 +34,8 @@ from qwenimg_dist.schema import Bucket
 FILE: Final = "plan.json"
 _LR_SAMPLES: Final = 512
 _TINY: Final = 0.5
+_START_LEFT: Final = 0.05
+"""Share of the start's weights in the average at a run's end that is worth a word."""
 _NAMED: Final = 4
 
 
@@ -80,6 +82,7 @@ class RunPlan:
     world_size: int
     complete: bool
     """False while producers go on: counts are of what is there."""
+    optim: OptimConfig
 
     def tables(self) -> list[Table]:
         """Phases, what they draw, and their buckets."""
@@ -105,7 +108,7 @@ class RunPlan:
 
     def warnings(self) -> list[str]:
         """What is rarely meant, a line each."""
-        found: list[str] = []
+        found = _length_warnings(self.optim, self.phases[-1].phase.last_step)
         for plan in self.phases:
             if not plan.phase.num_steps:
                 found.append(f"{plan.phase} has no step: raise train.steps or its length, or drop it")
@@ -151,7 +154,7 @@ def make_plan(
             }
             streams.append(StreamPlan(resolution=resolution, tally=tally, micro_batches=cuts))
         phases.append(PhasePlan(phase=phase, lr=_rates(ledger.phases, optim, phase), streams=tuple(streams)))
-    return RunPlan(phases=tuple(phases), world_size=world_size, complete=complete)
+    return RunPlan(phases=tuple(phases), world_size=world_size, complete=complete, optim=optim)
 
 
 def dry_run(config: Config, *, world_size: int) -> RunPlan:
@@ -215,6 +218,22 @@ def _rates(phases: tuple[PlannedPhase, ...], optim: OptimConfig, phase: PlannedP
     steps = {*range(phase.first_step, last, max(1, phase.num_steps // _LR_SAMPLES)), *turns}
     rates = {step: lr_at(phases, optim, step) for step in steps if phase.first_step <= step <= last}
     return rates[phase.first_step], max(rates.values()), rates[last]
+
+
+def _length_warnings(optim: OptimConfig, num_steps: int) -> list[str]:
+    """What is set for a longer run than this one."""
+    found = []
+    left = optim.ema_decay**num_steps if optim.ema_decay else 0.0
+    if left > _START_LEFT:
+        enough = _START_LEFT ** (5 / (2 * num_steps))
+        found.append(
+            f"after {num_steps:,} steps the average of the weights (optim.ema_decay={optim.ema_decay}), which is "
+            f"exported, judged and gone on from, is still {left:.0%} what the run started from: train longer, or set "
+            f"optim.ema_decay={enough:.4g} or lower"
+        )
+    if 2 * optim.warmup_steps > num_steps:
+        found.append(f"optim.warmup_steps={optim.warmup_steps} is over half of the run's {num_steps:,} steps: lower it")
+    return found
 
 
 def _stream_warnings(phase: PlannedPhase, stream: StreamPlan) -> list[str]:

@@ -1,9 +1,9 @@
 """The config that a run directory was made with, with a command's overrides put on top of it.
 
-Place in the flow: `eval` looks at a run that was trained by some stage and model, which nobody should have to type
-again. What the overrides name is taken from them (a key, or a whole group), all else from the run's `config.yaml`;
-sections that the run is too old to know are this version's defaults. Refuses overrides of what the run is: its stage,
-curriculum and optimiser would be other ones than it was trained with.
+Place in the flow: `eval`, `sample`, `pairs` and `ckpt export` look at a run that was trained by some stage and model,
+which nobody should have to type again. What the overrides name is taken from them (a key, or a whole group), all else
+from the run's `config.yaml`; sections that the run is too old to know are this version's defaults. Refuses overrides of
+what the run is: its stage, curriculum and optimiser would be other ones than it was trained with.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ def config_of_run(run_dir: Path, overrides: Sequence[str]) -> Config:
         keys = override.partition("=")[0].lstrip("+~").split(".")
         if keys[0] in _FIXED:
             raise ConfigError(f"{override}: {keys[0]} is that of the run in {run_dir}: leave it out")
+        if keys == ["model"]:
+            # The group again, and not where the run found the model.
+            if given["model"]["name"] != tree["model"]["name"]:
+                raise ConfigError(f"{override}: the run in {run_dir} has model={tree['model']['name']}: leave it out")
+            continue
         _take(tree, given, keys)
     return validate(tree)
 
@@ -49,6 +54,18 @@ def config_for_eval(overrides: Sequence[str]) -> Config:
     place = given.eval.path or given.run.path
     run_dir = _run_of(Path(place)) if place else None
     return given if run_dir is None else config_of_run(run_dir, overrides)
+
+
+def config_for_drawing(overrides: Sequence[str]) -> Config:
+    """Of a command that draws from `run.path`: the run's model, sizes and sampler. Where it draws and what it writes
+    are this command's. The overrides alone, where it draws from a pipeline directory."""
+    given = load_config(overrides)
+    if given.sample.path or given.export.path or given.run.path is None:
+        return given
+    mine = ("cluster", "export", "pairs")
+    return config_of_run(Path(given.run.path), overrides).model_copy(
+        update={"run": given.run, **{name: getattr(given, name) for name in mine}}
+    )
 
 
 def _run_of(path: Path) -> Path | None:

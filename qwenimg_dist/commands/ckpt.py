@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from qwenimg_dist.commands.ckpt_list import checkpoint_table, lineage_of_run
-from qwenimg_dist.commands.inputs import required, run_config
+from qwenimg_dist.commands.inputs import required
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
+from qwenimg_dist.config_of_run import config_of_run
 from qwenimg_dist.models.pipeline import CERTIFICATE, PROVENANCE
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def export_run(config: Config, args: list[str]) -> int:
     from qwenimg_dist.models.pipeline import pipeline_class, pipeline_dir
 
     # The model is the one that the run trained, whatever the defaults of this command line are.
-    source = pipeline_dir(run_config(run_dir, args).model)
+    source = pipeline_dir(config_of_run(run_dir, args).model)
     # Read twice, once for the hashes: what is exported leaves the reach of the manifest.
     reader = open_checkpoint(run_dir, config.export.step, verify=True)
     temporary = out.with_name(f".tmp-{out.name}-{uuid.uuid4().hex[:8]}")

@@ -35,7 +35,7 @@ class Painter:
     device: torch.device
 
     @classmethod
-    def load(cls, config: Config, args: Sequence[str]) -> Self:
+    def load(cls, config: Config) -> Self:
         """`sample.path`, `export.path` or the checkpoint of `run.path`, as `sample` finds them. Raises ValueError."""
         import torch
 
@@ -45,7 +45,7 @@ class Painter:
 
         device = usable_device(config.cluster.device)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        folder, transformer = load_transformer(config, list(args), dtype, device)
+        folder, transformer = load_transformer(config, dtype, device)
         longest = config.model.max_text_tokens
         return cls(
             config=config,
@@ -86,14 +86,14 @@ def size_of(config: Config) -> tuple[int, int]:
     return config.sample.height or side, config.sample.width or side
 
 
-def what_draws(config: Config, args: Sequence[str], step: int | None) -> dict[str, Any]:
+def what_draws(config: Config, step: int | None) -> dict[str, Any]:
     """What the pictures' contents depend on, as plain JSON: the weights' fingerprints and the sampler's settings.
 
     `step` is the checkpoint's, of a run. Raises ValueError for a model that is not there.
     """
     from qwenimg_dist.models.pipeline import fingerprint_component
 
-    folder, checkpoint = model_of(config, args, step)
+    folder, checkpoint = model_of(config, step)
     sample = config.sample
     height, width = size_of(config)
     parts = ("text_encoder", "vae") if checkpoint is not None else ("transformer", "text_encoder", "vae")
@@ -112,13 +112,12 @@ def what_draws(config: Config, args: Sequence[str], step: int | None) -> dict[st
     }
 
 
-def model_of(config: Config, args: Sequence[str], step: int | None) -> tuple[Path, str | None]:
+def model_of(config: Config, step: int | None) -> tuple[Path, str | None]:
     """(pipeline directory, hash of the checkpoint's manifest and which weights, where it is a run's)."""
     import hashlib
 
     from consumers.checkpoint_files import MANIFEST
     from consumers.checkpoint_reader import open_checkpoint
-    from qwenimg_dist.commands.inputs import run_config
     from qwenimg_dist.models.pipeline import pipeline_dir, resolve_pipeline
 
     given = config.sample.path or config.export.path
@@ -129,7 +128,7 @@ def model_of(config: Config, args: Sequence[str], step: int | None) -> tuple[Pat
     run_dir = Path(config.run.path)
     reader = open_checkpoint(run_dir, step)
     digest = hashlib.sha256((reader.path / MANIFEST).read_bytes()).hexdigest()[:16]
-    return pipeline_dir(run_config(run_dir, list(args)).model), f"{digest} {config.export.weights}"
+    return pipeline_dir(config.model), f"{digest} {config.export.weights}"
 
 
 def newest_step(config: Config) -> int | None:

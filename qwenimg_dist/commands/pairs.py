@@ -28,8 +28,8 @@ from qwenimg_dist.commands.inputs import required
 from qwenimg_dist.commands.pairs_actor import Job, PromptTask, Reply
 from qwenimg_dist.commands.pairs_book import Book, key_of, read_settings
 from qwenimg_dist.commands.stopping import catch_signals, stop_signals
-from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
+from qwenimg_dist.config_of_run import config_for_drawing
 from qwenimg_dist.prompts_file import prompts_of
 from qwenimg_dist.report.table import Table
 from qwenimg_dist.rewards import refusals, what_counts
@@ -46,17 +46,17 @@ _STEP: Final = "checkpoint_step"
 
 def run(args: list[str]) -> int:
     """Make the pairs that are missing. Returns 1 if that failed or was stopped halfway."""
-    config = load_config(args)
+    config = config_for_drawing(args)
     folder = Path(required(config.pairs.path, "pairs.path"))
     prompts = _prompts(config)
-    config, settings = _settled(config, args, read_settings(folder))
+    config, settings = _settled(config, read_settings(folder))
     console = Console(soft_wrap=True)
     with ExitStack() as stack:
         book = stack.enter_context(Book(folder, settings))
         todo = [task for key, task in prompts.items() if key not in book]
         console.print(f"{len(prompts)} prompts, {len(todo)} to do", highlight=False)
         making = _Making(book, console, len(todo))
-        failure = _make(config, args, folder, todo, making, stack) if todo else None
+        failure = _make(config, folder, todo, making, stack) if todo else None
         _sheet(config, book)
         table = making.table(len(prompts))
         console.print(table.rich() if console.is_terminal else table.text(), highlight=False)
@@ -86,7 +86,7 @@ def _task(key: str, prompt: Prompt) -> PromptTask:
     return PromptTask(key=key, text=prompt.text, metadata=dict(prompt.metadata))
 
 
-def _settled(config: Config, args: Sequence[str], before: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:
+def _settled(config: Config, before: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:
     """The config with the checkpoint of `run.path` named, the one that an earlier command took if there was one; and
     what the folder is held to."""
     from qwenimg_dist.commands.painter import newest_step, what_draws  # bring torch: after the cheap refusals
@@ -97,7 +97,7 @@ def _settled(config: Config, args: Sequence[str], before: Mapping[str, Any] | No
     if step is not None:
         config = config.model_copy(update={"export": config.export.model_copy(update={"step": step})})
     settings = {
-        "pictures": what_draws(config, args, step),
+        "pictures": what_draws(config, step),
         _STEP: step,
         "rewards": what_counts(config.reward),
         "num_seeds": config.pairs.num_seeds,
@@ -109,7 +109,6 @@ def _settled(config: Config, args: Sequence[str], before: Mapping[str, Any] | No
 
 def _make(
     config: Config,
-    args: Sequence[str],
     folder: Path,
     todo: Sequence[PromptTask],
     making: _Making,
@@ -123,7 +122,7 @@ def _make(
     stack.enter_context(stop_signals(stop))
     stack.enter_context(ray_session(config.cluster))
     catch_signals(stop)  # Ray has put its own handlers there
-    pool = open_pool(_job(config, args, folder), config.cluster, len(todo))
+    pool = open_pool(_job(config, folder), config.cluster, len(todo))
     stack.callback(pool.close)
     waiting = deque(todo)
     with making:
@@ -142,10 +141,9 @@ def _make(
     return "stopped before the end; the same command goes on from here"
 
 
-def _job(config: Config, args: Sequence[str], folder: Path) -> Job:
+def _job(config: Config, folder: Path) -> Job:
     return Job(
         config_json=config.model_dump_json(),
-        args=tuple(args),
         folder=str(folder.resolve()),
         cwd=str(Path.cwd()),
         num_threads=max(1, int(config.cluster.cpus_per_producer)),

@@ -37,8 +37,6 @@ class Job:
     """All that an actor is told, once."""
 
     config_json: str
-    args: tuple[str, ...]
-    """The command's overrides: `model.*` among them go before those of a run."""
     folder: str
     """Absolute."""
     cwd: str
@@ -99,7 +97,7 @@ class PairActor:
             from qwenimg_dist.rewards.service import RewardService
 
             torch.set_num_threads(self._job.num_threads)
-            painter = Painter.load(self._config, self._job.args)
+            painter = Painter.load(self._config)
             self._loaded = painter, RewardService(self._config.reward)
         return self._loaded
 

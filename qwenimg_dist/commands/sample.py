@@ -15,28 +15,29 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from qwenimg_dist.commands.inputs import run_config, usable_device
-from qwenimg_dist.compose import load_config
+from qwenimg_dist.commands.inputs import usable_device
 from qwenimg_dist.config import Config
+from qwenimg_dist.config_of_run import config_for_drawing
 from qwenimg_dist.models.prompt_enhance import NEGATIVE_PROMPT, enhance
 from qwenimg_dist.prompts_file import prompts_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
+_REAL_BLOCKS: Final = 60
 SUMMARY: Final = "a grid of pictures from a checkpoint or an export, fixed seeds"
 
 
 def run(args: list[str]) -> int:
     """Write the grid. Raises ValueError without prompts or without anything to sample from."""
-    config = load_config(args)
+    config = config_for_drawing(args)
     prompts = read_prompts(config)
     given = config.sample.path or config.export.path
     if given is not None and (Path(given) / "checkpoints").is_dir():
         raise ValueError(f"{given} is a run directory: sample from its newest checkpoint with run.path={given}")
     if given is not None and Path(given).is_absolute() and not Path(given).exists():
         raise ValueError(f"sample.path={given} is not there")  # said before torch and diffusers take their seconds
-    pictures = draw(config, prompts, args)
+    pictures = draw(config, prompts)
     labels = [prompt for prompt in prompts for _ in config.sample.seeds]
     from qwenimg_dist.models.generate import save_grid
 
@@ -66,7 +67,7 @@ def conditions(config: Config, prompts: list[str]) -> tuple[list[str], str]:
     return [enhance(prompt) for prompt in prompts], sample.negative_prompt or NEGATIVE_PROMPT
 
 
-def draw(config: Config, prompts: list[str], args: list[str]) -> list[Image.Image]:
+def draw(config: Config, prompts: list[str]) -> list[Image.Image]:
     """One picture per (prompt, seed), prompts outermost."""
     import torch
 
@@ -78,11 +79,11 @@ def draw(config: Config, prompts: list[str], args: list[str]) -> list[Image.Imag
     sample = config.sample
     device = usable_device(config.cluster.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    folder, transformer = load_transformer(config, args, dtype, device)
+    folder, transformer = load_transformer(config, dtype, device)
     encoder = TextEncoder.load(folder, dtype=dtype, device=device, max_sequence_length=config.model.max_text_tokens)
     texts, negative = conditions(config, prompts)
     distinct = sorted({*texts, negative})
-    images, edit = open_images(sample.images), _trained_with(config, args).encode.edit
+    images, edit = open_images(sample.images), config.encode.edit
     if images:
         features = edit_features(edit, folder, encoder, images, distinct)
     else:
@@ -108,14 +109,7 @@ def draw(config: Config, prompts: list[str], args: list[str]) -> list[Image.Imag
     )
 
 
-def _trained_with(config: Config, args: list[str]) -> Config:
-    """The config of the run that is drawn from; this command's, where it is an export."""
-    if config.sample.path or config.export.path or config.run.path is None:
-        return config
-    return run_config(Path(config.run.path), args)
-
-
-def load_transformer(config: Config, args: list[str], dtype: Any, device: Any) -> tuple[Path, Any]:
+def load_transformer(config: Config, dtype: Any, device: Any) -> tuple[Path, Any]:
     """(pipeline directory, transformer) from an export, or from the newest valid checkpoint of a run."""
     from diffusers import QwenImageTransformer2DModel
 
@@ -127,17 +121,30 @@ def load_transformer(config: Config, args: list[str], dtype: Any, device: Any) -
     elif config.run.path is None:
         folder = pipeline_dir(config.model)
     else:
-        return _from_checkpoint(Path(config.run.path), config, args, dtype, device)
+        return _from_checkpoint(Path(config.run.path), config, dtype, device)
+    refuse_settings_of_another(config, folder)
     model = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
     return folder, model.eval().to(device)
 
 
-def _from_checkpoint(run_dir: Path, config: Config, args: list[str], dtype: Any, device: Any) -> tuple[Path, Any]:
+def refuse_settings_of_another(config: Config, folder: Path) -> None:
+    """Raise ValueError for a model of the real size that would be drawn at the tiny one's sizes and steps."""
+    from qwenimg_dist.models.transformer import load_transformer_config
+
+    num_blocks = load_transformer_config(folder / "transformer")["num_layers"]
+    if config.model.name == "tiny" and num_blocks >= _REAL_BLOCKS:
+        raise ValueError(
+            f"{folder} holds a model of {num_blocks} blocks, and sizes and steps would be the tiny model's "
+            f"({max(config.resolutions)} px, {config.sample.num_steps} steps): add model=qwen_image_2512"
+        )
+
+
+def _from_checkpoint(run_dir: Path, config: Config, dtype: Any, device: Any) -> tuple[Path, Any]:
     from consumers.checkpoint_reader import open_checkpoint
     from qwenimg_dist.models.pipeline import pipeline_dir
     from qwenimg_dist.models.transformer import assemble_transformer, load_transformer_config
 
-    folder = pipeline_dir(run_config(run_dir, args).model)
+    folder = pipeline_dir(config.model)
     reader = open_checkpoint(run_dir, config.export.step)
     which: Literal["master", "ema"] = "master" if config.export.weights == "raw" else "ema"
     architecture = load_transformer_config(folder / "transformer")

@@ -18,7 +18,9 @@ from qwenimg_dist.data.samples import Selection
 
 def planned(*overrides: str, buckets: tuple[int, ...] = (0,) * 40, world_size: int = 3) -> RunPlan:
     """Two phases at 64 and 128 px; every row has captions of 4 and 40 tokens."""
-    config = load_config(["curriculum.phases.low.global_batch=8", "curriculum.phases.high.global_batch=8", *overrides])
+    short = ["optim.ema_decay=0.5", "optim.warmup_steps=1"]
+    batches = ["curriculum.phases.low.global_batch=8", "curriculum.phases.high.global_batch=8"]
+    config = load_config([*batches, *short, *overrides])
     ledger = Ledger(
         phases=plan(config),
         seed=0,
@@ -58,6 +60,8 @@ def test_nothing_to_warn_of() -> None:
             (0,) * 40,
             "up to 42 tokens, more than micro_batch_tokens=41",
         ),
+        (["train.steps=10", "optim.ema_decay=0.99"], (0,) * 40, "is still 90% what the run started from"),
+        (["train.steps=10", "optim.warmup_steps=6"], (0,) * 40, "over half of the run's 10 steps"),
     ],
 )
 def test_what_is_rarely_meant_is_said(overrides: list[str], buckets: tuple[int, ...], words: str) -> None:
@@ -76,7 +80,12 @@ def test_micro_batches_are_those_of_the_stream() -> None:
 
 
 def test_rates_go_from_the_first_to_the_last_step_over_the_highest() -> None:
-    found = planned("train.steps=1000", "optim.cooldown_steps=100", "curriculum.phases.high.warmup_steps=10")
+    found = planned(
+        "train.steps=1000",
+        "optim.warmup_steps=20",
+        "optim.cooldown_steps=100",
+        "curriculum.phases.high.warmup_steps=10",
+    )
     low, high = (phase.lr for phase in found.phases)
     assert low == pytest.approx((1e-4, 2e-3, 2e-3))
     assert high == pytest.approx((1.5e-4, 1.5e-3, 1.5e-4))

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from qwenimg_dist.compose import ConfigError, load_config
-from qwenimg_dist.config_of_run import config_for_eval, config_of_run
+from qwenimg_dist.config_of_run import config_for_drawing, config_for_eval, config_of_run
 
 
 @pytest.fixture
@@ -31,6 +31,15 @@ def test_what_is_named_is_taken_and_all_else_is_the_run_s(run_dir: Path) -> None
     assert (config.cluster.ranks, config.cluster.device) == (8, "cuda")
     assert (config.eval.against.path, config.sample.num_steps) == ("X", 7)
     assert config.objective.kind == "flow_matching"
+
+
+def test_the_model_s_group_named_again_leaves_where_the_run_found_it(tmp_path: Path) -> None:
+    words = ["model=qwen_image_2512", "model.path=/models/mine"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(load_config(words).model_dump(mode="json")))
+    assert config_of_run(tmp_path, ["model=qwen_image_2512"]).model.path == "/models/mine"
+    assert config_of_run(tmp_path, ["model=qwen_image_2512", "model.path=/moved"]).model.path == "/moved"
+    with pytest.raises(ConfigError, match="has model=qwen_image_2512: leave it out"):
+        config_of_run(tmp_path, ["model=tiny"])
 
 
 def test_what_the_run_is_stays(run_dir: Path) -> None:
@@ -58,3 +67,15 @@ def test_the_run_is_found_from_a_checkpoint_and_from_an_export(run_dir: Path, tm
     assert config_for_eval([f"eval.path={export}"]).stage == "pretrain"  # nothing is known of it
     (export / "certificate.json").write_text(json.dumps({"run": {"path": str(run_dir)}}))
     assert config_for_eval([f"eval.path={export}"]).stage == "dpo"
+
+
+def test_what_draws_from_a_run_draws_as_it_does_here_and_now(tmp_path: Path) -> None:
+    words = ["model=qwen_image_2512", "stage=sft", "cluster=nodes_8x8", "export.path=OUT", "sample.num_steps=33"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(load_config(words).model_dump(mode="json")))
+    config = config_for_drawing([f"run.path={tmp_path}", "pairs.num_seeds=3", "reward.weights.ocr=2"])
+    assert (config.model.name, max(config.resolutions), config.sample.num_steps) == ("qwen_image_2512", 1328, 33)
+    assert (config.run.path, config.pairs.num_seeds, config.reward.weights["ocr"]) == (str(tmp_path), 3, 2)
+    assert (config.cluster.device, config.export.path) == ("cpu", None)
+    assert config_for_drawing([f"run.path={tmp_path}", "cluster=node_8gpu"]).cluster.device == "cuda"
+    exported = config_for_drawing([f"run.path={tmp_path}", "sample.path=PIPELINE"])
+    assert (exported.model.name, exported.sample.path) == ("tiny", "PIPELINE")

@@ -75,7 +75,7 @@ def test_a_second_model_and_hpz_take_their_part() -> None:
 
 
 def test_rollouts_are_forwards_without_a_graph_of_every_picture_of_every_group() -> None:
-    small = ["cluster=nodes_8x8", "stage=grpo", "curriculum.phases.low.global_batch=64", "plan.text_tokens=100"]
+    small = ["cluster=nodes_8x8", "stage=grpo", "curriculum.phases.mid.global_batch=64", "plan.text_tokens=100"]
     group, twice = planned(*small, "objective.group_size=8"), planned(*small, "objective.group_size=16")
     low, more = group.times[0], twice.times[0]
     assert more.compute_s == pytest.approx(2 * (low.compute_s or 0), rel=0.01)
@@ -158,3 +158,17 @@ def test_the_ranks_ask_before_they_load(small_input: Path, tmp_path: Path) -> No
     check_device(load_config([*given, "plan.force=true"]), ranks)
     check_device(load_config([*given, "cluster.device_memory_gib=1"]), ranks)
     check_device(load_config([*given, "cluster.device_memory_gib=null"]), ranks)
+
+
+@pytest.mark.parametrize(("stage", "most"), [("pretrain", 24), ("sft", 12), ("dpo", 12), ("edit", 24), ("grpo", 12)])
+def test_every_stage_of_the_real_model_is_one_that_a_team_would_run(stage: str, most: float) -> None:
+    """Its own length, average and sizes: not pretraining's batches, of which GRPO would draw each 16 times."""
+    config = load_config([f"stage={stage}", "model=qwen_image_2512", "cluster=nodes_8x8"])
+    made = make_job_plan(config, world_size=64)
+    assert made.hours is not None
+    assert 1 < made.hours < most
+    assert config.train.steps is not None
+    assert config.optim.ema_decay**config.train.steps < 0.01, "what is exported is trained"
+    assert config.optim.warmup_steps <= config.train.steps / 10
+    if stage != "pretrain":
+        assert min(resolution for phase in config.curriculum.phases for resolution in phase.resolutions) >= 640

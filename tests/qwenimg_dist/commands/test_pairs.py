@@ -103,7 +103,7 @@ def test_a_pair_is_drawn_judged_and_written(tmp_path: Path) -> None:
             f"reward.settings.clip.path={clip}",
         ]
     )
-    painter = Painter.load(config, [])
+    painter = Painter.load(config)
     task = PromptTask(key="abcd", text="a red circle on a white background", metadata={"colour": "red"})
     out = tmp_path / "out"
     stray = out / "pictures" / "ab" / f".tmp-abcd-{seeds_of('abcd', 0, 4)[0]}.png-12345678"
