@@ -145,7 +145,8 @@ def describe_failure(error: Exception) -> Failure:
         kind = "out_of_memory"
     elif isinstance(error, UnitConflictError | SourceGoneError | OSError):
         kind = "try_again"
-    return Failure(kind=kind, message=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
+    message = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])  # they name row and file
+    return Failure(kind=kind, message=message, trace=traceback.format_exc())
 
 
 def _is_out_of_memory(error: Exception) -> bool:

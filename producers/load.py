@@ -53,6 +53,7 @@ _DECODE_ERRORS: Final = (
     AttributeError,
     struct.error,
     zlib.error,
+    RuntimeError,  # libavif, of most damage
 )
 
 
@@ -101,6 +102,8 @@ def load_image(data: bytes) -> Loaded:
         upright = image.transpose(_TRANSPOSE[header.orientation]) if header.orientation in _TRANSPOSE else image
         picture = _to_srgb(upright, image.info.get("icc_profile"))
     except _DECODE_ERRORS as error:
+        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():  # libavif's way to say so
+            raise MemoryError(f"{header.format}, {header.width}x{header.height}: {error}") from error
         reason = "truncated" if "truncated" in str(error) or isinstance(error, EOFError) else "decode_error"
         raise ImageFault(reason, f"{header.format}: {error}"[:200]) from error
     if picture.size != (header.width, header.height):

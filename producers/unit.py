@@ -27,6 +27,7 @@ from producers.decide import Assessment, assess, facts_of, first_rejection
 from producers.filters.base import BoundFilter, Facts, Scorers, Value
 from producers.load import ImageFault
 from producers.plan import Plan
+from producers.scan import naming
 from producers.state import Decision, Row, UnitState, read_state
 from producers.write import Encoders, LatentsWriter, TextWriter
 from qwenimg_dist.data.facets import Dataset
@@ -123,6 +124,11 @@ def _open_all(to_open: Sequence[Assessment], plan: Plan, root: str, num_threads:
 
 def open_row(one: Assessment, plan: Plan, root: str) -> Opened:
     """Decode, score by the filters without a model, decide."""
+    with naming(one.row.row, one.row.uri):
+        return _open_row(one, plan, root)
+
+
+def _open_row(one: Assessment, plan: Plan, root: str) -> Opened:
     row, scores = one.row, dict(one.scores)
     try:
         loaded = pictures.open_verified(root, row.uri, row.sha256)
@@ -191,7 +197,8 @@ def cut(opened: Opened, plan: Plan) -> Iterator[pictures.Cut]:
     if opened.facts is None or opened.facts.image is None or not one.missing:
         return
     missing = {resolution: one.placements[resolution] for resolution in one.missing}
-    yield from pictures.cut(one.row, opened.facts.image, opened.others, missing, plan)
+    with naming(one.row.row, one.row.uri):
+        yield from pictures.cut(one.row, opened.facts.image, opened.others, missing, plan)
 
 
 def _queue_texts(opened: Opened, plan: Plan, writer: TextWriter) -> None:

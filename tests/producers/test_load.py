@@ -182,6 +182,41 @@ def test_flipped_bytes_end_in_a_picture_or_a_fault(seed: int) -> None:
             assert load_image(bytes(data)).image.mode == "RGB"
 
 
+def damaged_avif(seed: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    data = bytearray(stored(quadrants(64, 64), "AVIF"))
+    for position in rng.integers(0, len(data), 3):
+        data[position] = rng.integers(256)
+    return bytes(data)
+
+
+def test_damaged_avif_is_a_fault_of_the_file_though_its_decoder_raises_runtime_errors(tmp_path: Any) -> None:
+    odd = 0
+    for seed in range(200):
+        data = damaged_avif(seed)
+        try:
+            Image.open(io.BytesIO(data)).load()
+        except RuntimeError:
+            odd += 1
+        except Exception:
+            continue
+        (tmp_path / "a.avif").write_bytes(data)
+        scan_row(str(tmp_path), listed(seed, "a.avif"))
+        with contextlib.suppress(ImageFault):
+            load_image(data)
+    assert odd > 5  # else nothing was tried
+
+
+def test_a_decoder_without_memory_says_nothing_about_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(self: Any) -> None:
+        raise RuntimeError("Failed to decode frame 0: Out of memory")
+
+    data = stored(quadrants(), "AVIF")
+    monkeypatch.setattr("PIL.AvifImagePlugin.AvifImageFile.load", load)
+    with pytest.raises(MemoryError, match="AVIF, 48x32"):
+        load_image(data)
+
+
 def test_truncation_is_only_seen_by_the_decode(tmp_path: Any) -> None:
     (tmp_path / "cut.jpg").write_bytes(JPEG[: len(JPEG) // 2])
     scanned = scan_row(str(tmp_path), listed(0, "cut.jpg"))
