@@ -24,14 +24,16 @@ from producers.listing import ListingChange, sync_listing
 from producers.near import load_near_index, settle_near
 from producers.near_index import HammingIndex
 from producers.plan import Plan
+from producers.scan import MISSING_FILE
 from producers.sources.base import Found, can_be_read
-from producers.state import is_done, passing_faults, read_record
+from producers.state import PassingFault, is_done, passing_faults, read_record
 from producers.unit import UnitReport
 from producers.workers import Task, Workers
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.schema import LISTING, SCAN, SOURCE_COMPLETE
 
 _POLL_S: Final = 0.5
+_TRY_AGAIN_S: Final = 60.0
 
 
 class Observer:
@@ -55,6 +57,20 @@ class Pending:
     scan_again: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Tries:
+    """Of a row: when the next one is due (monotonic seconds), and how long after the one before."""
+
+    next_s: float
+    wait_s: float
+
+    @classmethod
+    def after(cls, before: _Tries | None) -> _Tries:
+        """Each try gives its unit a further part: with `follow`, a week of them is about eight."""
+        wait_s = _TRY_AGAIN_S if before is None else 4 * before.wait_s
+        return cls(next_s=time.monotonic() + wait_s, wait_s=wait_s)
+
+
 @dataclass
 class Driver:
     """Drives rounds over one data set. `workers` is made only when there is work."""
@@ -70,10 +86,12 @@ class Driver:
     """Asked between tasks; once true, started tasks are finished and no other is begun."""
     hold: Hold | None = None
     """Asked before each unit is encoded; None never holds back."""
+    retry_missing: bool = False
+    """Ask again for remote pictures that were not there, not only for those that could not be reached."""
     _workers: Workers | None = None
     _index: DigestIndex | None = None
     _near: HammingIndex | None = None
-    _tried: set[tuple[int, int]] = field(default_factory=set)
+    _tried: dict[tuple[int, int], _Tries] = field(default_factory=dict)
     """(unit, row) of faults that were tried again by this driver."""
     _watched: set[int] = field(default_factory=set)
     """Units with rows whose file may turn up."""
@@ -181,17 +199,27 @@ class Driver:
         again, retry = [], False
         faults = passing_faults(self.dataset, unit)
         (self._watched.add if faults else self._watched.discard)(unit)
-        for row, uris, by_scan in faults:
-            if not all(can_be_read(self.root, uri) for uri in uris):
-                self._tried.discard((unit, row))
+        for fault in faults:
+            place = (unit, fault.row)
+            if not self._may_be_read(fault):
+                self._tried.pop(place, None)
                 continue
-            if (unit, row) in self._tried:
-                continue  # it can be opened and still fails: once per command, not at every look with `follow`
-            self._tried.add((unit, row))
-            if by_scan:
-                again.append(row)
+            tries = self._tried.get(place)
+            if tries is not None and not fault.listed_anew and time.monotonic() < tries.next_s:
+                continue  # it can be opened and still fails: not at every look with `follow`
+            self._tried[place] = _Tries.after(tries)
+            if fault.by_scan:
+                again.append(fault.row)
             retry = True
         return tuple(again), retry
+
+    def _may_be_read(self, fault: PassingFault) -> bool:
+        """Whether another try is worth it. What a server said is not there is believed until the row names another
+        place: dead links are many in tables of URLs, and a try of each costs its unit a further part."""
+        there = [can_be_read(self.root, uri) for uri in fault.uris]
+        if False in there:
+            return False
+        return None not in there or fault.reason != MISSING_FILE or fault.listed_anew or self.retry_missing
 
     def _mark_complete(self, num_rows: int) -> None:
         content: Mapping[str, Any] = {"units": len(self.dataset.units(LISTING)), "rows": num_rows}

@@ -2,12 +2,13 @@
 
 Place in the flow: source -> **listing** -> scan. A row keeps its number for good. New rows are appended after those
 listed before, whatever their names: a last unit that is not full is filled first, by a further part, so that
-unit = row // unit_size always holds. Changed captions supersede a row by a further part of its unit. Rows that the
-source no longer names stay: what was encoded is not taken back.
+unit = row // unit_size always holds. Changed captions, or a picture that lies elsewhere in a tar that was written
+anew, supersede a row by a further part of its unit. Rows that the source no longer names stay: what was encoded is not
+taken back.
 
 The source is streamed: a unit of new rows is committed as soon as it is full, so a look that breaks off leaves a
 shorter listing, never one with a gap. What is remembered of a listed row is its key, its number and eight bytes of its
-captions' digest (see `key_index.py`): about 35 bytes. Changed captions are held until 16,384 rows wait.
+digest (see `key_index.py`): about 35 bytes. Changed rows are held until 16,384 wait.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import pyarrow as pa
 
 from producers.commit import commit_part
 from producers.key_index import ABSENT, KeyIndex
+from producers.sources import tars
 from producers.sources.base import SourceRow
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.schema import LISTING, LISTING_COLUMNS, Kind, row_key
@@ -31,6 +33,7 @@ from qwenimg_dist.schema import LISTING, LISTING_COLUMNS, Kind, row_key
 _KEY_BYTES: Final = 10
 _BATCH_ROWS: Final = 4096
 _CHANGES_HELD: Final = 16_384
+_DIGESTED: Final = ["row", "key", "uri", "captions", "caption_fault", "caption_kinds", "meta", "labels"]
 _REPEATS_REMEMBERED: Final = 4
 """From this many occurrences of one row on, the next one's number is remembered instead of counted up to."""
 
@@ -43,6 +46,7 @@ class ListingChange:
     """Rows listed in all, now."""
     added: int
     recaptioned: int
+    """Listed again: with other captions or labels, or at another place in their tar."""
     units: tuple[int, ...]
     """Units with a further part, ascending."""
 
@@ -55,7 +59,7 @@ def sync_listing(
     changes = _Changes(dataset, len(known), config_hash, before_commit)
     added = recaptioned = 0
     for batch in _batches(rows):
-        digests = [_digest(one.captions, one.fault, one.meta, one.caption_kinds, one.labels) for one in batch]
+        digests = [_digest(one.captions, one.fault, one.meta, one.caption_kinds, one.labels, one.uri) for one in batch]
         for source_row, (key, number), digest in zip(batch, known.meet([one.identity for one in batch]), digests):
             if number == ABSENT:
                 number, added = known.add(key, digest), added + 1
@@ -202,10 +206,10 @@ def _read_known(dataset: Dataset) -> _Known:
     """What the newest listing parts say. Raises `DataError` if a part is missing."""
     known = _Known()
     for part in dataset.parts(LISTING):
-        table = dataset.read(part, ["row", "key", "captions", "caption_fault", "caption_kinds", "meta", "labels"])
+        table = dataset.read(part, _DIGESTED)
         for entry in sorted(table.to_pylist(), key=lambda entry: entry["row"]):
-            kinds = entry.get("caption_kinds") or ()
-            digest = _digest(entry["captions"], entry["caption_fault"], entry.get("meta"), kinds, entry.get("labels"))
+            captions, fault, kinds = entry["captions"], entry["caption_fault"], entry.get("caption_kinds") or ()
+            digest = _digest(captions, fault, entry.get("meta"), kinds, entry.get("labels"), entry["uri"])
             if entry["row"] < len(known):
                 known.recaption(entry["row"], digest)
             elif entry["row"] == len(known):
@@ -216,9 +220,11 @@ def _read_known(dataset: Dataset) -> _Known:
 
 
 def _digest(
-    captions: Sequence[str], fault: str | None, meta: str | None, kinds: Sequence[str], labels: str | None
+    captions: Sequence[str], fault: str | None, meta: str | None, kinds: Sequence[str], labels: str | None, uri: str
 ) -> int:
-    """Kinds and labels count where there are any, so that rows listed before there were such stay as they are."""
+    """Kinds and labels count where there are any, so that rows listed before there were such stay as they are. Of the
+    uri counts what is not in the row's key: where in its tar the picture lies."""
+    place = tars.byte_range(uri)
     text = "\0".join(
         (
             fault or "",
@@ -226,6 +232,7 @@ def _digest(
             *(() if meta is None else ("", meta)),
             *(("", "", *kinds) if kinds else ()),
             *(("", "", "", labels) if labels is not None else ()),
+            *(("", "", "", "", place) if place else ()),
         )
     )
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -17,7 +17,7 @@ from producers.commit import commit_part
 from producers.load import ImageFault, open_header
 from producers.perceptual_hash import perceptual_hash
 from producers.poison import POISON, Watch
-from producers.sources.base import BAD_ROW, OUTSIDE_ROOT, SourceGoneError, read_bytes
+from producers.sources.base import BAD_ROW, OUTSIDE_ROOT, SourceGoneError, locate, read_bytes
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.debug import picture_point
 from qwenimg_dist.schema import IMAGE, LISTING, PROMPT, SCAN, SCAN_COLUMNS, role_of
@@ -25,7 +25,8 @@ from qwenimg_dist.schema import IMAGE, LISTING, PROMPT, SCAN, SCAN_COLUMNS, role
 MISSING_FILE = "missing_file"
 UNREADABLE = "unreadable"
 PASSING = frozenset({MISSING_FILE, UNREADABLE})
-"""Faults of the moment: the file may be there the next time, so a later `produce` looks again."""
+"""Faults of the moment: the file may be there the next time, so a later `produce` looks again. Of remote ones that is
+UNREADABLE alone (`Driver._may_be_read`)."""
 _NOTHING: Final[Mapping[str, Any]] = {"bytes": 0, "width": 0, "height": 0, "orientation": 1}
 
 
@@ -36,7 +37,8 @@ def read_or_fault(root: str, uri: str) -> bytes:
     except SourceGoneError:
         raise
     except FileNotFoundError as error:
-        raise ImageFault(MISSING_FILE, "the source names it, but it is not there") from error
+        asked_again = "; source.retry_missing=true asks again" if "://" in locate(root, uri) else ""
+        raise ImageFault(MISSING_FILE, f"the source names it, but it is not there{asked_again}") from error
     except OSError as error:
         raise ImageFault(UNREADABLE, error.strerror or type(error).__name__) from error
 

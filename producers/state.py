@@ -170,26 +170,47 @@ def is_done(dataset: Dataset, unit: int, plan: Plan) -> bool:
     )
 
 
-def passing_faults(dataset: Dataset, unit: int) -> list[tuple[int, tuple[str, ...], bool]]:
-    """(row, uris, seen by the scan) of the rows whose newest decision is a fault that may have passed, and of kept ones
-    that lack something for such a fault; in a unit that was scanned and not yet decided, those that the scan has."""
+@dataclass(frozen=True, kw_only=True)
+class PassingFault:
+    """A row that was lost, or lacks something, for a fault that may have passed."""
+
+    row: int
+    uris: tuple[str, ...]
+    reason: str
+    by_scan: bool
+    """The scan saw it, and must look again."""
+    listed_anew: bool
+    """Since it was decided: its picture may lie elsewhere now."""
+
+
+def passing_faults(dataset: Dataset, unit: int) -> list[PassingFault]:
+    """Of the rows whose newest decision is such a fault, and of kept ones that lack something for one; in a unit that
+    was scanned and not yet decided, those that the scan has."""
     record = read_record(dataset, unit)
-    faulty = {int(row) for row, one in record.get("lacking", {}).items() if one["reason"] in PASSING}
+    faulty = {int(row): one["reason"] for row, one in record.get("lacking", {}).items() if one["reason"] in PASSING}
     if any(record.get("counts", {}).get(reason) for reason in PASSING):
-        faulty |= {row for row, decision in _read_decisions(dataset, unit).items() if decision.reason in PASSING}
+        decisions = _read_decisions(dataset, unit)
+        faulty |= {row: decision.reason for row, decision in decisions.items() if decision.reason in PASSING}
     if record and not faulty:
         return []
     scan = dataset.read_unit(SCAN, unit, ["row", "fault"])
     if not record and scan is not None:
-        faulty = {entry["row"] for entry in scan.to_pylist() if entry["fault"] in PASSING}
+        faulty = {entry["row"]: entry["fault"] for entry in scan.to_pylist() if entry["fault"] in PASSING}
     if not faulty:
         return []
     listing = dataset.read_unit(LISTING, unit, ["row", "uri", "others"])
     assert listing is not None  # there are decisions
     # A repair may have moved the scan aside; what it says is then asked again anyway.
     scanned = {entry["row"]: entry["fault"] in PASSING for entry in scan.to_pylist()} if scan is not None else {}
+    anew = _listed_anew(dataset, dataset.unit_parts(LISTING, unit), record) if record else frozenset()
     return [
-        (entry["row"], (entry["uri"], *(entry.get("others") or ())), scanned.get(entry["row"], False))
+        PassingFault(
+            row=entry["row"],
+            uris=(entry["uri"], *(entry.get("others") or ())),
+            reason=faulty[entry["row"]],
+            by_scan=scanned.get(entry["row"], False),
+            listed_anew=entry["row"] in anew,
+        )
         for entry in listing.to_pylist()
         if entry["row"] in faulty
     ]
@@ -237,11 +258,24 @@ def caption_scores(plan: Plan) -> frozenset[str]:
     return frozenset(name for one in filters if one.reads_captions for name in one.names)
 
 
-def _recaptioned(dataset: Dataset, listing: Sequence[Part], record: Mapping[str, Any]) -> frozenset[int]:
-    """Rows listed again, with other captions, since the newest decisions were made; all, where a repair withdrew the
-    record that would say."""
+def _listed_anew(dataset: Dataset, listing: Sequence[Part], record: Mapping[str, Any]) -> frozenset[int]:
+    """Rows listed again since the newest decisions were made; all, where a repair withdrew the record that says so."""
     newer = listing[record.get("inputs", {}).get(LISTING, 0) :]
     return frozenset(row for part in newer for row in dataset.read(part, ["row"])["row"].to_pylist())
+
+
+def _recaptioned(dataset: Dataset, listing: Sequence[Part], record: Mapping[str, Any]) -> frozenset[int]:
+    """Those of them that have other captions; a row whose labels changed, or whose tar was written anew, keeps what
+    its captions scored."""
+    anew = _listed_anew(dataset, listing, record)
+    num_known = record.get("inputs", {}).get(LISTING, 0)
+    if not anew or not num_known:
+        return anew
+    before, now = (
+        {entry["row"]: entry["captions"] for entry in dataset.merge(parts, ["row", "captions"]).to_pylist()}
+        for parts in (listing[:num_known], listing)
+    )
+    return frozenset(row for row in anew if before.get(row) != now[row])
 
 
 def _without(

@@ -44,6 +44,8 @@ _FOR_GOOD: Final = frozenset(
         "ParamValidationError",
         "InvalidRegionError",
         "NotImplemented",
+        "KeyTooLongError",
+        "MethodNotAllowed",
     }
 )
 _Result = TypeVar("_Result")
@@ -361,6 +363,12 @@ def _code(error: BaseException) -> str:
     """The storage's own word for an error."""
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     return str(response["Error"]["Code"]) if isinstance(response, dict) and "Error" in response else ""
+
+
+def cause_of(error: StorageError) -> str:
+    """The storage's own word for what went wrong, else the class of the client's error."""
+    cause = error.__cause__
+    return "" if cause is None else _code(cause) or type(cause).__name__
 
 
 def _together(action: Callable[[int], None], items: Iterable[int]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from producers.sources.base import BAD_ROW, BROKEN_LINE, SourceRow, encode_uri
+from producers.sources.urls import NoDrivers
 from qwenimg_dist.schema import IMAGE, Kind
 
 _SHOWN = 3
@@ -45,9 +46,11 @@ class Look:
         return [f"{self.num_bad} of {self.num_rows} rows cannot be used, and become the fault {BAD_ROW}: {first}"]
 
 
-def look_through(rows: Iterable[SourceRow]) -> Look:
-    """Count, and remember the first that are bad."""
+def look_through(rows: Iterable[SourceRow], no_drivers: NoDrivers | None = None) -> Look:
+    """Count, and remember the first that are bad. Raises ValueError if `no_drivers` hears of too many of the rows."""
     look = Look()
+    if no_drivers is not None:
+        no_drivers.clear()
     for row in rows:
         look.num_rows += 1
         look.num_captioned += bool(row.captions)
@@ -55,4 +58,6 @@ def look_through(rows: Iterable[SourceRow]) -> Look:
             look.num_bad += 1
             if len(look.first_bad) < _SHOWN:
                 look.first_bad.append(row.fault_detail or "")
+    if no_drivers is not None:
+        no_drivers.refuse(look.num_rows)
     return look

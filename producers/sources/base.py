@@ -152,10 +152,9 @@ def read_bytes(root: str, uri: str) -> bytes:
         except ValueError as error:
             raise FileNotFoundError(str(error)) from error
     if "://" in place:
-        import fsspec
+        from producers.sources import urls
 
-        with fsspec.open(place, "rb") as stream:
-            return bytes(stream.read())
+        return urls.read(place)
     with _blaming(root):
         if uri.startswith(tars.SCHEME):
             return tars.read_member(place, uri)
@@ -178,12 +177,14 @@ def _blaming(root: str) -> Iterator[None]:
         raise FileNotFoundError(str(error)) from error
 
 
-def can_be_read(root: str, uri: str) -> bool:
-    """Whether a local picture is there; False for remote ones, which cannot be asked cheaply."""
+def can_be_read(root: str, uri: str) -> bool | None:
+    """Whether a local picture is there; None for remote ones, which only reading them can tell of."""
     if uri.startswith(recipe.SCHEME):
         return True  # what it needs is looked for when it is drawn
     place = locate(root, uri)
-    if "://" in place or "\0" in place or not os.path.isfile(place) or not os.access(place, os.R_OK):
+    if "://" in place:
+        return None
+    if "\0" in place or not os.path.isfile(place) or not os.access(place, os.R_OK):
         return False
     return not uri.startswith(tars.SCHEME) or tars.has_member(place, uri)
 

@@ -31,7 +31,7 @@ class Edits:
         """See `Source.find`; with `min_age_s` a last line half written is left for later. The files that a table
         names are complete."""
         # Twice through the files rather than a million rows in memory; the first time to find what is wrong.
-        look = look_through(self._rows(min_age_s > 0))
+        look = look_through(self._rows(min_age_s > 0), self._records.no_drivers)
         if not look.num_rows:
             raise ValueError(f"{self._config.path} has no rows; is source.path right?")
         problems = look.problems()

@@ -17,7 +17,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from producers.sources import remote
+from producers.sources import remote, urls
 from producers.sources.bad_rows import bad_row, look_through
 from producers.sources.base import Found, SourceRow, captions_of_kinds, encode_uri, with_labels
 from producers.sources.jsonl import read_jsonl
@@ -46,6 +46,7 @@ class Manifest:
         self._columns = config.caption_columns or {RAW: config.caption_column}
         folder = str(self._file.parent) if self._url is None else posixpath.dirname(self._url)
         self._root = config.root if config.root is not None else folder
+        self._no_drivers = urls.NoDrivers(config.path)
         self._stack = ExitStack()
 
     @property
@@ -55,6 +56,7 @@ class Manifest:
     def find(self, *, min_age_s: float = 0.0) -> Found:
         """See `Source.find`; with `min_age_s` a last line half written is left for later. The files that a manifest
         names are complete."""
+        urls.check_root(self._root)
         if self._url is not None:
             self._stack.close()  # the look before this one
             try:
@@ -64,7 +66,7 @@ class Manifest:
         if not self._file.is_file():
             raise ValueError(f"source.path={self._file} is not a file that can be read")
         # Twice through the file rather than a million rows in memory; the first time only to find what is wrong.
-        look = look_through(self._rows(min_age_s > 0))
+        look = look_through(self._rows(min_age_s > 0), self._no_drivers)
         if not look.num_rows:
             raise ValueError(f"{self._file} has no rows; is source.path right?")
         problems = look.problems()
@@ -104,8 +106,11 @@ class Manifest:
                 f"has no uri in {self._uri_column!r} (there is: {columns}); correct it, or set source.uri_column"
             )
         try:
+            urls.check(uri)
             return encode_uri(uri)
         except ValueError as error:
+            if isinstance(error, urls.NoDriverError):
+                self._no_drivers.add(error)
             raise ValueError(f"{error}; correct it") from error
 
     def _parquet(self) -> Iterator[tuple[int, dict[str, Any]]]:

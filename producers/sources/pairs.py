@@ -49,7 +49,7 @@ class Pairs:
         dropped: Counter[str] = Counter()
         # Twice through the files rather than a million rows in memory; the first time to find what is wrong.
         growing = min_age_s > 0
-        look = look_through(self._rows(prompt, pictures, labels, dropped, growing))
+        look = look_through(self._rows(prompt, pictures, labels, dropped, growing), self._records.no_drivers)
         if not look.num_rows:
             counts = ", ".join(f"{number} {what}" for what, number in dropped.items()) or "no rows at all"
             raise ValueError(f"{self._config.path} gives no pair ({counts}); is source.path right?")

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from producers.sources import parquet_cells
+from producers.sources import parquet_cells, urls
 from producers.sources.bad_rows import bad_row
 from producers.sources.base import SourceRow, encode_uri
 from producers.sources.jsonl import read_jsonl
@@ -40,6 +40,8 @@ class Record:
     """Name of the table, relative to the folder."""
     content: bytes
     """The line, or what stands for the row."""
+    no_drivers: urls.NoDrivers
+    """Hears of URLs that lack a driver."""
     broken: str | None = None
     """Why the line is no JSON object."""
 
@@ -67,9 +69,15 @@ class Record:
             raise ValueError(
                 f"{self.where}: has no picture in {column!r} (there is: {there}); correct it, or name another column"
             )
+        if column in self.cells:
+            return tuple(uris)
         try:
-            return tuple(uris if column in self.cells else [encode_uri(uri) for uri in uris])
+            for uri in uris:
+                urls.check(uri)
+            return tuple(encode_uri(uri) for uri in uris)
         except ValueError as error:
+            if isinstance(error, urls.NoDriverError):
+                self.no_drivers.add(error)
             raise ValueError(f"{self.where}: {error}; correct it") from error
 
     def picture(self, column: str) -> str:
@@ -96,6 +104,8 @@ class Records:
         folder = self._path if self._path.suffix not in SUFFIXES else self._path.parent
         self._folder = folder
         self.root = root if root is not None else str(folder)
+        urls.check_root(self.root)
+        self.no_drivers = urls.NoDrivers(path)
 
     def files(self) -> list[Path]:
         """The tables there are. Raises ValueError if there is none."""
@@ -132,6 +142,7 @@ class Records:
                         cells={},
                         file=str(file.relative_to(self._folder)),
                         content=line.raw,
+                        no_drivers=self.no_drivers,
                         broken=line.broken,
                     )
 
@@ -158,6 +169,7 @@ class Records:
                         cells=cells,
                         file=str(path.relative_to(self._folder)),
                         content=f"row {number}".encode(),
+                        no_drivers=self.no_drivers,
                     )
 
     def _cells(self, path: Path, group: int, row: int, column: str, counts: Sequence[int] | None) -> tuple[str, ...]:

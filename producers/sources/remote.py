@@ -3,19 +3,31 @@
 Place in the flow: `webdataset.py` and `manifest.py` list through this, workers read pictures (`base.read_bytes`). A tar
 is streamed to a temporary once per listing, since its headers lie all over it; a picture in it is then one request of
 just its bytes. A bucket that cannot be reached is the source that is gone (`SourceGoneError` in `base.py`), not a fault
-of any row. Refused: what `storage.check_url` refuses, and a tar that was written anew since it was listed.
+of any row; one object that a bucket refuses is the fault of its row. Refused: what `storage.check_url` refuses, and a
+tar that was written anew since it was listed.
 """
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from producers.sources import tars
-from qwenimg_dist.storage import Storage
+from qwenimg_dist.storage import Storage, StorageError, cause_of
+
+_OF_ONE_OBJECT: Final = frozenset(
+    {"InvalidObjectState", "KeyTooLongError", "MethodNotAllowed", "InvalidBucketName", "ParamValidationError"}
+)
+"""Archived, deleted, or named as nothing can be."""
+_DENIED: Final = frozenset({"AccessDenied", "403"})
+"""Of one object, or of a missing one where listing is not allowed; or of all, for want of rights."""
+_giving: set[str] = set()
+"""Buckets that gave something to this process."""
 
 
 def split(url: str) -> tuple[str, str]:
@@ -48,12 +60,41 @@ def brought_here(url: str) -> Iterator[Path]:
 
 
 def read(url: str) -> bytes:
-    """A picture. Raises FileNotFoundError if there is none, `StorageError` if it cannot be reached."""
+    """A picture. Raises FileNotFoundError if there is none, another OSError if the storage refuses this one alone, and
+    `StorageError` if the storage cannot be reached."""
     folder, name = split(url)
-    return Storage(folder).read(name)
+    with _blaming(url):
+        return Storage(folder).read(name)
 
 
 def read_member(url: str, uri: str) -> bytes:
-    """A picture in the tar at `url`, by the range in its uri. Raises FileNotFoundError if it is not there now."""
+    """A picture in the tar at `url`, by the range in its uri. Raises as `read`; FileNotFoundError also if it is not in
+    that place now."""
     folder, name = split(url)
-    return tars.member_of_range(uri, lambda start, stop: Storage(folder).read_range(name, start, stop), url)
+    with _blaming(url):
+        return tars.member_of_range(uri, lambda start, stop: Storage(folder).read_range(name, start, stop), url)
+
+
+@contextmanager
+def _blaming(url: str) -> Iterator[None]:
+    """Whether it is this object that cannot be read, or all of them."""
+    folder, name = split(url)
+    if not name:
+        raise FileNotFoundError(errno.ENOENT, "is the name of no object", url)
+    bucket = url.removeprefix("s3://").partition("/")[0]
+    try:
+        yield
+    except StorageError as error:
+        cause = cause_of(error)
+        if cause in _OF_ONE_OBJECT or (cause in _DENIED and (bucket in _giving or _can_list(folder, name))):
+            raise OSError(errno.EACCES, cause, url) from error
+        raise
+    _giving.add(bucket)
+
+
+def _can_list(folder: str, name: str) -> bool:
+    try:
+        Storage(folder).list(prefix=name)
+    except OSError:
+        return False
+    return True

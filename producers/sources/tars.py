@@ -56,6 +56,11 @@ def identity(uri: str) -> str:
     return uri.rpartition("@")[0] if uri.startswith(SCHEME) else uri
 
 
+def byte_range(uri: str) -> str:
+    """Where in its tar the member lies; empty for what is no member of a tar."""
+    return uri.rpartition("@")[2] if uri.startswith(SCHEME) else ""
+
+
 def walk(path: str) -> Iterator[Member]:
     """Members in their order. Raises `TornTarError` where the tar is damaged, OSError if it cannot be opened."""
     with open(path, "rb") as file:

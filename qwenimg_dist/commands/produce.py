@@ -37,7 +37,7 @@ from qwenimg_dist.commands.data import look_closer
 from qwenimg_dist.commands.inputs import required
 from qwenimg_dist.commands.stopping import catch_signals, stop_signals
 from qwenimg_dist.compose import load_config
-from qwenimg_dist.config import Config
+from qwenimg_dist.config import Config, EditsSource, ManifestSource, PairsSource, SourceConfig
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.mirror import data_root
 from qwenimg_dist.data.origin import Origin, remember_origin
@@ -160,12 +160,17 @@ def drive(
             observer=progress,
             stopping=stop.is_set,
             hold=_hold(production, dataset, progress),
+            retry_missing=_retries_missing(config.source),
         )
         with stop_signals(stop):
             try:
                 return _rounds(driver, production, stop, progress, on_listed)
             except UnitConflictError as error:  # workers try again; what the driver commits is the driver's alone
                 raise ProduceError(f"another `produce` works on this data set: {error}; end one of them") from error
+
+
+def _retries_missing(source: SourceConfig) -> bool:
+    return isinstance(source, ManifestSource | PairsSource | EditsSource) and source.retry_missing
 
 
 def _tracked(production: Production, dataset: Dataset, stack: ExitStack) -> list[WandbGauges]:
@@ -246,7 +251,7 @@ def _round(
 
 
 def _announce(change: ListingChange, num_pending: int) -> str:
-    listed = f"{change.num_rows} rows listed ({change.added} new, {change.recaptioned} with other captions)"
+    listed = f"{change.num_rows} rows listed ({change.added} new, {change.recaptioned} changed)"
     return f"{listed}; {num_pending} units to do" if num_pending else f"{listed}; nothing to do"
 
 

@@ -79,6 +79,10 @@ class ManifestSource(Section):
     """A string, or a list of strings for several captions."""
     root: str | None = None
     """What relative uris are relative to; `None` is the manifest's folder."""
+    retry_missing: bool = False
+    """Ask again for URLs whose server said that there is no such picture (404, or no such object), once per `produce`:
+    for those that may have been uploaded since. Costs a request each, and every unit that has one is gone through
+    again. Pictures that could not be reached are always asked for again."""
     caption_columns: dict[str, str] | None = None
     """Several kinds of captions, drawn by `data.caption_weights`: kind -> its column, for example `{raw: text,
     recaption: llava}` (columns)."""
@@ -126,6 +130,10 @@ class PairsSource(Section):
     """Columns kept as JSON with each sample."""
     root: str | None = None
     """What relative uris are relative to; `None` is the folder of the files."""
+    retry_missing: bool = False
+    """Ask again for URLs whose server said that there is no such picture (404, or no such object), once per `produce`:
+    for those that may have been uploaded since. Costs a request each, and every unit that has one is gone through
+    again. Pictures that could not be reached are always asked for again."""
 
 
 class EditsSource(Section):
@@ -148,6 +156,10 @@ class EditsSource(Section):
     """Columns kept as JSON with each sample."""
     root: str | None = None
     """What relative uris are relative to; `None` is the folder of the files."""
+    retry_missing: bool = False
+    """Ask again for URLs whose server said that there is no such picture (404, or no such object), once per `produce`:
+    for those that may have been uploaded since. Costs a request each, and every unit that has one is gone through
+    again. Pictures that could not be reached are always asked for again."""
 
 
 class SyntheticTextSource(Section):

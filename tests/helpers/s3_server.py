@@ -36,6 +36,9 @@ class Faults:
     stall_s: float = 20.0
     lose_answer: int = 0
     """So many PUTs are done, and answered with a 500 nonetheless."""
+    deny: str = ""
+    """GETs of objects with this in their path, and with `deny_lists` those of listings too, get a 403."""
+    deny_lists: bool = False
     overwrite: bool = False
     """As stores that do not know If-None-Match: every PUT overwrites."""
     match: Callable[[str, str], bool] = lambda method, path: True
@@ -62,7 +65,8 @@ class Faults:
     def heal(self) -> None:
         self.refuse = self.refuse_every = self.stall = self.lose_answer = 0
         self.late_s = 0.0
-        self.overwrite = False
+        self.overwrite = self.deny_lists = False
+        self.deny = ""
 
 
 class _Faulty:
@@ -83,6 +87,9 @@ class _Faulty:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
             return [_SLOW_DOWN]
+        if method == "GET" and faults.deny and (faults.deny in path or (faults.deny_lists and path.count("/") < 3)):
+            start_response("403 Forbidden", [("Content-Type", "application/xml")])
+            return [_SLOW_DOWN.replace(b"SlowDown", b"AccessDenied")]
         if faults.overwrite:
             environ.pop("HTTP_IF_NONE_MATCH", None)
         if method == "PUT" and faults.take("lose_answer", method, path):

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from producer_world import SCORERS, FakeEncoders, draw, make_plan_for, rows_of
 from s3_server import BUCKET, Server, s3_server
 from tar_samples import samples, write_tar
 
-from producers.sources import open_source
+from producers.driver import Driver
+from producers.sources import open_source, remote
 from producers.sources.base import Found, SourceGoneError, read_bytes
+from producers.workers import InlineWorkers
 from qwenimg_dist import storage
 from qwenimg_dist.config import ManifestSource, WebdatasetSource
+from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.schema import ROWS
 from qwenimg_dist.storage import Patience, Storage, StorageError
 
 
@@ -79,6 +84,58 @@ def test_a_manifest_and_its_pictures_may_lie_in_a_bucket(url: str) -> None:
     assert len(list(source.find().rows)) == 2  # a second look, as with follow=true
     with pytest.raises(ValueError, match="is not there"):
         open_source(ManifestSource(kind="manifest", path=f"{url}/none.jsonl")).find()
+
+
+def test_one_object_that_the_bucket_refuses_is_the_fault_of_its_row(url: str, server: Server) -> None:
+    store = Storage(url)
+    store.write("open.jpg", b"x")
+    store.write("secret.jpg", b"y")
+    server.faults.deny = "secret"
+    remote._giving.clear()
+    for uri in (f"{url}/secret.jpg", "s3://No_Bucket!/a.jpg"):
+        with pytest.raises(OSError, match=r"AccessDenied|ParamValidation") as caught:
+            read_bytes(url, uri)
+        assert not isinstance(caught.value, StorageError | SourceGoneError), uri
+    for uri in (f"s3://{BUCKET}", f"s3://{BUCKET}/", "s3://"):
+        with pytest.raises(FileNotFoundError):
+            read_bytes(url, uri)
+    # Where nothing may be listed and nothing was ever read, it may as well be all of the bucket.
+    server.faults.deny_lists = True
+    with pytest.raises(SourceGoneError, match="secret"):
+        read_bytes(url, "secret.jpg")
+    assert read_bytes(url, "open.jpg") == b"x"
+    with pytest.raises(PermissionError, match="AccessDenied"):
+        read_bytes(url, "secret.jpg")
+
+
+def test_pictures_of_a_tar_written_anew_are_found_at_the_next_look(url: str, tmp_path: Path) -> None:
+    pictures = []
+    for number in range(5):
+        draw(tmp_path / f"{number}.png", number)
+        pictures.append((tmp_path / f"{number}.png").read_bytes())
+
+    def upload(*order: int) -> None:
+        members = [each for n in order for each in ((f"{n}.png", pictures[n]), (f"{n}.txt", f"words {n}".encode()))]
+        Storage(url).upload(write_tar(tmp_path / "a.tar", members), "a.tar")
+
+    dataset, plan = Dataset.create(tmp_path / "data", 4), make_plan_for()
+    source = open_source(WebdatasetSource(kind="webdataset", path=url))
+
+    def driver() -> Driver:
+        workers = InlineWorkers(dataset, plan, source.root, FakeEncoders(), SCORERS)
+        return Driver(dataset=dataset, plan=plan, root=source.root, make_workers=lambda: workers)
+
+    upload(0, 1, 2, 3)
+    first = driver()
+    num_rows = first.list_source(source.find()).num_rows
+    upload(4, 2, 3, 1, 0)  # between listing and scan
+    first.produce(first.pending(), num_rows)
+    assert {entry["reason"] for entry in rows_of(dataset, ROWS).values()} == {"missing_file"}
+    for again in (first, driver()):  # at the next look with `follow`, and nothing to do for another command
+        change = again.list_source(source.find())
+        again.produce(again.pending(), change.num_rows)
+        assert [entry["status"] for entry in rows_of(dataset, ROWS).values()] == ["kept"] * 5
+    assert (change.added, change.recaptioned) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -42,11 +42,11 @@ def test_what_nobody_foresaw_names_row_and_file(source: Path, tmp_path: Path, mo
             with pytest.raises(KeyError) as caught:
                 produce_here(source, dataset, PLAN, FakeEncoders())
         assert describe_failure(caught.value).message == "KeyError: 'surprise' at row 0 (0.png)", place
-        with monkeypatch.context() as patched, pytest.raises(KeyError) as caught:
+        with monkeypatch.context() as patched:
             patched.setattr(pictures, place, broken)
-            produce_unit(
-                dataset, 0, plan=PLAN, root=str(source), encoders=FakeEncoders(), scorers=SCORERS, num_threads=2
-            )
+            options = {"plan": PLAN, "root": str(source), "encoders": FakeEncoders(), "scorers": SCORERS}
+            with pytest.raises(KeyError) as caught:
+                produce_unit(dataset, 0, num_threads=2, **options)
         assert describe_failure(caught.value).message == "KeyError: 'surprise' at row 0 (0.png)", place
     produce_here(source, dataset, PLAN, FakeEncoders())
     assert [entry["status"] for entry in rows_of(dataset, ROWS).values()] == ["kept", "kept"]
