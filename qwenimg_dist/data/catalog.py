@@ -25,7 +25,8 @@ from qwenimg_dist.data.columns import Columns
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.schema import IMAGE, Bucket, Kind, condition_name
 
-CATALOG_VERSION: Final = 2
+CATALOG_VERSION: Final = 3
+"""2 numbered more than 32,767 words of a label wrongly. A run's catalog of another version is compiled again."""
 """2: captions have kinds."""
 HEAD: Final = "catalog.json"
 _OPEN_CATALOGS: Final = 16

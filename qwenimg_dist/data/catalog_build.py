@@ -208,11 +208,13 @@ def wrong_kind(found: Iterable[str], kind: Kind) -> str:
     )
 
 
-def coded(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int16], list[str]]:
-    """A text column as codes and their words; what is missing is the empty word."""
+def coded(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int16 | np.int32], list[str]]:
+    """A text column as codes and their words; what is missing is the empty word. 2 bytes a row, 4 where there are more
+    words than these can number."""
     encoded = pc.fill_null(column, "").combine_chunks().dictionary_encode()
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
-    return to_array(encoded.indices, np.int16), encoded.dictionary.to_pylist() or [""]
+    words = encoded.dictionary.to_pylist() or [""]
+    return to_array(encoded.indices, np.int16 if len(words) <= np.iinfo(np.int16).max else np.int32), words
 
 
 def _add_texts(loaded: dict[str, FacetTable], kept: _Kept, facets: RunFacets, out: _Output) -> None:

@@ -17,7 +17,8 @@ DATASET: Final = "dataset"
 
 
 class Columns(Mapping[str, npt.NDArray[Any]]):
-    """Index columns that `where` may name. Text columns are stored as codes and spelt out when asked for."""
+    """Index columns that `where` may name. Text columns are stored as codes and spelt out when asked for: as references
+    to their words, since numpy's own text has room for the longest word in every row."""
 
     def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], words: Mapping[str, list[str]]) -> None:
         self._arrays = arrays
@@ -25,7 +26,7 @@ class Columns(Mapping[str, npt.NDArray[Any]]):
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
         array = self._arrays[name]
-        return np.array(self._words[name], dtype=np.str_)[array] if name in self._words else array
+        return np.array(self._words[name], dtype=np.object_)[array] if name in self._words else array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)

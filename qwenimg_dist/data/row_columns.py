@@ -2,7 +2,8 @@
 
 Place in the flow: `data inspect` and `data stats` select, count and draw from these; training compiles a catalog of the
 kept rows instead. Named as `where` names them, so an expression selects here what it selects there. All work per row
-is done by arrow and numpy. Memory: about 40 bytes per row, and 4 more per score or 2 per label.
+is done by arrow and numpy. Memory: about 40 bytes per row, and 4 more per score, 2 per label (4 of more than
+32,767 words).
 """
 
 from __future__ import annotations

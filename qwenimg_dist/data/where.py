@@ -161,7 +161,10 @@ def _evaluate(node: ast.expr, columns: Mapping[str, npt.NDArray[Any]], num_rows:
                 return np.logical_not(_truth(value))
             return np.negative(value) if isinstance(op, ast.USub) else value
         case ast.BinOp(left=left, op=op, right=right):
-            return _ARITHMETIC[type(op)](_evaluate(left, columns, num_rows), _evaluate(right, columns, num_rows))
+            given = [_evaluate(one, columns, num_rows) for one in (left, right)]
+            if any(map(_is_text, given)):  # Python would join and repeat it
+                raise TypeError(ast.unparse(node))
+            return _ARITHMETIC[type(op)](*given)
         case ast.Compare(left=left, ops=ops, comparators=comparators):
             return _compare(_evaluate(left, columns, num_rows), ops, comparators, columns, num_rows)
         case ast.Call(args=[ast.Constant(value=best), *given]):
@@ -235,7 +238,7 @@ def _truth(value: _Value) -> _Value:
 
 
 def _is_text(value: _Value) -> bool:
-    return np.asarray(value).dtype.kind in "SU"
+    return np.asarray(value).dtype.kind in "SUO"  # O: spelt out by `Columns`
 
 
 def _measured(value: _Value) -> _Value:
