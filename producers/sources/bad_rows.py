@@ -23,6 +23,7 @@ _SHOWN = 3
 
 def bad_row(file: str, content: bytes, why: str, kind: Kind = IMAGE) -> SourceRow:
     """The row of a line that is none. `why` names file and line; `content` is the line, or what stands for it."""
+    why = why.encode("utf-8", "backslashreplace").decode()  # it quotes what is there, which may be no text
     uri = f"{BROKEN_LINE}{encode_uri(file)}#{hashlib.sha256(content).hexdigest()[:16]}"
     return SourceRow(uri=uri, captions=(), fault=BAD_ROW, fault_detail=why, kind=kind)
 

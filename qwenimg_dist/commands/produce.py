@@ -242,7 +242,7 @@ def _round(
     for problem in found.problems:
         if problem not in said:  # once, though `follow` meets it again and again
             said.add(problem)
-            progress.say(f"warning: {problem}")
+            progress.say(f"warning: {problem.encode('utf-8', 'backslashreplace').decode()}")  # names may be no text
     pending = driver.pending(None if every_unit else change.units)
     if pending or every_unit:
         progress.say(_announce(change, len(pending)))

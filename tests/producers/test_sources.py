@@ -13,11 +13,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from producer_world import rows_of
 
+from producers.listing import sync_listing
 from producers.sources import open_source
 from producers.sources.base import Found, SourceGoneError, encode_uri, locate, read_bytes
 from producers.sources.folder import Folder
+from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import FolderSource, ManifestSource
+from qwenimg_dist.data.facets import Dataset
+from qwenimg_dist.schema import LISTING
 
 
 def touch(root: Path, *names: str, text: str | None = None) -> None:
@@ -250,6 +255,24 @@ def test_a_name_that_no_file_can_have_is_a_bad_row(tmp_path: Path) -> None:
     (tmp_path / "folder" / "metadata.jsonl").write_text('{"file_name": "\\ud83d.png", "text": "y"}\n')
     (last,) = [row for row in find(tmp_path / "folder").rows if row.fault]
     assert re.search(r"metadata\.jsonl, line 1: .*half a character", str(last.fault_detail))
+
+
+@pytest.mark.parametrize("kind", ["manifest", "edits", "folder"])
+def test_bytes_that_are_no_text_in_a_bad_row_do_not_stop_the_listing(tmp_path: Path, kind: str) -> None:
+    """Its detail quotes the keys that are there, and is stored."""
+    good = {"manifest": {"uri": "a.png", "caption": "x"}, "edits": {"source": "a.png", "target": "b.png"}}.get(kind, {})
+    for name in ("a.png", "b.png"):
+        touch(tmp_path, name, text="words")
+    file = tmp_path / ("metadata.jsonl" if kind == "folder" else "list.jsonl")
+    file.write_bytes(json.dumps({**good, "file_name": "a.png", "instruction": "x"}).encode() + b'\n{"\xe9": 1}\n')
+    source = open_source(
+        load_config([f"source={kind}", f"source.path={tmp_path if kind == 'folder' else file}"]).source
+    )
+    dataset = Dataset.create(tmp_path / "data", 4)
+    sync_listing(dataset, source.find().rows, config_hash="x", before_commit=lambda: None)
+    (bad,) = [entry for entry in rows_of(dataset, LISTING).values() if entry["caption_fault"] == "bad_row"]
+    assert f"{file}, line 2: " in bad["fault_detail"]
+    assert (r"\udce9" in bad["fault_detail"]) == (kind != "folder")
 
 
 def test_a_parquet_manifest_with_other_columns_and_a_root(tmp_path: Path) -> None:
