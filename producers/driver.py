@@ -11,7 +11,7 @@ must happen in source order and so in one place. Only the holder of the data set
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -131,12 +131,14 @@ class Driver:
         if not self._rescan(pending, workers):
             return False
         schedule = _Schedule(pending, scan_ahead=workers.num_workers + 2)
+        begun: Counter[tuple[str, int]] = Counter()
         while not schedule.finished:
             while not self.stopping() and workers.num_idle() > 0:
                 task = schedule.next_task(self._has_room)
                 if task is None:
                     break
                 workers.submit(task)
+                begun[task.kind, task.unit] += 1
             if self.stopping() and schedule.in_flight == 0:
                 return False
             if schedule.in_flight == 0 and workers.num_idle() > 0:  # held back
@@ -145,6 +147,9 @@ class Driver:
                 continue
             for outcome in workers.wait(_POLL_S):
                 self.dataset.refresh_unit(outcome.task.unit)  # it may have been done on another machine
+                if not begun[outcome.task.kind, outcome.task.unit]:
+                    continue  # of a round that broke off
+                begun[outcome.task.kind, outcome.task.unit] -= 1
                 for unit in schedule.done(outcome.task):
                     self._settle(unit)
                 if outcome.report is not None:

@@ -41,6 +41,10 @@ class SourceGoneError(OSError):
     """The source as a whole cannot be reached (an unmounted disk): no verdict on any of its rows."""
 
 
+class SourceError(ValueError):
+    """What a source says against itself: not (any more, or not yet) as it can be read."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRow:
     """One row as the source names it: a picture, or several that belong together."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -29,7 +29,7 @@ from producers.listing import ListingChange, check_kind
 from producers.plan import Plan, make_plan
 from producers.progress import ProduceProgress
 from producers.sources import open_source, sample_kind
-from producers.sources.base import Found, Source
+from producers.sources.base import Found, Source, SourceError, SourceRow
 from producers.sources.folder import describe
 from producers.tracking import WandbGauges
 from producers.workers import ProduceError, Workers
@@ -42,6 +42,7 @@ from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.mirror import data_root
 from qwenimg_dist.data.origin import Origin, remember_origin
 from qwenimg_dist.report.funnel import funnel
+from qwenimg_dist.storage import StorageError
 
 SUMMARY: Final = "a source of pictures and captions -> filtered, encoded shards and their index; resumable"
 
@@ -216,15 +217,35 @@ def _rounds(
     finished = _round(driver, found, progress, said, every_unit=True, on_listed=on_listed)
     for what, number in sorted(found.dropped.items()):
         progress.say(f"dropped {number} {what}")
+    told = ""
     while production.config.follow and not stop.is_set():
         began = time.monotonic()
         try:
-            found = production.source.find(min_age_s=_SETTLED_S)
-            finished = _round(driver, found, progress, said, every_unit=False)
-        except ValueError as error:  # a line half written, a folder emptied: what is there next time counts
-            progress.say(f"looking again: {error}")
+            finished = _round(driver, _look(production.source), progress, said, every_unit=False)
+            told = ""
+        except SourceError as error:  # a line half written, a folder emptied: what is there next time counts
+            if str(error) != told:
+                told = str(error)
+                progress.say(f"looking again: {told.encode('utf-8', 'backslashreplace').decode()}")
         stop.wait(max(_FOLLOW_POLL_S, 5 * (time.monotonic() - began)))
     return finished
+
+
+def _look(source: Source) -> Found:
+    """A further look. Raises `SourceError`, then or from the rows, for what is the source's own: errors of the data set
+    end the command, these may pass."""
+
+    def rows(given: Iterable[SourceRow]) -> Iterator[SourceRow]:
+        try:
+            yield from given
+        except (ValueError, StorageError) as error:
+            raise SourceError(str(error)) from error
+
+    try:
+        found = source.find(min_age_s=_SETTLED_S)
+    except (ValueError, StorageError) as error:
+        raise SourceError(str(error)) from error
+    return replace(found, rows=rows(found.rows))
 
 
 def _round(
