@@ -165,6 +165,7 @@ class Certifier:
                 "resumed_from": self._resumed_from,
                 "identity": stable_hash(training_identity(config)),
             },
+            **({"judges": dict(self._prepared.judges)} if self._prepared.judges else {}),
             "versions": package_versions(),
             "git_commit": git_commit(),
         }

@@ -23,7 +23,7 @@ from qwenimg_dist.config import Config, StartFromConfig, stable_hash
 from qwenimg_dist.files import write_json
 from qwenimg_dist.models.pipeline import CERTIFICATE, fingerprint_component, pipeline_dir
 from qwenimg_dist.prompts_file import prompts_of
-from qwenimg_dist.rewards import refusals
+from qwenimg_dist.rewards import refusals, what_counts
 from qwenimg_dist.rewards.base import Prompt
 from qwenimg_dist.schema import PROMPT
 
@@ -74,8 +74,7 @@ class Comparison:
             "pictures": {name: sample[name] for name in drawn} if self.prompts else None,
             "side": max(config.resolutions),
             "prompts": [[prompt.text, dict(prompt.metadata)] for prompt in self.prompts],
-            "rewards": config.reward.active,
-            "reward_settings": {name: config.reward.settings.get(name, {}) for name in config.reward.active},
+            "rewards": what_counts(config.reward) if config.reward.active else {},
             "losses": None
             if self.no_losses
             else {

@@ -26,15 +26,25 @@ MAX_DUMPS: Final = 32
 
 
 def dump_micro_batch(
-    run_dir: Path, *, step: int, rank: int, index: int, batch: RankBatch, micro: MicroBatch, output: LossOutput
+    run_dir: Path,
+    *,
+    step: int,
+    rank: int,
+    index: int,
+    batch: RankBatch,
+    micro: MicroBatch,
+    output: LossOutput,
+    update: int | None = None,
 ) -> str:
     """Write the micro-batch, and say in a few words where it is and which samples are to blame.
 
-    Never raises for a disk that is full or gone: the words say so then.
+    `update` is which one of a step's several it was, from 1: those before it were made. Never raises for a disk that is
+    full or gone: the words say so then.
     """
     keys = [batch.keys[min(slot, len(batch.keys) - 1)] for slot in micro.slots.tolist()]
     record = {
         "step": step,
+        **({} if update is None else {"update": update}),
         "rank": rank,
         "micro_batch": index,
         "bucket": str(micro.bucket),
@@ -63,13 +73,14 @@ def dump_micro_batch(
     return f"{blame}; dumped to {folder}"
 
 
-def dump_keys(run_dir: Path, *, step: int, batch: RankBatch) -> str:
+def dump_keys(run_dir: Path, *, step: int, batch: RankBatch, update: int | None = None) -> str:
     """Write the global batch's keys where losses were finite and the gradient was not: no single sample can be blamed.
 
     Returns where they are. Never raises for a disk that is full or gone.
     """
     file = run_dir / FOLDER / f"step-{step:08d}-gradient.json"
-    record = {"step": step, "bucket": str(batch.batch.bucket), "epoch": batch.batch.epoch, "keys": batch.keys}
+    record: dict[str, Any] = {"step": step, **({} if update is None else {"update": update})}
+    record |= {"bucket": str(batch.batch.bucket), "epoch": batch.batch.epoch, "keys": batch.keys}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if len(list(file.parent.iterdir())) >= MAX_DUMPS:
@@ -89,7 +100,7 @@ def _samples(keys: list[str], micro: MicroBatch, output: LossOutput) -> list[dic
             "weight": float(micro.weights[i]),
             "latents_not_finite": sum(
                 _count_not_finite(one[i])
-                for one in (micro.latents, micro.rejected, *micro.conditions)
+                for one in (micro.latents, micro.rejected, *micro.conditions, *_rollout(micro).values())
                 if one is not None
             ),
             "text_not_finite": _count_not_finite(micro.text[i]),
@@ -105,9 +116,15 @@ def _tensors(micro: MicroBatch, output: LossOutput) -> dict[str, torch.Tensor]:
         found["text_mask"] = micro.text_mask
     if micro.rejected is not None:
         found["rejected"] = micro.rejected
-    found |= {condition_name(index): one for index, one in enumerate(micro.conditions)}
+    found |= {condition_name(index): one for index, one in enumerate(micro.conditions)} | _rollout(micro)
     found.update(output.per_sample)
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in found.items()}
+
+
+def _rollout(micro: MicroBatch) -> dict[str, torch.Tensor]:
+    """The latents that a rollout's step began and ended with."""
+    one = micro.rollout
+    return {} if one is None else {"rollout_x": one.x, "rollout_x_next": one.x_next}
 
 
 def _count_not_finite(tensor: torch.Tensor) -> int:

@@ -36,6 +36,7 @@ from qwenimg_dist.config import Config, GrpoConfig
 from qwenimg_dist.data.catalog import Catalog
 from qwenimg_dist.data.generations import Generations
 from qwenimg_dist.data.where import compile_where
+from qwenimg_dist.debug import fault_point
 from qwenimg_dist.flow.samplers import ode_schedule
 from qwenimg_dist.flow.sde import Transition, draw_window, sample_sde, transition
 from qwenimg_dist.flow.sigmas import draw_noise
@@ -145,6 +146,7 @@ class Rollouts:
         for micro in batch.micro_batches:
             tell("rollouts")
             drawn.append(self._draw(engine, batch, micro.to(self._ranks.device), window, step, judging, keep=shown))
+            fault_point("rollout")
         engine.train()
         rollout_s, begin = time.perf_counter() - begin, time.perf_counter()
         tell("rewards")

@@ -14,8 +14,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ import yaml
 from consumers.checkpoint_files import list_checkpoints, no_valid_checkpoint, space_fault
 from consumers.curriculum import plan
 from consumers.data_sets import check_ready, data_dirs, kinds_of, ledger_config
+from consumers.judges import FILE as JUDGES
 from consumers.parameter_groups import FROZEN, parameter_groups
 from consumers.remote_checkpoints import RUN_ID
 from consumers.start_from import START_FROM, StartWeights, find_start, read_record
@@ -74,6 +75,7 @@ _MOVED_BY_FRESH: Final = (
     "parameter_groups.json",
     "environment.json",
     RUN_ID,
+    JUDGES,
 )
 
 
@@ -91,6 +93,8 @@ class Prepared:
     """12 hex digits of the transformer that the run starts from."""
     start: StartWeights | None = None
     """What it starts from, if not the pipeline's own transformer."""
+    judges: Mapping[str, Any] = field(default_factory=dict)
+    """What judges the run's pictures, see `judges.py`."""
 
 
 def preflight(config: Config) -> Prepared:

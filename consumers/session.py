@@ -27,6 +27,7 @@ from consumers.engine import Engine, build_engine
 from consumers.evaluate import HeldOut
 from consumers.guard import Guard
 from consumers.held_out import Start
+from consumers.judges import hold_to_judges
 from consumers.objectives import build_objective, is_guided, rows_per_sample
 from consumers.objectives.base import Objective
 from consumers.parameter_groups import describe, to_json
@@ -172,6 +173,8 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             _say(ranks, hooks, f"train.fresh: earlier results were moved to {aside}")
         if weights := agree(config, prepared.run_dir, prepared.pipeline, prepared.start, ranks):
             prepared = replace(prepared, start=weights, model_fingerprint=weights.fingerprint)
+        judges = _on_first(ranks, lambda: hold_to_judges(config, prepared.run_dir))
+        prepared = replace(prepared, judges=judges)
         grids = _grids(config, prepared, ranks)
         rollouts = open_rollouts(config, prepared.pipeline, ranks, hooks.score, stack)
 

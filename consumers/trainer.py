@@ -15,25 +15,26 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final, Literal
 
 import torch
 
 from consumers.bad_samples import next_batch
-from consumers.batch import MicroBatch, RankBatch
+from consumers.batch import RankBatch
 from consumers.checkpoint import save_checkpoint
 from consumers.curriculum import lr_at
-from consumers.engine import StepResult, start_distributed, stop_distributed
+from consumers.engine import start_distributed, stop_distributed
 from consumers.errors import DegradedError, TrainingError
-from consumers.fault_dump import dump_keys, dump_micro_batch
+from consumers.fault_dump import dump_keys
 from consumers.rank_log import rank_logged
 from consumers.remote_checkpoints import RemoteCheckpoints
 from consumers.rollout import Round
 from consumers.session import Hooks, Session, Stopped, await_batch, open_session
 from consumers.throughput import RANK_COLUMNS
-from consumers.watch import draw_grids, due_norms, evaluate
+from consumers.updates import Updates, make_updates
+from consumers.watch import draw_grids, evaluate
 from consumers.watchdog import watched
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.phases import phase_at
@@ -105,18 +106,18 @@ def _loop(session: Session) -> Outcome:
         # ---- Objective: losses and gradients, or None if a loss was not finite on some rank (or nothing was readable);
         # clip, step, EMA.
         lr, before = lr_at(phases, config.optim, progress.step), time.perf_counter()
-        losses, norms, result = _update(session, batch, micro_batches, lr, idle=bool(played and played.idle))
+        updates = make_updates(session, batch, micro_batches, lr, idle=bool(played and played.idle))
         update_s = time.perf_counter() - before
         fault_point("train_step")
         progress.step += 1
         progress.images += batch.num_real
-        _count_skip(session, batch, result)
+        _count_skip(session, batch, updates)
         session.throughput.count(batch, time.perf_counter() - begin)
 
         # ---- Log; evaluate: held-out losses and grids.
         session.hooks.stage("logging and evaluating")
-        extra = {**norms, **({**played.metrics, "train/update_s": update_s} if played else {})}
-        _log(session, batch, losses, result, lr, extra, last=progress.step == last_step)
+        extra = {**updates.norms, **({**played.metrics, "train/update_s": update_s} if played else {})}
+        _log(session, batch, updates, lr, extra, last=progress.step == last_step)
 
         # ---- Checkpoint if due.
         if progress.step % config.checkpoint.every == 0:
@@ -151,77 +152,25 @@ def _play(session: Session, batch: RankBatch) -> Round | None:
     return played
 
 
-def _update(
-    session: Session, batch: RankBatch, micro_batches: Sequence[MicroBatch], lr: float, *, idle: bool
-) -> tuple[dict[str, torch.Tensor] | None, dict[str, float], StepResult]:
-    """The optimiser updates of a step: one, or as many as the objective makes of its rollouts.
-
-    Returns sums on this rank, as means over the updates, norms where they are due, and how the last update ended.
-    """
-    engine = session.engine
-    norms: dict[str, float] = {}
-    if idle:  # nothing moves the model, AdamW's momentum neither
-        return None, {}, StepResult(grad_norm=0.0, skipped=False)
-    sums: list[dict[str, torch.Tensor]] = []
-    for _ in range(session.objective.updates_per_step):
-        losses = _accumulate(session, batch, micro_batches) if batch.num_real else None
-        session.hooks.stage("update")
-        if losses is None:
-            engine.discard_gradients()
-            return None, norms, StepResult(grad_norm=float("nan"), skipped=True)
-        norms = norms or due_norms(session)
-        result = engine.step(lr)
-        if session.ema is not None and not result.skipped:
-            session.ema.update()
-        sums.append(losses)
-        if result.skipped:
-            break
-    return _over_updates(sums), norms, result
-
-
-def _over_updates(sums: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Means over a step's updates; beside them the first one's, where there are several."""
-    if len(sums) == 1:
-        return sums[0]
-    means = {name: torch.stack([one[name] for one in sums]).mean() for name in sums[0]}
-    return means | {f"{name}_of_first_update": value for name, value in sums[0].items()}
-
-
-def _accumulate(
-    session: Session, batch: RankBatch, micro_batches: Sequence[MicroBatch]
-) -> dict[str, torch.Tensor] | None:
-    """Backward of every micro-batch. Sums of loss and metrics on this rank; None, agreed by all, if not finite."""
-    ranks, engine = session.ranks, session.engine
-    scale = ranks.world_size / batch.num_real  # the engine averages over ranks
-    sums: dict[str, torch.Tensor] = {}  # left on the device: to read one would wait for the backward
-    for index, micro in enumerate(micro_batches):
-        session.hooks.stage("forward and backward")
-        output = session.objective.loss(engine.predict, micro.to(ranks.device), step=session.progress.step)
-        if not ranks.all_finite(output.loss):
-            if not bool(torch.isfinite(output.loss.detach())):
-                step = session.progress.step + 1
-                where = f"micro-batch {index} of {batch.batch.bucket}, slots {micro.slots.tolist()}"
-                told = dump_micro_batch(
-                    session.run_dir, step=step, rank=ranks.rank, index=index, batch=batch, micro=micro, output=output
-                )
-                _warn(session, f"rank {ranks.rank}: step {step}: the loss is not finite in {where}: {told}")
-            return None
-        engine.backward(output.loss * scale, last=index + 1 == len(micro_batches))
-        for name, value in {"loss": output.loss, **output.metrics}.items():
-            sums[name] = value.detach().double() + sums.get(name, 0.0)
-    return sums
-
-
-def _count_skip(session: Session, batch: RankBatch, result: StepResult) -> None:
-    progress, allowed = session.progress, session.config.engine.max_skipped_steps
-    progress.skipped_steps += result.skipped
-    progress.consecutive_skips = progress.consecutive_skips + 1 if result.skipped else 0
-    if result.skipped and session.ranks.is_first:
+def _count_skip(session: Session, batch: RankBatch, updates: Updates) -> None:
+    """A step none of whose updates was made is a skipped one; steps in a row count with a single one that was not."""
+    progress, allowed, failed = session.progress, session.config.engine.max_skipped_steps, updates.failed
+    progress.skipped_steps += updates.result.skipped
+    progress.consecutive_skips = progress.consecutive_skips + 1 if failed else 0
+    if failed and session.ranks.is_first:
         why = "not finite" if batch.num_real else "nothing of it is readable"
         keys = f"samples {', '.join(batch.keys[:8])}, ..."
-        if math.isinf(result.grad_norm):  # the losses were finite
-            keys += f"; all keys are in {dump_keys(session.run_dir, step=progress.step, batch=batch)}"
-        _warn(session, f"step {progress.step}: {why}, skipped on all ranks ({keys})")
+        number = updates.made + 1 if updates.planned > 1 else None
+        if math.isinf(failed.grad_norm):  # the losses were finite
+            dumped = dump_keys(session.run_dir, step=progress.step, batch=batch, update=number)
+            keys += f"; all keys are in {dumped}"
+        what = f"{why}, skipped on all ranks"
+        if updates.made:
+            what = (
+                f"update {number} of {updates.planned} is {why} and was left out on all ranks, as what would follow; "
+                f"the {updates.made} before it stay"
+            )
+        _warn(session, f"step {progress.step}: {what} ({keys})")
     if progress.consecutive_skips > allowed:
         raise TrainingError(
             f"{progress.consecutive_skips} steps in a row up to step {progress.step} were not finite, "
@@ -233,19 +182,18 @@ def _count_skip(session: Session, batch: RankBatch, result: StepResult) -> None:
 def _log(
     session: Session,
     batch: RankBatch,
-    losses: dict[str, torch.Tensor] | None,
-    result: StepResult,
+    updates: Updates,
     lr: float,
     extra: dict[str, float],
     *,
     last: bool,
 ) -> None:
-    config, step = session.config, session.progress.step
+    config, step, losses = session.config, session.progress.step, updates.losses
     if session.log:
         session.log.samples(step, str(batch.batch.bucket), batch.keys)
     evaluated = evaluate(session, batch.batch.phase, last=last)
-    due = step % config.train.log_every == 0 or step == 1 or last or result.skipped or bool(extra or evaluated)
-    extra = {**extra, **evaluated}
+    due = step % config.train.log_every == 0 or step == 1 or last or bool(updates.failed or extra or evaluated)
+    extra = {**extra, **updates.metrics, **evaluated}
     if not due:
         return
     _check_log(session)
@@ -256,7 +204,7 @@ def _log(
         return
     values = {
         **{f"train/{name}": total / max(1, batch.num_real) for name, total in zip(names, totals, strict=True)},
-        "train/grad_norm": result.grad_norm,
+        "train/grad_norm": updates.result.grad_norm,
         "train/lr": lr,
         "train/phase": batch.batch.phase,
         "train/activation_checkpointing": int(session.engine.checkpoints_activations),
@@ -278,7 +226,7 @@ def _log(
     session.log.metrics(step, values)
     if notice := session.objective.notice(values):
         _warn(session, f"step {step}: {notice}")
-    told = f"loss {values['train/loss']:.4f}" if losses or result.skipped else "no update"
+    told = f"loss {values['train/loss']:.4f}" if losses or updates.failed else "no update"
     session.hooks.say(
         f"step {step}/{config.train.steps}  {told}  lr {lr:.2e}  {batch.batch.bucket}  "
         f"{rates['train/step_s']:.2f} s/step"

@@ -28,8 +28,9 @@ _passed: Counter[str] = Counter()
 
 def fault_point(name: str) -> None:
     """Die here if a token asks for it (or do what stands in it). Names in use: `tar_write`, `part_commit`,
-    `checkpoint_write`, `checkpoint_commit`, `train_step`, `reference_block`, `unit_start`, `catalog_write`,
-    `generation_write`, `doctor_rank`, `eval_pictures`, `pairs_drawn`, `pairs_picture`, `reward_actor`."""
+    `checkpoint_write`, `checkpoint_commit`, `train_step`, `update`, `rollout`, `reference_block`, `unit_start`,
+    `catalog_write`, `generation_write`, `doctor_rank`, `eval_pictures`, `pairs_drawn`, `pairs_picture`,
+    `reward_actor`."""
     folder = os.environ.get(FAULT_DIR_VARIABLE)
     if not folder:
         return

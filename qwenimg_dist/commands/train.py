@@ -53,7 +53,10 @@ def run(args: list[str]) -> int:
 
     preflight(config)  # bad input is named in seconds, before Ray and with nothing written
     if isinstance(config.objective, GrpoConfig):
+        from consumers.judges import check_judges
+
         check_rewards(config.reward)
+        check_judges(config, run_dir)
     if (ended := already_ended(config, run_dir)) is not None:
         return ended.tell()
     from producers.pool import machines, ray_session

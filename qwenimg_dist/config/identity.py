@@ -21,7 +21,8 @@ _FREE_OF_OBJECTIVE = (
     "max_failed_rounds",
     "group_grid_every",
 )
-_FREE_OF_REWARDS = ("batch_size",)
+# Where a reward's model lies may change; the model itself is held to by its fingerprint (`consumers/judges.py`).
+_FREE_OF_REWARDS = ("batch_size", "path", "revision")
 _IDENTITY_KEYS = {
     "data": ("kind", "where", "held_out", "max_held_out", "weights", "caption_weights", "mix"),
     "engine": ("precision",),

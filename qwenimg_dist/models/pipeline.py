@@ -7,6 +7,7 @@ Refuses: hub ids without a revision (a moving `main` would change what a run mea
 that is not JSON, text or safetensors: pickles are not even downloaded.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -72,8 +73,9 @@ def _check_local(folder: Path, components: Sequence[str]) -> Path:
     return folder
 
 
-def fingerprint_component(directory: str | Path) -> str:
-    """12 hex digits identifying a component directory by its configuration, vocabulary and weights.
+def fingerprint_component(directory: str | Path, patterns: Sequence[str] = ("*",)) -> str:
+    """12 hex digits identifying a component directory by its configuration, vocabulary and weights; by those of its
+    files whose names match one of `patterns`.
 
     Small files are hashed whole; JSON is hashed parsed, without the keys that saving again changes
     (`_name_or_path`, versions), so that a copy or a re-export keeps its id. Weights are hashed per tensor
@@ -89,6 +91,7 @@ def fingerprint_component(directory: str | Path) -> str:
         raise ValueError(f"{folder}: no such component directory")
     digest = hashlib.sha256()
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    files = [file for file in files if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)]
     small = [f for f in files if not f.name.endswith((".safetensors", ".safetensors.index.json", ".md"))]
     for file in small:
         data = _canonical_json(file) if file.suffix == ".json" else file.read_bytes()

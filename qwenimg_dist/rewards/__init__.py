@@ -18,7 +18,7 @@ from qwenimg_dist.compose import ConfigError, did_you_mean
 from qwenimg_dist.config import RewardConfig
 from qwenimg_dist.rewards import clip, ocr, pickscore, shapes
 from qwenimg_dist.rewards.base import Prompt, Reward
-from qwenimg_dist.rewards.kind import Judge, Kind, Resources, RewardParams
+from qwenimg_dist.rewards.kind import LOCATION, Judge, Kind, Resources, RewardParams
 
 REWARDS: Final[dict[str, Kind[Any]]] = {
     "shapes": shapes.REWARD,
@@ -52,6 +52,8 @@ def check_rewards(config: RewardConfig) -> dict[str, RewardParams]:
     for name, one in params.items():
         try:
             REWARDS[name].check(one)
+            if (find := REWARDS[name].model) is not None:
+                find(one)
         except ValueError as error:
             raise ConfigError(f"reward.settings.{name}: {error}") from error
     return params
@@ -77,12 +79,23 @@ def refusals(config: RewardConfig, prompts: Iterable[Prompt], most: int = 3) -> 
 
 
 def what_counts(config: RewardConfig) -> dict[str, Any]:
-    """What scores depend on: weights and settings of the rewards in use, but for how they are batched."""
-    params = check_rewards(config)
+    """What scores depend on: weights and settings of the rewards in use, but for how they are batched.
+
+    A model counts by its fingerprint: a copy elsewhere is the same reward, other weights under its path are another."""
     return {
-        name: {"weight": config.active[name], **one.model_dump(mode="json", exclude={"batch_size"})}
-        for name, one in params.items()
+        name: {"weight": config.active[name], **_settings(REWARDS[name], one)}
+        for name, one in check_rewards(config).items()
     }
+
+
+def _settings(kind: Kind[Any], params: RewardParams) -> dict[str, Any]:
+    if kind.model is None:
+        return params.model_dump(mode="json", exclude={"batch_size"})
+    from qwenimg_dist.models.hub import MODEL_PATTERNS
+    from qwenimg_dist.models.pipeline import fingerprint_component  # brings torch
+
+    told = params.model_dump(mode="json", exclude={"batch_size", *LOCATION})
+    return {**told, "model": fingerprint_component(kind.model(params), MODEL_PATTERNS)}
 
 
 def _validate(name: str, given: dict[str, Any]) -> RewardParams:

@@ -7,6 +7,7 @@ Chinese too. Loaded from a directory or from the hub at a pinned revision.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image
 from pydantic import PositiveInt
@@ -24,14 +25,14 @@ class Params(RewardParams):
     """Commit of the hub repository."""
 
 
-def _check(params: Params) -> None:
-    find_model(params.path, params.revision)
+def _model(params: Params) -> Path:
+    return find_model(params.path, params.revision)
 
 
 def _load(params: Params, resources: Resources) -> Judge:
     from qwenimg_dist.models.image_text import ImageTextModel  # torch and transformers: only where pictures are judged
 
-    model = ImageTextModel.load(find_model(params.path, params.revision), resources.device)
+    model = ImageTextModel.load(_model(params), resources.device)
 
     def judge(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[float]:
         return model.cosines(images, [prompt.text for prompt in prompts]).tolist()
@@ -39,4 +40,4 @@ def _load(params: Params, resources: Resources) -> Judge:
     return judge
 
 
-REWARD = Kind(params=Params, load=_load, check=_check)
+REWARD = Kind(params=Params, load=_load, model=_model)

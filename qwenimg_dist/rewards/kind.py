@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from pathlib import Path
+from typing import Final, Generic, TypeVar
 
 from PIL import Image
 from pydantic import PositiveInt
@@ -18,6 +19,10 @@ from qwenimg_dist.rewards.base import Prompt
 
 Judge = Callable[[Sequence[Image.Image], Sequence[Prompt]], list[float]]
 """RGB pictures and their prompts -> one number each; NaN where it cannot be judged."""
+
+
+LOCATION: Final = ("path", "revision")
+"""Settings that say where a reward's model lies."""
 
 
 class RewardParams(Section):
@@ -56,5 +61,8 @@ class Kind(Generic[Params]):
     """Raises ValueError for what the user can mend."""
     check: Callable[[Params], None] = _usable
     """Raises ValueError if something is missing; quick, loads nothing."""
+    model: Callable[[Params], Path] | None = None
+    """Folder of the model that judges, where there is one. Scores are then told apart by its fingerprint, and not by
+    `LOCATION`."""
     refuse: Callable[[Prompt, Params], str | None] = _judges_all
     """Why no picture of this prompt could be judged; None for a prompt that is right."""

@@ -8,6 +8,7 @@ a pinned revision.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image
 from pydantic import PositiveInt
@@ -25,14 +26,14 @@ class Params(RewardParams):
     """Commit of the hub repository."""
 
 
-def _check(params: Params) -> None:
-    find_model(params.path, params.revision)
+def _model(params: Params) -> Path:
+    return find_model(params.path, params.revision)
 
 
 def _load(params: Params, resources: Resources) -> Judge:
     from qwenimg_dist.models.image_text import ImageTextModel  # torch and transformers: only where pictures are judged
 
-    model = ImageTextModel.load(find_model(params.path, params.revision), resources.device)
+    model = ImageTextModel.load(_model(params), resources.device)
     scale = model.logit_scale
 
     def judge(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[float]:
@@ -41,4 +42,4 @@ def _load(params: Params, resources: Resources) -> Judge:
     return judge
 
 
-REWARD = Kind(params=Params, load=_load, check=_check)
+REWARD = Kind(params=Params, load=_load, model=_model)

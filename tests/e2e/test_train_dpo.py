@@ -110,20 +110,43 @@ def test_killed_in_the_pass_and_in_training_is_the_same_run(root: Path, referenc
     assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
     assert "resuming from step 2" in ended[0].output
     assert "computing the reference" not in ended[0].output
-    assert numbers(root / "killed") == numbers(reference)
+    assert_same_run(root / "killed", reference)
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """To the bit."""
+    assert numbers(run) == numbers(other)
     for name in METRICS:
-        mine, theirs = ([line[name] for line in lines(run / "metrics.jsonl")] for run in (root / "killed", reference))
+        mine, theirs = ([line[name] for line in lines(one / "metrics.jsonl")] for one in (run, other))
         assert mine == theirs
-    mine, theirs = open_checkpoint(root / "killed", STEPS), open_checkpoint(reference, STEPS)
-    assert all(bool((mine.read(name, "ema") == theirs.read(name, "ema")).all()) for name in mine.names)
+    one, another = open_checkpoint(run, STEPS), open_checkpoint(other, STEPS)
+    assert all(bool((one.read(name, "ema") == another.read(name, "ema")).all()) for name in one.names)
 
 
-def test_a_second_model_and_another_number_of_ranks_give_the_same(root: Path, reference: Path) -> None:
-    online = train(root, "online", "objective.reference=online", "train.stop_after=4")
-    assert [end.code for end in online] == [0, 0], online[0].output[-3000:]
-    online = train(root, "online", "objective.reference=online", ranks=1, log="-resumed")
-    assert online[0].code == 0, online[0].output[-3000:]
-    assert not (root / "online" / "reference").exists()
+@pytest.fixture(scope="module")
+def online(root: Path) -> Path:
+    """The same with a second model, which nothing happened to either."""
+    ended = train(root, "online", "objective.reference=online")
+    assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
+    return root / "online"
+
+
+def test_killed_with_a_second_model_is_the_same_run(root: Path, online: Path) -> None:
+    """The second model must be the starting weights again, and not those of the checkpoint."""
+    faults = root / "faults-online"
+    faults.mkdir()
+    (faults / "train_step@5").touch()  # between two checkpoints
+    ended = train(root, "killed-online", "objective.reference=online", log="-1", faults=faults)
+    assert -signal.SIGKILL in [end.code for end in ended]
+    assert [info.step for info in list_checkpoints(root / "killed-online")] == [2, 4]
+    ended = train(root, "killed-online", "objective.reference=online", log="-2")
+    assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
+    assert "resuming from step 4" in ended[0].output
+    assert_same_run(root / "killed-online", online)
+
+
+def test_a_second_model_and_another_number_of_ranks_give_the_same(root: Path, reference: Path, online: Path) -> None:
+    assert not (online / "reference").exists()
     shared = f"objective.reference_path={root / 'reference' / 'reference'}"
     alone = train(root, "alone", shared, ranks=1)
     assert alone[0].code == 0, alone[0].output[-3000:]

@@ -1,20 +1,22 @@
-"""GRPO on real ZeRO-3 ranks: in pieces the same run, on another number of ranks the same run, and a reward that hangs,
-raises or dies on one rank costs that rank's pictures their rewards and nobody the training."""
+"""GRPO on real ZeRO-3 ranks: in pieces, killed wherever it may be, and on another number of ranks it is the same run. A
+reward that hangs, raises or dies on one rank costs that rank's pictures their rewards and nobody the training."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from fake_dataset import FakeProducer, make_rows
 from grpo_gang import SCRIPT
-from small_run import lines, overrides, run_gang, write_input
+from safetensors.torch import load_file
+from small_run import Ended, lines, overrides, run_gang, write_input
 
-from consumers.checkpoint import open_checkpoint
+from consumers.checkpoint import list_checkpoints, open_checkpoint
 from consumers.run_directory import facets_of
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.models.tiny import tiny_pipeline_dir
@@ -82,12 +84,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": "exit", "fault": "exit"},
         {"name": "nan", "fault": "nan"},
         {"name": "all", "fault": "all", "extra": ["objective.max_failed_rounds=2"]},
+        {"name": "second", "fault": "second", "extra": ["train.stop_after=2", "checkpoint.every=1"]},
+        {"name": "gradient", "fault": "gradient", "extra": ["train.stop_after=1"]},
+        {"name": "one", "extra": ["train.stop_after=1", "objective.inner_updates=1"]},
     )
     return folder
 
 
 def gang(root: Path, world: int, *runs: dict[str, Any]) -> None:
-    out = root / f"out-{world}"
+    ended = start(root, world, f"out-{world}", *runs)
+    assert [end.code for end in ended] == [0] * world, "\n".join(end.output[-4000:] for end in ended)
+
+
+def start(root: Path, world: int, name: str, *runs: dict[str, Any], faults: Path | None = None) -> list[Ended]:
+    """The runs by one gang, whose results and logs come into the folder of that name."""
+    out = root / name
     out.mkdir()
     listed = [
         {
@@ -98,8 +109,8 @@ def gang(root: Path, world: int, *runs: dict[str, Any]) -> None:
         for run in runs
     ]
     (out / "runs.json").write_text(json.dumps(listed))
-    ended = run_gang([SCRIPT, str(out), str(out / "runs.json")], world, out / "logs", timeout_s=1500)
-    assert [end.code for end in ended] == [0] * world, "\n".join(end.output[-4000:] for end in ended)
+    env = {"QWENIMG_DIST_FAULT_DIR": str(faults)} if faults else {}
+    return run_gang([SCRIPT, str(out), str(out / "runs.json")], world, out / "logs", env=env, timeout_s=1500)
 
 
 def numbers(root: Path, run: str) -> list[dict[str, Any]]:
@@ -148,11 +159,65 @@ def test_a_round_is_logged_whole_and_begins_on_its_own_policy(root: Path) -> Non
     assert grids == ["step-00000002-groups.png", "step-00000004-groups.png"]
 
 
+def same_weights(root: Path, one: str, other: str, step: int, which: Literal["master", "ema"] = "ema") -> bool:
+    mine, theirs = (open_checkpoint(root / run, step) for run in (one, other))
+    return all(bool((mine.read(name, which) == theirs.read(name, which)).all()) for name in mine.names)
+
+
 def test_in_pieces_it_is_the_same_run_to_the_bit(root: Path) -> None:
     assert numbers(root, "pieces") == numbers(root, "whole")
-    mine, theirs = (open_checkpoint(root / run, STEPS) for run in ("pieces", "whole"))
-    for name in mine.names:
-        assert bool((mine.read(name, "ema") == theirs.read(name, "ema")).all()), name
+    assert same_weights(root, "pieces", "whole", STEPS)
+    assert not same_weights(root, "hang", "whole", STEPS)
+
+
+def test_killed_in_a_rollout_between_updates_and_in_a_save_it_is_the_same_run(root: Path) -> None:
+    """A rank dies with some of the second step's pictures drawn (before there is a checkpoint), then between the third
+    step's two updates, then while the last checkpoint is written."""
+    faults = root / "faults"
+    faults.mkdir()
+    # A rank draws three micro-batches per step: the fifth lies in the middle of the second step.
+    kills = [("rollout@5", 1, []), ("update@5", 2, [2]), ("checkpoint_write@1", 4, [2])]
+    for number, (token, steps, saved) in enumerate(kills):
+        (faults / token).touch()
+        ended = start(root, 2, f"killed-{number}", {"name": "killed"}, faults=faults)
+        assert -signal.SIGKILL in [end.code for end in ended], ended[0].output[-3000:]
+        assert not list(faults.iterdir())
+        assert lines(root / "killed" / "metrics.jsonl")[-1]["step"] == steps
+        assert [info.step for info in list_checkpoints(root / "killed")] == saved
+    ended = start(root, 2, "killed-not", {"name": "killed"})
+    assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
+    assert "resuming from step 2" in ended[0].output
+    assert numbers(root, "killed") == numbers(root, "whole")
+    assert same_weights(root, "killed", "whole", STEPS)
+    assert same_weights(root, "killed", "whole", STEPS, "master")
+    grids = [sorted(file.name for file in (root / run / "samples").iterdir()) for run in ("killed", "whole")]
+    assert grids[0] == grids[1]
+
+
+@pytest.mark.parametrize("run", ["second", "gradient"])
+def test_an_update_that_is_not_finite_after_one_that_was_made_is_told_as_what_it_is(root: Path, run: str) -> None:
+    whole, told = lines(root / "whole" / "metrics.jsonl")[0], lines(root / run / "metrics.jsonl")[0]
+    assert (whole["train/updates"], told["train/updates"]) == (2, 1)
+    assert told["train/skipped_steps"] == 0  # the first was made
+    for name in ("train/loss", "train/ratio_error"):
+        assert told[name] == told[f"{name}_of_first_update"] == whole[f"{name}_of_first_update"], name
+    assert told["train/grad_norm"] == lines(root / "one" / "metrics.jsonl")[0]["train/grad_norm"]
+    assert same_weights(root, run, "one", 1, "master")
+    assert same_weights(root, run, "one", 1, "ema")
+    said = (root / "out-2" / "logs" / "rank-0.log").read_text()
+    assert said.count("step 1: update 2 of 2 is not finite and was left out on all ranks") == 2
+    faults = root / run / "faults"
+    if run == "gradient":
+        assert json.loads((faults / "step-00000001-gradient.json").read_text())["update"] == 2
+        return
+    dumped = faults / "step-00000001-rank-00001"
+    assert json.loads((dumped / "batch.json").read_text())["update"] == 2
+    tensors = load_file(dumped / "batch.safetensors")
+    assert tensors["rollout_x"].shape == tensors["latents"].shape
+    assert not bool((tensors["rollout_x"] == tensors["rollout_x_next"]).all())
+    after = lines(root / run / "metrics.jsonl")[1]
+    assert after["train/updates"] == 2
+    assert math.isfinite(float(after["train/loss"]))  # type: ignore[arg-type]
 
 
 def test_one_rank_does_what_two_do(root: Path) -> None:

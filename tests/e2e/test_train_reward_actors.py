@@ -16,6 +16,7 @@ from fake_dataset import FakeProducer, make_rows
 from produce_command import environment
 from small_run import lines, overrides, write_pipeline
 
+from consumers.checkpoint_files import list_checkpoints, read_certificate
 from consumers.run_directory import facets_of
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.models.tiny import tiny_pipeline_dir
@@ -52,9 +53,13 @@ def words(root: Path, run: str, *extra: str) -> list[str]:
     return [*given, *GRPO, f"data.path={root / 'prompts'}", f"evaluate.data_path={root / 'data'}", clip, *extra]
 
 
+def command(root: Path, run: str, *extra: str, fault_dir: Path | None = None) -> subprocess.CompletedProcess[str]:
+    given = [sys.executable, "-m", "qwenimg_dist", "train", *words(root, run, *extra)]
+    return subprocess.run(given, env=environment(fault_dir), capture_output=True, text=True, timeout=600, check=False)
+
+
 def train(root: Path, run: str, *extra: str, fault_dir: Path | None = None) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "qwenimg_dist", "train", *words(root, run, *extra)]
-    done = subprocess.run(command, env=environment(fault_dir), capture_output=True, text=True, timeout=600, check=False)
+    done = command(root, run, *extra, fault_dir=fault_dir)
     assert done.returncode == 0, done.stdout + done.stderr
     return lines(root / run / "metrics.jsonl")
 
@@ -89,3 +94,15 @@ def test_the_same_numbers_come_from_actors_and_from_beside_the_rank(tmp_path: Pa
         for name in ("reward/clip", "reward/group_std", "train/grad_norm"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
     assert json.dumps(by_actors[0]["reward/clip"]) != json.dumps(by_actors[1]["reward/clip"])
+
+    # Both runs are held to the judge's weights: moved they are the same, others in their place are not.
+    held = [json.loads((root / run / "rewards.json").read_text()) for run in ("actors", "beside")]
+    certificate = read_certificate(list_checkpoints(root / "beside")[-1].path)
+    assert certificate is not None
+    assert held[0] == held[1] == certificate["judges"]
+    shutil.move(root / "clip", root / "moved")
+    assert command(root, "beside", f"reward.settings.clip.path={root / 'moved'}").returncode == 0
+    tiny_scorers.save_clip(root / "clip", seed=4)
+    refused = command(root, "beside")
+    assert refused.returncode == 2
+    assert "was begun with another judge: clip.model is" in refused.stderr

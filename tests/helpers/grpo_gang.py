@@ -1,7 +1,8 @@
 """Runs of GRPO by one gang: `python grpo_gang.py OUT RUNS.json` in torchrun's environment.
 
-Each entry of RUNS has a `name`, `overrides`, and what the reward does on rank 1 (`fault`); starting a gang costs more
-than a run. How it ended, and after how long, is written to `OUT/NAME.json` by rank 0.
+Each entry of RUNS has a `name`, `overrides`, and what goes wrong on rank 1 (`fault`): of the reward, or of the first
+step's second update (`second`: its loss is no number, `gradient`: only its gradient is not finite). Starting a gang
+costs more than a run. How it ended, and after how long, is written to `OUT/NAME.json` by rank 0.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageStat
 
 from consumers.engine import start_distributed, stop_distributed
 from consumers.errors import TrainingError
-from consumers.session import Hooks, open_session
+from consumers.objectives.base import LossOutput
+from consumers.session import Hooks, Session, open_session
 from consumers.trainer import _loop
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.rewards.base import Prompt, Scores, WeightedRewards
@@ -68,6 +72,22 @@ class Faulty:
         return scores
 
 
+def break_second_update(session: Session, fault: str) -> None:
+    """Let this rank's losses of the first step's second update be NaN, or finite with an infinite gradient."""
+    objective: Any = session.objective
+    right = objective.loss
+
+    def loss(predict: Any, micro: Any, *, step: int) -> LossOutput:
+        output: LossOutput = right(predict, micro, step=step)
+        if step > 0 or session.engine.optimizer_steps != 1:
+            return output
+        nothing = output.loss - output.loss.detach()
+        broken = output.loss * float("nan") if fault == "second" else output.loss + nothing * 1e38 * 1e38
+        return replace(output, loss=broken)
+
+    objective.loss = loss
+
+
 def main(out: Path, runs: Path) -> None:
     torch.set_num_threads(1)
     ranks = start_distributed("cpu", timeout_s=120)
@@ -77,6 +97,8 @@ def main(out: Path, runs: Path) -> None:
         begin, ended = time.perf_counter(), {}
         try:
             with open_session(load_config(run["overrides"]), ranks, hooks) as session:
+                if fault in ("second", "gradient"):
+                    break_second_update(session, fault)
                 ended["outcome"] = _loop(session)
         except TrainingError as error:
             ended["error"] = str(error)
