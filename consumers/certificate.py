@@ -7,6 +7,8 @@ it along. Measured are differences of one forward of the run's own path (`Engine
     contract     the stock pipeline's call of the very same ZeRO-3 engine, so that no rank holds the model: any size
     independent  the stock class, loaded from the gathered weights on rank 0: up to checkpoint.certify_independent
 
+and, where the run trains on edits, each with condition pictures too, from the stock edit pipeline's call.
+
 A difference beyond rounding stops the run on all ranks: it would train a model that stock diffusers does not know.
 """
 
@@ -21,6 +23,7 @@ from typing import Any, Final
 
 import torch
 
+from consumers.data_sets import kinds_of
 from consumers.engine import Engine, Share
 from consumers.errors import TrainingError
 from consumers.objectives.flow_matching import shift_mu
@@ -33,14 +36,15 @@ from qwenimg_dist.models import parity
 from qwenimg_dist.models.pipeline import fingerprint_component
 from qwenimg_dist.models.template import DROP, TEMPLATE
 from qwenimg_dist.models.transformer import assemble_transformer
+from qwenimg_dist.schema import EDIT
 from qwenimg_dist.versions import git_commit, package_versions
 
 FORMAT: Final = 1
 _DIGITS: Final = 16
 _COMPARED: Final = {
-    "contract": "Engine.predict against QwenImagePipeline's own packing, mask, img_shapes and timestep, both calling "
+    "contract": "Engine.predict against {pipeline}'s own packing, mask, img_shapes and timestep, both calling "
     "this run's ZeRO-3 engine in eval mode",
-    "independent": "Engine.predict against QwenImagePipeline with a stock QwenImageTransformer2DModel loaded from the "
+    "independent": "Engine.predict against {pipeline} with a stock QwenImageTransformer2DModel loaded from the "
     "gathered weights",
 }
 
@@ -65,7 +69,8 @@ class Certifier:
         """Compare and remember. Collective. Raises `TrainingError` on all ranks if a difference is beyond rounding."""
         engine, ranks = self._engine, self._engine.ranks
         dtype = torch.bfloat16 if self._config.engine.precision == "bf16" else torch.float32
-        cases = parity.probes(int(self._model["joint_attention_dim"]))
+        edits = EDIT in kinds_of(self._config).values()
+        cases = parity.probes(int(self._model["joint_attention_dim"]), edits=edits)
         engine.train(False)
         try:
             with torch.no_grad():
@@ -118,7 +123,11 @@ class Certifier:
             "ranks": self._engine.ranks.world_size,
             "inputs": f"random, {parity.HEIGHT}x{parity.WIDTH} px, two samples; see qwenimg_dist.models.parity",
             "comparisons": [
-                {"compared": _COMPARED[side], "kind": side, **one.as_dict()}
+                {
+                    "compared": _COMPARED[side].format(pipeline=parity.pipeline_of(one.case)),
+                    "kind": side,
+                    **one.as_dict(),
+                }
                 for side, some in found.items()
                 for one in some
             ],

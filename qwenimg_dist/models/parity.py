@@ -12,6 +12,12 @@ Three cases, all of them not square, so that swapped height and width show:
     masked     two samples, texts of two lengths, padded, mask             -> one call of each side, the same inputs
     trimmed    two samples with two sigmas, padded, mask, on our side      -> the pipeline gets each alone, unpadded
 
+Of a run on edits two more, each with two condition pictures of two sizes, against `QwenImageEditPlusPipeline`, which
+takes one sample at a time (its VAE is left out too: it is handed the conditions' latents):
+
+    edit          one sample                                               -> one call of each side, the same inputs
+    edit_trimmed  two samples with two sigmas, padded, mask, on our side   -> the pipeline gets each alone, unpadded
+
 Padding holds values far louder than the text, so that a mask that is not honoured shows. Sigmas are powers of two,
 which bf16 holds exactly also as thousandths; others would be rounded twice on one side. Refuses to judge: tolerances
 are given with the differences.
@@ -29,8 +35,12 @@ import torch
 
 HEIGHT: Final = 96
 WIDTH: Final = 160
+CONDITIONS: Final = ((64, 96), (96, 64))
+"""(height, width) of an edit's condition pictures, px: multiples of 32 and of one area, as the pipeline makes them."""
 _LONG, _SHORT = 11, 5
 _SIGMAS: Final = {"unmasked": (0.25, 0.25), "masked": (0.125, 0.125), "trimmed": (0.5, 1.0)}
+_EDIT_SIGMAS: Final = {"edit": (0.25,), "edit_trimmed": (0.5, 1.0)}
+_TRIMMED: Final = ("trimmed", "edit_trimmed")
 _LOUD: Final = 30.0
 _SEED: Final = 20_251_231
 
@@ -39,10 +49,10 @@ _SEED: Final = 20_251_231
 _SAME: Final = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 _ROUNDED: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
-Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""Ours: noisy (B,16,h,w), sigma (B,), text (B,T,D), mask -> velocity (B,16,h,w) fp32."""
+Predict = Callable[..., torch.Tensor]
+"""Ours: noisy (B,16,h,w), sigma (B,), text (B,T,D), mask, and an edit's conditions -> velocity (B,16,h,w) fp32."""
 Answers = dict[str, torch.Tensor]
-"""Case -> velocity (2,16,h,w) fp32 on the CPU."""
+"""Case -> velocity (B,16,h,w) fp32 on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +60,11 @@ class Probe:
     """The inputs of one case; texts are padded where their lengths differ."""
 
     noisy: torch.Tensor
-    sigma: tuple[float, float]
+    sigma: tuple[float, ...]
     text: torch.Tensor
-    lengths: tuple[int, int]
+    lengths: tuple[int, ...]
+    conditions: tuple[torch.Tensor, ...] = ()
+    """(B,16,h_i,w_i) each."""
 
     @property
     def mask(self) -> torch.Tensor | None:
@@ -83,8 +95,8 @@ class Difference:
         return {**plain, "within": self.within}
 
 
-def probes(text_width: int) -> dict[str, Probe]:
-    """The cases, the same ones at every call; `text_width` is D of the text features."""
+def probes(text_width: int, *, edits: bool = False) -> dict[str, Probe]:
+    """The cases, the same ones at every call; `text_width` is D of the text features, with `edits` theirs besides."""
     generator = torch.Generator().manual_seed(_SEED)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -96,7 +108,23 @@ def probes(text_width: int) -> dict[str, Probe]:
         text = draw(2, _LONG, text_width)
         text[1, lengths[1] :] *= _LOUD
         made[case] = Probe(noisy=draw(2, 16, HEIGHT // 8, WIDTH // 8), sigma=sigma, text=text, lengths=lengths)
+    for case, of_edit in _EDIT_SIGMAS.items() if edits else ():
+        num = len(of_edit)
+        text = draw(num, _LONG, text_width)
+        text[1:, _SHORT:] *= _LOUD
+        made[case] = Probe(
+            noisy=draw(num, 16, HEIGHT // 8, WIDTH // 8),
+            sigma=of_edit,
+            text=text,
+            lengths=(_LONG, _SHORT)[:num],
+            conditions=tuple(draw(num, 16, height // 8, width // 8) for height, width in CONDITIONS),
+        )
     return made
+
+
+def pipeline_of(case: str) -> str:
+    """Name of the stock pipeline that a case is compared with."""
+    return "QwenImageEditPlusPipeline" if case in _EDIT_SIGMAS else "QwenImagePipeline"
 
 
 def our_answers(predict: Predict, cases: Mapping[str, Probe], *, dtype: torch.dtype, device: torch.device) -> Answers:
@@ -107,6 +135,7 @@ def our_answers(predict: Predict, cases: Mapping[str, Probe], *, dtype: torch.dt
             torch.tensor(probe.sigma, device=device),
             probe.text.to(device, dtype),
             None if probe.mask is None else probe.mask.to(device),
+            *([[one.to(device) for one in probe.conditions]] if probe.conditions else []),
         )
         .float()
         .cpu()
@@ -120,8 +149,8 @@ def stock_answers(
     """What the stock pipeline makes of them with `transformer` (a module, or an engine around it; then collective)."""
     answers = {}
     for case, probe in cases.items():
-        if case == "trimmed":
-            alone = [_alone(probe, i) for i in range(2)]
+        if case in _TRIMMED:
+            alone = [_alone(probe, index) for index in range(len(probe.lengths))]
             answers[case] = torch.cat([_stock_velocity(transformer, one, dtype, device) for one in alone])
         else:
             answers[case] = _stock_velocity(transformer, probe, dtype, device)
@@ -132,7 +161,7 @@ def differences(ours: Answers, stock: Answers, *, dtype: torch.dtype, same_modul
     """Case by case. `same_module`: both sides called one module, so that equal inputs must give equal numbers."""
     found = []
     for case, answer in stock.items():
-        strict = same_module and case != "trimmed"
+        strict = same_module and case not in _TRIMMED
         found.append(
             Difference(
                 case=case,
@@ -148,9 +177,10 @@ def _alone(probe: Probe, index: int) -> Probe:
     length = probe.lengths[index]
     return Probe(
         noisy=probe.noisy[index : index + 1],
-        sigma=(probe.sigma[index],) * 2,
+        sigma=(probe.sigma[index],),
         text=probe.text[index : index + 1, :length],
-        lengths=(length, length),
+        lengths=(length,),
+        conditions=tuple(one[index : index + 1] for one in probe.conditions),
     )
 
 
@@ -182,21 +212,61 @@ def _stock_velocity(
 
     seat = _Seat(transformer, device)
     # A scheduler without shift: its sigma is the one that is given.
-    pipeline = QwenImagePipeline(FlowMatchEulerDiscreteScheduler(shift=1.0), None, None, None, seat)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipeline: Any
+    if probe.conditions:
+        pipeline, pictures = _edit_pipeline(scheduler, seat, probe)
+    else:
+        pipeline, pictures = QwenImagePipeline(scheduler, None, None, None, seat), {}
     pipeline.set_progress_bar_config(disable=True)
     batch, channels, height, width = probe.noisy.shape
-    pipeline(
-        prompt_embeds=probe.text.to(dtype),
-        prompt_embeds_mask=torch.ones(probe.text.shape[:2]) if probe.mask is None else probe.mask,
-        latents=pipeline._pack_latents(probe.noisy[:, None], batch, channels, height, width),
-        height=HEIGHT,
-        width=WIDTH,
-        sigmas=[probe.sigma[0]],
-        num_inference_steps=1,
-        true_cfg_scale=1.0,
-        output_type="latent",
-    )
+    with _area_of_conditions():
+        pipeline(
+            prompt_embeds=probe.text.to(dtype),
+            prompt_embeds_mask=torch.ones(probe.text.shape[:2]) if probe.mask is None else probe.mask,
+            latents=pipeline._pack_latents(probe.noisy[:, None], batch, channels, height, width),
+            height=HEIGHT,
+            width=WIDTH,
+            sigmas=[probe.sigma[0]],
+            num_inference_steps=1,
+            true_cfg_scale=1.0,
+            output_type="latent",
+            **pictures,
+        )
     if seat.answer is None:
         raise RuntimeError("the stock pipeline did not call its transformer")
-    velocity: torch.Tensor = pipeline._unpack_latents(seat.answer.float(), HEIGHT, WIDTH, 8)
+    target = seat.answer[:, : height * width // 4]  # behind it stands what the model says of the conditions
+    velocity: torch.Tensor = pipeline._unpack_latents(target.float(), HEIGHT, WIDTH, 8)
     return velocity[:, :, 0]
+
+
+def _edit_pipeline(scheduler: Any, seat: _Seat, probe: Probe) -> tuple[Any, dict[str, Any]]:
+    """The stock edit pipeline with the conditions' latents in its VAE's place, and its words for their pictures."""
+    from diffusers import QwenImageEditPlusPipeline
+    from PIL import Image
+
+    latents = iter(probe.conditions)
+
+    class WithoutVae(QwenImageEditPlusPipeline):  # type: ignore[misc]
+        def _encode_vae_image(self, image: torch.Tensor, generator: Any) -> torch.Tensor:
+            encoded = next(latents)[:, :, None].to(image.dtype)
+            if encoded.shape[3:] != (image.shape[3] // 8, image.shape[4] // 8):
+                raise RuntimeError(f"the stock edit pipeline made a condition of {tuple(image.shape[3:])} px")
+            return encoded
+
+    pictures = [Image.new("RGB", (width, height)) for height, width in CONDITIONS]
+    return WithoutVae(scheduler, None, None, None, None, seat), {"image": pictures}
+
+
+@contextlib.contextmanager
+def _area_of_conditions() -> Iterator[None]:
+    """The edit pipeline brings pictures to 1024^2 px, a module's constant: thousands of tokens that would show no more
+    than few do."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
+
+    before = stock.VAE_IMAGE_SIZE
+    stock.VAE_IMAGE_SIZE = CONDITIONS[0][0] * CONDITIONS[0][1]
+    try:
+        yield
+    finally:
+        stock.VAE_IMAGE_SIZE = before

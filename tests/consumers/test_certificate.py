@@ -41,6 +41,20 @@ def test_a_wrong_call_on_one_rank_stops_all(results: Results, precision: str) ->
         assert words in message
 
 
+def test_a_run_on_edits_is_compared_with_condition_pictures_too(results: Results) -> None:
+    found = results("certificate")
+    told = found["edit"]["parity"]["comparisons"]
+    assert all(one["within"] for one in told)
+    cases = {(one["kind"], one["case"]): one["compared"] for one in told}
+    for kind in ("contract", "independent"):
+        assert "against QwenImageEditPlusPipeline" in cases[kind, "edit"]
+        assert "against QwenImageEditPlusPipeline" in cases[kind, "edit_trimmed"]
+        assert "against QwenImagePipeline" in cases[kind, "masked"]
+    assert found["without_conditions"] is None
+    assert "contract, edit: " in found["edit_without_conditions"]
+    assert "contract, masked" not in found["edit_without_conditions"]
+
+
 def test_a_wrong_engine_is_seen_by_the_independent_module_alone(results: Results) -> None:
     found = results("certificate")
     assert "independent, unmasked" in found["stale"]

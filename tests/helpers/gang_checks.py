@@ -44,6 +44,7 @@ from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 SCRIPT = str(Path(__file__).resolve())
 GLOBAL_BATCH = 8
 EMA_DECAY = 0.9
+PREDICT_VELOCITY = qwen.predict_velocity
 SETTINGS = ["engine.precision=fp32", "optim.weight_decay=0.1", "optim.clip_grad_norm=0.5"]
 
 
@@ -408,6 +409,13 @@ def check_certificate(world: World) -> dict[str, Any]:
         found[precision] = certifier.record(2, 16)
         found[f"{precision}_untouched"] = equal(before, snapshot(engine, None))
         found[f"{precision}_wrong_rank"] = refusal(certifier, wrong_on=1)
+        if precision == "fp32":
+            of_edits = load_config([*SETTINGS, "stage=edit"])
+            edits = Certifier(engine, of_edits, model, prepared, None)
+            edits.measure(2)
+            found["edit"] = edits.record(2, 16)
+            found["without_conditions"] = refusal(certifier, wrong_on=1, way=without_conditions)
+            found["edit_without_conditions"] = refusal(edits, wrong_on=1, way=without_conditions)
         if precision == "bf16":  # forwards gather stale weights: only the independent stock module tells
             engine.flat("master", 0).mul_(1.5)
             found["stale"] = refusal(certifier, wrong_on=None)
@@ -438,15 +446,21 @@ def prepared_for(world: World) -> Prepared:
     )
 
 
-def refusal(certifier: Certifier, *, wrong_on: int | None) -> str | None:
-    """What `measure` refuses, with sigma times 1000 on one rank; None if it finds nothing."""
+def thousandfold(transformer: Any, noisy: Any, sigma: Any, *words: Any) -> torch.Tensor:
+    return PREDICT_VELOCITY(transformer, noisy, sigma * 1000, *words)
+
+
+def without_conditions(transformer: Any, noisy: Any, sigma: Any, text: Any, mask: Any, *_: Any) -> torch.Tensor:
+    return PREDICT_VELOCITY(transformer, noisy, sigma, text, mask)
+
+
+def refusal(
+    certifier: Certifier, *, wrong_on: int | None, way: Callable[..., torch.Tensor] = thousandfold
+) -> str | None:
+    """What `measure` refuses, with another call on one rank; None if it finds nothing."""
     right = engine_module.qwen.predict_velocity
-
-    def wrong(transformer: Any, noisy: Any, sigma: Any, *words: Any) -> torch.Tensor:
-        return right(transformer, noisy, sigma * 1000, *words)
-
     if certifier._engine.ranks.rank == wrong_on:
-        engine_module.qwen.predict_velocity = wrong
+        engine_module.qwen.predict_velocity = way
     try:
         certifier.measure(3)
     except TrainingError as error:
