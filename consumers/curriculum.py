@@ -7,10 +7,13 @@ depends on what happened earlier in the run, so a resumed run needs no scheduler
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
-from qwenimg_dist.config import Config, OptimConfig
+from qwenimg_dist.config import Config, GrpoConfig, OptimConfig
+from qwenimg_dist.data.buckets import buckets
 from qwenimg_dist.data.phases import PlannedPhase, phase_at
+from qwenimg_dist.schema import Bucket
 
 
 def plan(config: Config) -> tuple[PlannedPhase, ...]:
@@ -52,9 +55,17 @@ def plan(config: Config) -> tuple[PlannedPhase, ...]:
             ),
             row_weights=phase.weights,
             mix=phase.mix or None,
+            drawn=_drawn(config, sorted(phase.resolutions)),
         )
         for index, phase in enumerate(phases)
     )
+
+
+def _drawn(config: Config, resolutions: Sequence[int]) -> dict[int, tuple[Bucket, ...]]:
+    """Shapes of each class's pictures, where the run draws them itself."""
+    if not isinstance(config.objective, GrpoConfig):
+        return {}
+    return {r: buckets(r, config.objective.aspects, "objective.aspects") for r in resolutions}
 
 
 def lr_at(phases: tuple[PlannedPhase, ...], optim: OptimConfig, step: int) -> float:

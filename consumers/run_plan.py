@@ -240,9 +240,11 @@ def _stream_warnings(phase: PlannedPhase, stream: StreamPlan) -> list[str]:
     name, tally, found = f"{phase} at {stream.resolution} px", stream.tally, []
     if not tally.asked:
         return [f"{name} gets none of the {phase.num_steps:,} steps: raise its weight or the steps, or drop it"]
-    tiny = [b for b, counts in tally.buckets.items() if 0 < counts.samples < _TINY * phase.global_batch]
+    # Prompts are drawn in every shape: no batch is of those of one shape alone.
+    num_of = {b: tally.samples if stream.resolution in phase.drawn else n.samples for b, n in tally.buckets.items()}
+    tiny = [bucket for bucket, num in num_of.items() if 0 < num < _TINY * phase.global_batch]
     if tiny:
-        listed = ", ".join(f"{bucket} ({tally.buckets[bucket].samples} samples)" for bucket in tiny[:_NAMED])
+        listed = ", ".join(f"{bucket} ({num_of[bucket]} samples)" for bucket in tiny[:_NAMED])
         more = f" and {len(tiny) - _NAMED} more" if len(tiny) > _NAMED else ""
         found.append(
             f"{name}: {listed}{more} fill less than half of a global batch of {phase.global_batch}, yet take a step of "

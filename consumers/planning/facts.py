@@ -200,8 +200,7 @@ def _assumed(config: Config, why: str) -> DataFacts:
     streams = []
     for phase in planned_phases(config):
         for resolution, steps in sorted(phase.steps_by_resolution.items()):
-            # Pictures of prompts are drawn square.
-            of_class = buckets(resolution, ("1:1",) if kind == PROMPT else config.encode.aspects)
+            of_class = phase.drawn.get(resolution) or buckets(resolution, config.encode.aspects)
             streams.append(
                 StreamFacts(
                     phase=phase,

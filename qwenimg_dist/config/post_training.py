@@ -93,6 +93,10 @@ class GrpoConfig(FlowConfig):
     group_size: int = Field(default=16, ge=2)
     """Pictures per prompt, whose rewards are compared with each other. `global_batch` counts prompts: a step draws
     global_batch x group_size pictures. Larger groups judge more surely and cost in proportion."""
+    aspects: tuple[str, ...] = ("1:1",)
+    """Aspect ratios (width:height) of the pictures drawn, at the curriculum's resolutions: steps have their shapes in
+    turn, each for all ranks and groups, so that over epochs a prompt is drawn in all of them. What is trained in one
+    shape alone need not carry over to others; compiled blocks see each shape once."""
     num_steps: int = Field(default=10, ge=2)
     """Steps of a rollout's sampler, a forward each (of twice the rows with guidance). Far fewer than for good pictures
     do, since rewards only compare; most of a step's time goes here."""

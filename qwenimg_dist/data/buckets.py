@@ -44,27 +44,28 @@ class Placement:
     crop: tuple[int, int]
 
 
-def parse_aspect(aspect: str) -> float:
-    """`"16:9"` -> width / height. Raises ValueError for anything else."""
+def parse_aspect(aspect: str, key: str = "encode.aspects") -> float:
+    """`"16:9"` -> width / height. Raises ValueError, naming the config's `key`, for anything else."""
     match = _ASPECT.match(aspect)
     if match is None or float(match[1]) == 0 or float(match[2]) == 0:
-        raise ValueError(f"encode.aspects: {aspect!r} is not an aspect ratio; write width:height, for example 16:9")
+        raise ValueError(f"{key}: {aspect!r} is not an aspect ratio; write width:height, for example 16:9")
     return float(match[1]) / float(match[2])
 
 
-def buckets(resolution: int, aspects: Sequence[str]) -> tuple[Bucket, ...]:
+def buckets(resolution: int, aspects: Sequence[str], key: str = "encode.aspects") -> tuple[Bucket, ...]:
     """The distinct buckets of a class, sorted. Small classes have fewer buckets than aspects, since sides are coarse.
+    `key` is where the config names the aspects.
 
     Raises ValueError for a resolution below 16 px, an empty list of aspects, or one that is no aspect.
     """
     if resolution < SIDE_MULTIPLE:
         raise ValueError(f"encode.resolutions: {resolution} px is below the smallest side, {SIDE_MULTIPLE}")
     if not aspects:
-        raise ValueError("encode.aspects is empty: name at least one, for example 1:1")
+        raise ValueError(f"{key} is empty: name at least one, for example 1:1")
     official = _OFFICIAL.get(resolution, {})
     found = set()
     for aspect in aspects:
-        ratio = parse_aspect(aspect)
+        ratio = parse_aspect(aspect, key)
         width, height = official.get(aspect) or _sides(resolution, ratio)
         found.add(Bucket(height=height, width=width))
     return tuple(sorted(found))

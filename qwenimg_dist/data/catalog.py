@@ -49,7 +49,7 @@ class RunFacets:
     kind: Kind = IMAGE
     """Of the samples; a data set of another kind is refused."""
     drawn: tuple[int, ...] = ()
-    """Resolution classes (px) at which the run draws the pictures itself, of prompts: in the square bucket."""
+    """Resolution classes (px) at which the run draws the pictures itself, of prompts; a batch's shape is its step's."""
     of_dataset: Mapping[str, RunFacets] = field(default_factory=dict)
     """Those of data sets of a mix that are of another kind."""
 

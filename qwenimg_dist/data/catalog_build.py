@@ -410,7 +410,7 @@ def _add_latents(
 
 
 def _add_drawn(kept: _Kept, resolution: int, out: _Output) -> dict[str, Any]:
-    """A class without latents: the run draws every row in the square bucket."""
+    """A class without latents: the run draws every row. The one bucket stands for all: shapes are the ledger's."""
     prefix = f"latents-{resolution}-"
     out.arrays[f"{prefix}bucket"] = np.zeros(len(kept.rows), dtype=np.int16)
     out.arrays[f"{prefix}tar"] = np.full(len(kept.rows), -1, dtype=np.int32)

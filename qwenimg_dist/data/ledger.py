@@ -14,6 +14,7 @@ on any number of them, and any step can be asked for first, which is all that a 
    last batch of an epoch is filled with slots of weight zero: an epoch is every sample exactly once, or as often as
    `data.weights` say (`weights.py`), each time with draws of its own.
 6. The batches of all buckets are shuffled into one order: within windows, so that windows are still read in turn.
+7. Prompts have no shape: where the run draws the pictures, a stream's batches have the phase's shapes in turn.
 
 Several data sets (`mix.py`) become one stream: how often rows of each come per epoch follows from their shares, and in
 step 4 each is spread evenly over the other ones of its bucket, so that all share buckets, windows and batches.
@@ -145,7 +146,9 @@ class Ledger:
                 step=step,
                 phase=stream.phase.index,
                 resolution=stream.resolution,
-                bucket=order.buckets[order.bucket[index]],
+                bucket=stream.drawn[position % len(stream.drawn)]
+                if stream.drawn
+                else order.buckets[order.bucket[index]],
                 epoch=at.epoch,
                 rows=order.rows[index],
                 texts=order.texts[index],

@@ -121,6 +121,11 @@ class Stream:
         self._carried: dict[int, dict[Bucket, Samples]] = {}
         self._epoch_ends: EpochEnds | None = None
 
+    @property
+    def drawn(self) -> tuple[Bucket, ...]:
+        """Shapes that the batches have in turn, of pictures that the run draws; empty where latents have theirs."""
+        return self.phase.drawn.get(self.resolution, ())
+
     def append(self, segment: Segment) -> None:
         """Further rows join; only counts are computed here."""
         if self._mix is not None:

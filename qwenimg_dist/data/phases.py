@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from qwenimg_dist.schema import Bucket
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedPhase:
@@ -33,6 +35,9 @@ class PlannedPhase:
     activation_checkpointing: bool = False
     row_weights: Mapping[str, float] = field(default_factory=dict)
     """`where` expression -> how often its rows come per epoch; joins the run's own."""
+    drawn: Mapping[int, tuple[Bucket, ...]] = field(default_factory=dict)
+    """Resolution class -> shapes of the pictures that the run draws itself, which its batches have in turn, whatever
+    their prompts; a class that is not here has the shapes of its latents."""
 
     @property
     def num_steps(self) -> int:

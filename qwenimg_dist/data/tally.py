@@ -74,11 +74,14 @@ def tally(stream: Stream, num: int) -> Tally:
     while position < num and (at := stream.locate(position)) is not None:
         batches = stream.batches(at.segment, at.epoch)
         per_pass = len(batches.bucket)
-        passes = max(1, (num - position) // per_pass) if stream.epochs_are_alike else 1
+        passes = max(1, (num - position) // per_pass) if stream.epochs_are_alike and not stream.drawn else 1
         taken = min(num - position, per_pass)
         images = 0
-        for index, bucket in enumerate(batches.samples):
-            mine = batches.bucket[:taken] == index
+        bucket_of, names = batches.bucket[:taken], tuple(batches.samples)
+        if stream.drawn:
+            bucket_of, names = np.arange(position, position + taken) % len(stream.drawn), stream.drawn
+        for index, bucket in enumerate(names):
+            mine = bucket_of == index
             num_batches, fill = int(np.count_nonzero(mine)), int(batches.num_fill[:taken][mine].sum())
             counted = drawn.setdefault(bucket, [0, 0])
             counted[0] += passes * num_batches
@@ -86,11 +89,11 @@ def tally(stream: Stream, num: int) -> Tally:
             images += num_batches * size - fill
         epochs = at.epoch + passes - 1 + images / sum(batches.samples.values())
         position += passes * taken
-    samples = stream.samples()
+    samples, left_over = _of_an_epoch(stream)
     buckets = {
         bucket: BucketTally(
             samples=samples.get(bucket, 0),
-            left_over=samples.get(bucket, 0) % size,
+            left_over=left_over.get(bucket, 0),
             batches=batches_drawn,
             images=batches_drawn * size - fill,
             fill=fill,
@@ -103,3 +106,15 @@ def tally(stream: Stream, num: int) -> Tally:
         epochs = sum(bucket.images for bucket in buckets.values()) / total if total else 0.0
     by_dataset = {name: times * epochs for name, times in stream.times_by_dataset.items()}
     return Tally(asked=num, epochs=epochs, epochs_by_dataset=by_dataset, buckets=buckets)
+
+
+def _of_an_epoch(stream: Stream) -> tuple[dict[Bucket, int], dict[Bucket, int]]:
+    """Samples per bucket, and how many of them are in a batch that they do not fill. Prompts, which come in all shapes,
+    are counted as evenly many of each."""
+    size, samples = stream.phase.global_batch, dict(stream.samples())
+    left_over = {bucket: num % size for bucket, num in samples.items()}
+    if not stream.drawn:
+        return samples, left_over
+    total, shapes = sum(samples.values()), stream.drawn
+    evenly = {shape: (total + index) // len(shapes) for index, shape in enumerate(shapes)}
+    return evenly, {shapes[-1]: sum(left_over.values())}

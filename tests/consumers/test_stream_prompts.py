@@ -15,11 +15,12 @@ from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.generations import Generations, LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
+from qwenimg_dist.schema import Bucket
 
 GROUP, PROMPTS = 3, 5
 
 
-def make_run(root: Path) -> tuple[FakeProducer, Generations]:
+def make_run(root: Path, *, shapes: tuple[Bucket, ...] = ()) -> tuple[FakeProducer, Generations]:
     producer = FakeProducer(root / "data", unit_size=8, resolutions=(32, 64), prompts=True)
     producer.add(make_rows(24))
     producer.produce(complete=True)
@@ -32,6 +33,7 @@ def make_run(root: Path) -> tuple[FakeProducer, Generations]:
         micro_batch_tokens=60,
         lr_scale=1.0,
         where="row != 3",
+        drawn={32: shapes} if shapes else {},
     )
     config = LedgerConfig(phases=(phase,), seed=1, caption_dropout=0.0, where=None, held_out=0.1, max_held_out=2)
     run = Generations(root / "run", producer.dataset, producer.facets, config, follow=False)
@@ -75,6 +77,53 @@ def test_groups_fill_the_ranks_slots_in_order(tmp_path: Path, world: int) -> Non
     assert sorted(seen) == list(range(PROMPTS * GROUP))
     assert all(seen[slot] == seen[slot - slot % GROUP] for slot in seen)
     assert len(set(seen.values())) == PROMPTS
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_shapes_come_in_turn_for_all_ranks_and_change_nothing_else(tmp_path: Path, world: int) -> None:
+    shapes = (Bucket(height=16, width=64), Bucket(height=32, width=32), Bucket(height=64, width=16))
+    _, square = make_run(tmp_path / "square")
+    _, run = make_run(tmp_path / "shaped", shapes=shapes)
+    made = {}
+    for rank in range(world):
+        stream = Stream(run.ledger, rank=rank, world=world, compute_dtype=torch.float32, repeat=GROUP, guided=True)
+        for step in range(8):
+            batch = stream.get(step)
+            shape = shapes[step % 3]
+            assert batch.batch.bucket == shape
+            for micro in batch.micro_batches:
+                assert micro.bucket == shape
+                assert micro.latents.shape[2:] == (shape.height // 8, shape.width // 8)
+            made[rank, step] = [len(micro.slots) for micro in batch.micro_batches]
+            np.testing.assert_array_equal(run.ledger.batch(step).rows, square.ledger.batch(step).rows)
+            np.testing.assert_array_equal(run.ledger.batch(step).weights, square.ledger.batch(step).weights)
+        stream.close()
+    assert all(made[0, step] == made[rank, step] for rank, step in made)  # as many forwards
+    prompts = {step: set(run.ledger.batch(step).rows.tolist()) for step in range(8)}
+    drawn_as = {
+        row: {step % 3 for step, rows in prompts.items() if row in rows} for row in set().union(*prompts.values())
+    }
+    assert max(map(len, drawn_as.values())) > 1  # a prompt is not bound to a shape
+
+
+def test_the_plan_counts_shapes_as_they_come(tmp_path: Path) -> None:
+    shapes = (Bucket(height=16, width=48), Bucket(height=48, width=16))
+    _, run = make_run(tmp_path, shapes=shapes)
+    plan = make_plan(run.ledger, load_config(["stage=grpo"]).optim, world_size=2, pictures=2, repeat=GROUP)
+    tally = plan.phases[0].streams[0].tally
+    batches = [run.ledger.batch(step) for step in range(8)]
+    for shape in shapes:
+        mine = [batch for batch in batches if batch.bucket == shape]
+        assert (tally.buckets[shape].batches, tally.buckets[shape].images) == (4, sum(one.num_real for one in mine))
+    assert (
+        tally.samples
+        == make_plan(make_run(tmp_path / "square")[1].ledger, load_config([]).optim, world_size=2)
+        .phases[0]
+        .streams[0]
+        .tally.samples
+    )
+    assert tally.left_over == tally.samples % PROMPTS
+    assert plan.warnings() == []
 
 
 def test_the_plan_counts_groups_and_both_prompts(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pytest
 from fake_dataset import FakeProducer, make_rows
 from grpo_gang import SCRIPT
+from PIL import Image
 from safetensors.torch import load_file
 from small_run import Ended, lines, overrides, run_gang, write_input
 
@@ -86,6 +87,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": "all", "fault": "all", "extra": ["objective.max_failed_rounds=2"]},
         {"name": "second", "fault": "second", "extra": ["train.stop_after=2", "checkpoint.every=1"]},
         {"name": "gradient", "fault": "gradient", "extra": ["train.stop_after=1"]},
+        {"name": "shapes", "extra": ["objective.aspects=[1:1,2:1]"]},
         {"name": "one", "extra": ["train.stop_after=1", "objective.inner_updates=1"]},
     )
     return folder
@@ -232,6 +234,17 @@ def test_one_rank_does_what_two_do(root: Path) -> None:
             "train/advantage_abs",
         ):
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-5), (mine["step"], name)
+
+
+def test_steps_have_their_shapes_in_turn(root: Path) -> None:
+    log = lines(root / "shapes" / "metrics.jsonl")
+    shapes = [(line["train/bucket_width"], line["train/bucket_height"]) for line in log]
+    assert shapes == [(96, 48), (64, 64), (96, 48), (64, 64)]
+    for line in log:
+        assert line["train/ratio_of_first_update"] == pytest.approx(1.0, abs=1e-6)
+        assert line["reward/without"] == 0
+    grids = [Image.open(file) for file in sorted((root / "shapes" / "samples").iterdir())]
+    assert len(grids) == 2
 
 
 @pytest.mark.parametrize(("run", "counted"), [("hang", "timeouts"), ("raise", "failures"), ("exit", "timeouts")])

@@ -20,6 +20,7 @@ from qwenimg_dist.data.order import Segment
 from qwenimg_dist.data.phases import PlannedPhase, quota, steps_by_resolution
 from qwenimg_dist.data.samples import Selection
 from qwenimg_dist.data.where import compile_where
+from qwenimg_dist.schema import Bucket
 
 FAST = settings(max_examples=60, deadline=None)
 
@@ -35,6 +36,7 @@ def make_ledger(
     window: int = 8,
     mixture: Mapping[int, float] | None = None,
     mix: Mix | None = None,
+    drawn: tuple[Bucket, ...] = (),
     segments: Sequence[Segment] = (Segment(catalog=0, phase=None, epoch=0, last=True),),
 ) -> Ledger:
     phase = PlannedPhase(
@@ -47,6 +49,7 @@ def make_ledger(
         lr_scale=1.0,
         where=where,
         row_weights=phase_weights or {},
+        drawn={32: drawn} if drawn else {},
     )
     rules = tuple((compile_where(text), weight) for text, weight in (weights or {}).items())
     selection = Selection(where=None, held_out_below=0, weights=rules)
@@ -102,6 +105,26 @@ def test_it_counts_what_the_ledger_gives(
     buckets[0] = 0
     catalogs = MemoryCatalogs([memory_catalog(buckets, [[3, 5]] * len(buckets))])
     agrees(make_ledger(catalogs, steps, size=size, weights=weights, window=window))
+
+
+@FAST
+@given(
+    num_rows=st.integers(1, 40),
+    size=st.integers(1, 9),
+    steps=st.integers(0, 70),
+    num_shapes=st.integers(1, 4),
+    weighed=st.booleans(),
+)
+def test_it_counts_drawn_shapes_by_their_turn(
+    num_rows: int, size: int, steps: int, num_shapes: int, weighed: bool
+) -> None:
+    catalogs = MemoryCatalogs([memory_catalog([0] * num_rows, [[3, 5]] * num_rows)])
+    shapes = tuple(Bucket(height=16 * (index + 1), width=16) for index in range(num_shapes))
+    ledger = make_ledger(catalogs, steps, size=size, drawn=shapes, weights={"row >= 3": 2.5} if weighed else None)
+    agrees(ledger)
+    counted = ledger.tally(0, 32)
+    assert tuple(counted.buckets) == shapes
+    assert weighed or counted.samples == num_rows
 
 
 @FAST
