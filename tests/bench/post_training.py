@@ -1,21 +1,32 @@
-"""Memory and time of preference training beside finetuning, with the same number of pictures per micro-batch.
+"""Memory and time of preference training and of GRPO beside finetuning, with the same pictures per micro-batch.
 
     sft               flow matching on 4 pictures
     dpo precomputed   2 pairs, the reference's errors given with the batch: no second model
-    dpo online        2 pairs, a second, frozen engine asked for the reference's errors
+    dpo online        2 pairs, a second, frozen model asked for the reference's errors
+    grpo              4 pictures of one prompt, drawn, judged by the rule of the demo, and trained on
 
-One step of the engine each (loss, backward, clip, AdamW, EMA), by the objectives and the engine themselves, every
-variant in a process of its own. Memory is the peak (VmHWM) over the baseline after imports and start of the process
-group, which holds weights, gradients, moments, EMA and activations. Theory: a forward and a backward cost 3 forwards,
-so what is asked of the reference costs a third more (4/3), and what was computed beforehand nothing.
+Memory: one step of the engine (loss, backward, clip, AdamW, EMA) by the objectives and the engine themselves, every
+variant in a process of its own. It is the peak (VmHWM) over the baseline after imports and start of the process group,
+which holds weights, gradients, moments, EMA and activations. 234 M parameters in two blocks of width 1792.
 
-    python tests/bench/post_training.py [--quick] [--repeats 3] [--out FILE]
+Time: whole steps of the trainer on data sets of pictures, pairs and prompts, one micro-batch each. The theory counts
+forwards: one without a backward is 1, one with it 3, so that in steps of finetuning
 
-Needs about 30 bytes of free memory per parameter, of 137 M (`--quick`: 25 M).
+    sft = dpo precomputed = 1        dpo online = (1 + 3) / 3        grpo = g (steps + reference + 3 window updates) / 3
+
+g is 2 with guidance, whose forwards have the empty prompt's rows beside; `reference` is the window with a KL weight. It
+leaves out AdamW, the decoder and the reward, of which the last is asked while the next pictures are drawn: `rollout s`,
+`reward s` (what is waited for after the last picture) and `update s` are the step's own parts, as the run logs them.
+
+    python tests/bench/post_training.py [--quick] [--repeats 3] [--only memory|time] [--out FILE]
+
+Needs about 35 bytes of free memory per parameter (`--quick`: 22 M of them, and the times are of these in any case).
 """
 
 from __future__ import annotations
 
+import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -25,17 +36,28 @@ from fake_model import TEXT_WIDTH, architecture, write_pipeline
 from harness import Figures, Report, answer, num_repeats, parser, run_ranks, scratch
 from memory import MB, Meter
 
-FULL: Final = {"num_layers": 5, "num_heads": 7}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+
+FULL: Final = {"num_layers": 2, "num_heads": 14}
 QUICK: Final = {"num_layers": 2, "num_heads": 4}
-VARIANTS: Final = ("sft", "dpo precomputed", "dpo online")
+MODELS: Final = ("sft", "dpo precomputed", "dpo online")
+TIMED: Final = (*MODELS, "grpo", "grpo guided")
 RESOLUTION: Final = 256
 TEXT_TOKENS: Final = 64
 PICTURES: Final = 4
 WARMUP: Final = 1
+STEPS: Final = 3
+"""Of a process, after the warm-up."""
+_PARTS: Final = ("rollout", "reward", "update")
 
 
 def worker(job: dict[str, Any]) -> None:
-    """On a rank: build, step, and tell peak and time."""
+    """On a rank."""
+    answer(job, _memory(job) if job["task"] == "memory" else _time(job))
+
+
+def _memory(job: dict[str, Any]) -> Figures:
+    """Build, step, and tell the peak."""
     import torch
 
     from consumers.ema import Ema
@@ -59,18 +81,14 @@ def worker(job: dict[str, Any]) -> None:
         frozen = build_frozen(model, config, ranks, source) if reference == "online" else None
         objective = build_objective(config, frozen.predict if frozen else None)
         micro = _batch(kind == "dpo", config.objective.draws if kind == "dpo" and reference == "precomputed" else None)
-        times = []
-        for step in range(WARMUP + job["steps"]):
-            begin = time.perf_counter(), time.process_time()
+        for step in range(WARMUP + 1):
             output = objective.loss(engine.predict, micro.to("cpu"), step=step)
             engine.backward(output.loss / len(micro.weights), last=True)
             del output
             engine.step(1e-6)
             ema.update()
-            times.append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
     stop_distributed()
-    wall, cpu = (sorted(one[i] for one in times[WARMUP:])[job["steps"] // 2] for i in (0, 1))
-    answer(job, {"peak MB": meter.peaks["all"], "s/step": wall, "CPU s/step": cpu, "baseline MB": meter.baseline / MB})
+    return {"peak MB": meter.peaks["all"], "baseline MB": meter.baseline / MB}
 
 
 def _batch(pairs: bool, draws: int | None) -> Any:
@@ -97,41 +115,167 @@ def _batch(pairs: bool, draws: int | None) -> Any:
     )
 
 
+def overrides(variant: str, pipeline: Path, folder: Path) -> list[str]:
+    """A run of the trainer: steps of one micro-batch of 4 pictures, and nothing beside them."""
+    kind, _, how = variant.partition(" ")
+    data = {"sft": "images", "dpo": "pairs", "grpo": "prompts"}[kind]
+    samples = {"sft": PICTURES, "dpo": PICTURES // 2, "grpo": 1}[kind]
+    phase = (
+        f"{{low: {{resolutions: {{{RESOLUTION}: 1.0}}, share: 1.0, steps: null, global_batch: {samples}, "
+        "micro_batch_tokens: 1000000, lr_scale: 1.0, where: null}}"
+    )
+    of_kind = {
+        "sft": [],
+        "dpo": [f"objective.reference={how}", "objective.draws=1"],
+        "grpo": [
+            f"objective.group_size={PICTURES}",
+            f"objective.guidance={4 if how else 1}",
+            "objective.group_grid_every=0",
+            "objective.max_failed_rounds=100",
+            "reward.weights.shapes=1",
+            f"evaluate.data_path={folder / 'images'}",
+        ],
+    }[kind]
+    return [
+        f"stage={kind}",
+        "optim=qwen_image_2512",
+        "optim.warmup_steps=0",
+        f"model.path={pipeline}",
+        f"data.path={folder / data}",
+        f"run.path={folder / 'run'}",
+        f"train.steps={WARMUP + STEPS}",
+        "train.report=off",
+        "train.log_every=1",
+        "checkpoint.every=1000",
+        "checkpoint.certify=off",
+        "evaluate.every=0",
+        "evaluate.weights=raw",
+        "evaluate.guard=warn",
+        "data.held_out=0",
+        "~curriculum.phases",
+        f"+curriculum.phases={phase}",
+        *of_kind,
+    ]
+
+
+def theory(config: Any) -> float:
+    """A step in steps of finetuning, see above."""
+    objective = config.objective
+    if objective.kind == "dpo":
+        return 4 / 3 if objective.reference == "online" else 1.0
+    if objective.kind != "grpo":
+        return 1.0
+    reference = objective.window if objective.kl_weight else 0
+    forwards = objective.num_steps + reference + 3 * objective.window * objective.inner_updates
+    return float((2 if objective.guidance > 1 else 1) * forwards / 3)
+
+
+def write_data(pipeline: Path, folder: Path) -> None:
+    """Pictures, pairs and prompts, of which the demo's rule can judge what is drawn."""
+    from dataclasses import replace
+
+    from fake_dataset import FakeProducer, make_rows
+
+    from consumers.run_directory import facets_of
+    from qwenimg_dist.compose import load_config
+    from qwenimg_dist.demo.shapes import all_captions
+
+    captions = all_captions()[:8]
+    for variant, name in (("sft", "images"), ("dpo online", "pairs"), ("grpo", "prompts")):
+        producer = FakeProducer(
+            folder / name,
+            unit_size=8,
+            resolutions=(RESOLUTION,),
+            pairs=name == "pairs",
+            prompts=name == "prompts",
+        )
+        producer.facets = facets_of(load_config(overrides(variant, pipeline, folder)), pipeline)
+        rows = make_rows(len(captions), sizes=((RESOLUTION, RESOLUTION),))
+        producer.add([replace(row, captions=(caption,)) for row, caption in zip(rows, captions, strict=True)])
+        producer.produce(complete=True)
+
+
+def _time(job: dict[str, Any]) -> Figures:
+    """A run of the trainer on this rank, by its own log."""
+    import shutil
+
+    from consumers.trainer import train
+    from qwenimg_dist.compose import load_config
+
+    folder = Path(job["data"])
+    config = load_config(overrides(job["variant"], Path(job["pipeline"]), folder))
+    before = time.process_time()
+    train(config)
+    used = time.process_time() - before
+    log = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][WARMUP:]
+    shutil.rmtree(folder / "run")
+
+    def median(name: str) -> float:
+        return statistics.median(line[name] for line in log)
+
+    parts = {f"{part} s": median(f"train/{part}_s") for part in _PARTS} if config.objective.kind == "grpo" else {}
+    return {"s/step": median("train/step_s"), "theory": theory(config), **parts, "CPU s of the run": used}
+
+
 def main() -> int:
-    args = parser(__doc__, repeats=3).parse_args()
+    options = parser(__doc__, repeats=3)
+    options.add_argument("--only", choices=("memory", "time"), default=None)
+    args = options.parse_args()
     if args.worker is not None:
         worker(args.worker)
         return 0
     report = Report(
         name="post_training",
-        what="DPO's memory and step beside finetuning's, with the same pictures per micro-batch",
-        targets=[
-            "peak MB: dpo precomputed / sft <= 1.05",
-            "s/step in theory: dpo precomputed / sft = 1, dpo online / sft = 4/3",
+        what="memory and steps of DPO and GRPO beside finetuning's, with the same pictures per micro-batch",
+        targets=["peak MB: dpo precomputed / sft <= 1.05", "s/step: VARIANT / sft = `theory`"],
+        notes=[
+            "peak is over the baseline after imports",
+            "theory, in steps of sft: dpo online (1 + 3) / 3, grpo g (steps + reference + 3 window updates) / 3",
         ],
-        notes=["peak is over the baseline after imports; on a busy machine only CPU seconds mean something"],
     )
-    found: dict[str, list[Figures]] = {variant: [] for variant in VARIANTS}
+    repeats = 1 if args.quick and args.repeats is None else num_repeats(args)
+    report.settings = {"resolution": RESOLUTION, "pictures": PICTURES, "precision": "bf16", "ranks": 1}
     with scratch("post-training") as folder:
-        pipeline = folder / "pipeline"
-        num_parameters = write_pipeline(pipeline, architecture(**(QUICK if args.quick else FULL)), "bf16")
-        report.settings = {
-            "parameters": f"{num_parameters / 1e6:.0f}M",
-            "resolution": RESOLUTION,
-            "text_tokens": TEXT_TOKENS,
-            "pictures": PICTURES,
-            "precision": "bf16",
-        }
-        for _ in range(1 if args.quick and args.repeats is None else num_repeats(args)):
-            for variant in VARIANTS:
-                job = {"variant": variant, "pipeline": str(pipeline), "steps": 3}
-                found[variant] += run_ranks(__file__, 1, job, folder / variant.replace(" ", "-"))
-    for variant, repeats in found.items():
-        report.add(variant, repeats)
-    for variant in VARIANTS[1:]:
-        for figure in ("peak MB", "CPU s/step", "s/step"):
-            report.add_ratio(f"{figure}: {variant} / sft", figure, variant, "sft")
+        if args.only != "time":
+            _measure_memory(report, folder, QUICK if args.quick else FULL, repeats)
+        if args.only != "memory":
+            _measure_times(report, folder, repeats)
     return report.finish(args)
+
+
+def _measure_memory(report: Report, folder: Path, size: dict[str, int], repeats: int) -> None:
+    pipeline = folder / "for-memory"
+    num_parameters = write_pipeline(pipeline, architecture(**size), "bf16")
+    report.settings |= {"memory of": f"{num_parameters / 1e6:.0f}M", "text_tokens": TEXT_TOKENS}
+    found: dict[str, list[Figures]] = {variant: [] for variant in MODELS}
+    for _ in range(repeats):
+        for variant in MODELS:
+            job = {"task": "memory", "variant": variant, "pipeline": str(pipeline)}
+            found[variant] += run_ranks(__file__, 1, job, folder / variant.replace(" ", "-"))
+    for variant, figures in found.items():
+        report.add(f"memory, {variant}", figures)
+    for variant in MODELS[1:]:
+        report.add_ratio(f"peak MB: {variant} / sft", "peak MB", f"memory, {variant}", "memory, sft")
+
+
+def _measure_times(report: Report, folder: Path, repeats: int) -> None:
+    from fake_dataset import WIDTH
+
+    pipeline, data = folder / "for-time", folder / "data"
+    model = {**architecture(**QUICK), "joint_attention_dim": WIDTH}
+    num_parameters = write_pipeline(pipeline, model, "bf16")
+    report.settings["times of"] = f"{num_parameters / 1e6:.0f}M"
+    write_data(pipeline, data)
+    found: dict[str, list[Figures]] = {variant: [] for variant in TIMED}
+    for _ in range(repeats):
+        for variant in TIMED:
+            job = {"task": "time", "variant": variant, "pipeline": str(pipeline), "data": str(data)}
+            found[variant] += run_ranks(__file__, 1, job, folder / f"time-{variant.replace(' ', '-')}")
+    for variant, figures in found.items():
+        report.add(f"time, {variant}", figures)
+    for variant in TIMED[1:]:
+        expected = found[variant][0]["theory"]
+        report.add_ratio(f"s/step: {variant} / sft (theory {expected:.3g})", "s/step", f"time, {variant}", "time, sft")
 
 
 if __name__ == "__main__":

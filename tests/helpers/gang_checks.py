@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,14 +26,18 @@ from fake_dataset import WIDTH
 
 import consumers.checkpoint as checkpoint
 import consumers.engine as engine_module
+from consumers.batch import MicroBatch
 from consumers.certificate import Certifier
 from consumers.ema import Ema
 from consumers.engine import KINDS, Engine, build_engine, build_frozen, start_distributed, stop_distributed
 from consumers.errors import TrainingError
 from consumers.norms import block_norms, part_of
+from consumers.objectives.base import LossOutput
 from consumers.parameter_groups import parameter_groups
 from consumers.ranks import Ranks
 from consumers.run_directory import Prepared
+from consumers.session import Hooks
+from consumers.updates import Updates, make_updates
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.catalog import RunFacets
@@ -40,6 +45,7 @@ from qwenimg_dist.data.generations import LedgerConfig
 from qwenimg_dist.debug import FAULT_DIR_VARIABLE
 from qwenimg_dist.models import transformer as qwen
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
+from qwenimg_dist.schema import Bucket
 
 SCRIPT = str(Path(__file__).resolve())
 GLOBAL_BATCH = 8
@@ -329,6 +335,83 @@ def check_skip(world: World) -> dict[str, Any]:
     engine.close()
     untouched.close()
     return {"finite": finite, "skipped": result.skipped, "unchanged": same, "steps": steps, "next_is_clean": after}
+
+
+class Broken:
+    """An objective of two updates per step, of which one is not finite on rank 1, by its loss or its gradient alone."""
+
+    updates_per_step = 2
+
+    def __init__(self, world: World, fault: str, broken: int) -> None:
+        self._rank, self._fault, self._broken, self._calls = world.ranks.rank, fault, broken, 0
+
+    def loss(self, predict: Any, micro: MicroBatch, *, step: int) -> LossOutput:
+        self._calls += 1
+        loss = errors(predict, tuple(tensor[:4] for tensor in samples(0)))
+        if self._rank == 1 and self._calls == self._broken:
+            loss = loss * float("nan") if self._fault == "loss" else loss + (loss - loss.detach()) * 1e38 * 1e38
+        return LossOutput(loss=loss, metrics={"twice": 2 * loss.detach()})
+
+
+def check_updates(world: World) -> dict[str, Any]:
+    """Several updates of a step up to one that is not finite: what was made stays, and nothing of the other."""
+    found: dict[str, Any] = {}
+    once, _ = world.engine()
+    start = snapshot(once, None)
+    alone = Broken(world, "", 0)
+    alone.updates_per_step = 1
+    two_updates(world, once, alone)
+    for fault in ("loss", "gradient"):
+        for broken in (1, 2):
+            engine, _ = world.engine()
+            name = f"{fault}_{broken}"
+            made = two_updates(world, engine, Broken(world, fault, broken), world.out / f"updates-{name}")
+            assert made.failed is not None
+            world.ranks.any(False)  # rank 1 has written its dump
+            norm = made.result.grad_norm
+            found[name] = {
+                "made": made.made,
+                "skipped": made.result.skipped,
+                "norm": norm if math.isfinite(norm) else None,
+                "failed_norm": str(made.failed.grad_norm),
+                "metrics": made.metrics,
+                "names": sorted(made.losses or {}),
+                "dumped": [
+                    json.loads(file.read_text())["update"]
+                    for file in (world.out / f"updates-{name}" / "faults").glob("*/batch.json")
+                ],
+            }
+            left = start if broken == 1 else snapshot(once, None)
+            found[f"{name}_as_if_it_had_not_been"] = equal(snapshot(engine, None), left)
+            engine.close()
+    once.close()
+    return found
+
+
+def two_updates(world: World, engine: Engine, objective: Broken, run_dir: Path = Path()) -> Updates:
+    micro = MicroBatch(
+        latents=torch.zeros(4, 16, 8, 8),
+        logvar=None,
+        text=torch.zeros(4, 5, WIDTH),
+        text_mask=None,
+        weights=torch.ones(4),
+        slots=torch.arange(4),
+        num_slots=4,
+        bucket=Bucket(height=64, width=64),
+    )
+    whole = SimpleNamespace(bucket=micro.bucket, resolution=64, epoch=0)
+    batch: Any = SimpleNamespace(num_real=8, keys=["a", "b", "c", "d"], batch=whole)
+    session: Any = SimpleNamespace(
+        config=load_config(SETTINGS),
+        engine=engine,
+        ema=None,
+        objective=objective,
+        ranks=world.ranks,
+        hooks=Hooks(),
+        progress=SimpleNamespace(step=0),
+        run_dir=run_dir,
+    )
+    return make_updates(session, batch, [micro], 1e-3, idle=False)
 
 
 def check_ema_swap(world: World) -> dict[str, Any]:

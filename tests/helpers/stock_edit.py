@@ -6,14 +6,16 @@ handed on, as releases of transformers did by themselves when the models were tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from PIL import Image
-from transformers import Qwen2VLImageProcessorPil, Qwen2VLProcessor
+from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
 from qwenimg_dist.models.edit_encoder import Template
 
@@ -49,6 +51,34 @@ def stock_pipeline(stock: Any, template: Template, *, hands_types_on: bool = Tru
     if hands_types_on:
         hand_types_on(pipeline, stock.text_encoder)
     return pipeline
+
+
+def load_stock(folder: Path, template: Template) -> Any:
+    """The stock pipeline of an export, which loads every part but its processor, for the reason above."""
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
+    images = Qwen2VLImageProcessorPil.from_pretrained(folder / "processor")
+    pipeline = STOCK[template].from_pretrained(
+        folder, processor=StillProcessor(image_processor=images, tokenizer=tokenizer)
+    )
+    hand_types_on(pipeline, pipeline.text_encoder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextmanager
+def first_call(transformer: Any) -> Iterator[dict[str, Any]]:
+    """What a transformer is first asked within, and its `answer`."""
+    kept: dict[str, Any] = {}
+
+    def keep(module: Any, args: Any, given: dict[str, Any], output: Any) -> None:
+        if not kept:
+            kept.update(given, answer=output[0])
+
+    handle = transformer.register_forward_hook(keep, with_kwargs=True)
+    try:
+        yield kept
+    finally:
+        handle.remove()
 
 
 def hand_types_on(pipeline: Any, text_encoder: Any) -> None:
