@@ -42,7 +42,7 @@ from qwenimg_dist.models.vae import LatentCodec
 
 SIDE = 64
 NUM_EDITS = 1600
-STEPS = int(__import__("os").environ.get("LEARN_STEPS", "600"))
+STEPS = 600
 SHOWN = 6
 """Edits that the stock pipeline draws too."""
 WORDS = (
