@@ -22,7 +22,7 @@ from typing import Any, Final
 import torch
 import yaml
 
-from consumers.checkpoint_files import list_checkpoints, no_valid_checkpoint, space_fault
+from consumers.checkpoint_files import STATE, list_checkpoints, no_valid_checkpoint, space_fault
 from consumers.curriculum import plan
 from consumers.data_sets import check_ready, data_dirs, kinds_of, ledger_config
 from consumers.judges import FILE as JUDGES
@@ -42,6 +42,7 @@ from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 from qwenimg_dist.models.transformer import load_transformer_config
 from qwenimg_dist.schema import EDIT, IMAGE, PREFERENCE, PROMPT, Kind
 from qwenimg_dist.versions import git_commit, package_versions
+from qwenimg_dist.wandb_key import check_key
 
 STARTS: Final = "starts.jsonl"
 """One line per start of the gang, for `report.html`."""
@@ -183,6 +184,15 @@ def check_checkpoints(run_dir: Path) -> None:
     found = list_checkpoints(run_dir)
     if found and all(info.fault for info in found):
         raise no_valid_checkpoint(run_dir, [f"step {info.step}: {info.fault}" for info in found])
+
+
+def check_tracking(config: Config, run_dir: Path, *, fresh: bool) -> None:
+    """Raise ValueError if this machine has no key for the tracker that is asked for, before weights are loaded for it.
+
+    A run that was tracked before goes on without: its log says so when it opens."""
+    valid = [] if fresh else [info for info in list_checkpoints(run_dir) if info.fault is None]
+    if not valid or json.loads((valid[-1].path / STATE).read_text()).get("wandb_id") is None:
+        check_key(config.logger)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from consumers.reference_pass import Watch, open_reference
 from consumers.remote_checkpoints import RemoteCheckpoints
 from consumers.reporting import ReportWriter
 from consumers.rollout import Rollouts, open_rollouts
-from consumers.run_directory import Prepared, move_aside, preflight, run_lock, write_descriptions
+from consumers.run_directory import Prepared, check_tracking, move_aside, preflight, run_lock, write_descriptions
 from consumers.run_plan import make_plan, write_plan
 from consumers.start_from import StartWeights, agree
 from consumers.stream import Stream, pictures_of
@@ -169,6 +169,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         if remote and not fresh:
             hooks.stage("fetching a checkpoint")
             remote.fetch(ranks, lambda line: _say(ranks, hooks, line))
+        _on_first(ranks, lambda: check_tracking(config, prepared.run_dir, fresh=fresh))
         if fresh and (aside := _on_first(ranks, lambda: _moved(prepared.run_dir, hooks.command_id))):
             _say(ranks, hooks, f"train.fresh: earlier results were moved to {aside}")
         if weights := agree(config, prepared.run_dir, prepared.pipeline, prepared.start, ranks):

@@ -43,6 +43,7 @@ from qwenimg_dist.data.mirror import data_root
 from qwenimg_dist.data.origin import Origin, remember_origin
 from qwenimg_dist.report.funnel import funnel
 from qwenimg_dist.storage import StorageError
+from qwenimg_dist.wandb_key import check_key
 
 SUMMARY: Final = "a source of pictures and captions -> filtered, encoded shards and their index; resumable"
 
@@ -92,6 +93,7 @@ class Production:
 def prepare(config: Config) -> Production:
     """Look at source and config. Raises ValueError for anything unusable in either."""
     required(config.data.path, "data.path")
+    check_key(config.logger)
     source = open_source(config.source)
     found = source.find()
     pipeline_dir, plan = _plan(config)

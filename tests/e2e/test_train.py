@@ -20,6 +20,7 @@ from small_run import lines, numbers, overrides, run_gang, write_input
 from consumers.__main__ import main as consume
 from consumers.checkpoint_files import list_checkpoints, read_certificate
 from consumers.checkpoint_reader import verify_checkpoint
+from consumers.session import GROUPS_FILE
 from qwenimg_dist.commands.main import main
 
 STEPS = 12
@@ -300,6 +301,18 @@ def test_unusable_input_is_refused_and_nothing_changes(
         assert word in message
     assert (digest(root / "data"), digest(reference)) == before
     assert not (root / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_tracker_without_a_key_is_refused_before_weights_are_loaded(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    refused = one_rank(root, "logger=online", run="untracked")
+    assert refused.returncode == 2
+    assert "no W&B key" in refused.stderr
+    assert not (root / "untracked" / GROUPS_FILE).exists(), "the engine was built before"
 
 
 def test_full_disk_is_refused_before_anything_is_written(

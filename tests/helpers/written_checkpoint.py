@@ -53,3 +53,11 @@ def write_checkpoint(
     records.append(write_certificate(folder, certificate))
     write_manifest(folder, step, ranks, records)
     return folder
+
+
+def write_bare_checkpoint(run_dir: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """A valid checkpoint of one rank that holds no weights."""
+    folder = checkpoints_dir(run_dir) / step_name(step)
+    folder.mkdir(parents=True)
+    write_manifest(folder, step, 1, [write_rank_file(folder / rank_file(0, 1), []), write_state(folder, dict(state))])
+    return folder

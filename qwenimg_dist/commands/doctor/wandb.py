@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from qwenimg_dist.commands.doctor.findings import Context, Finding, failure, ok, warning
 from qwenimg_dist.config import Config
+from qwenimg_dist.wandb_key import key_place, server
 
 _CONNECT_S: Final = 5.0
-_HOST: Final = "https://api.wandb.ai"
 
 
 def check(context: Context) -> Sequence[Finding]:
@@ -30,8 +28,8 @@ def check(context: Context) -> Sequence[Finding]:
 
 def look() -> dict[str, Any]:
     """On a node: is there a key, of which kind of place, and does the server answer a connection?"""
-    base = os.environ.get("WANDB_BASE_URL", _HOST)
-    parts = urlsplit(base)
+    url = server()
+    parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     try:
         socket.create_connection((host, port), timeout=_CONNECT_S).close()
@@ -39,20 +37,7 @@ def look() -> dict[str, Any]:
     except OSError as error:
         problem = str(error)
     mode = os.environ.get("WANDB_MODE", "")
-    return {"key": key_place(host), "host": host, "problem": problem, "mode": mode}
-
-
-def key_place(host: str) -> str:
-    """Where a key is; empty if there is none."""
-    if os.environ.get("WANDB_API_KEY"):
-        return "WANDB_API_KEY"
-    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        if netrc.netrc(file).authenticators(host) is not None:
-            return str(file)
-    except (OSError, netrc.NetrcParseError):
-        pass
-    return ""
+    return {"key": key_place(url), "host": host, "problem": problem, "mode": mode}
 
 
 def judge(node: str, there: Mapping[str, Any], config: Config) -> Finding:

@@ -213,13 +213,14 @@ def test_a_model_is_a_whole_directory_a_pinned_snapshot_or_told(
 def test_wandb_needs_a_key_and_a_way_and_shows_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     online, offline = load_config(["logger=online"]), load_config(["logger=offline"])
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with server("127.0.0.1", 200) as port:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
         assert "there is no key" in wandb.judge("a", wandb.look(), online).told
         assert wandb.judge("a", wandb.look(), offline).state == "ok"
-        (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password hidden-in-netrc\n")
+        (tmp_path / "netrc").write_text(f"machine 127.0.0.1:{port} login user password hidden-in-netrc\n")
         assert wandb.judge("a", wandb.look(), online).state == "ok"
         monkeypatch.setenv("WANDB_API_KEY", "hidden-in-environment")
         there = wandb.look()
