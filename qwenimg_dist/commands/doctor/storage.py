@@ -1,9 +1,9 @@
 """Shared storage: what one node writes every node reads, a rename is atomic, there is room, and it is fast enough.
 
-Looked at where `run.path`, `data.path` and the paths of `data.mix` are or will be. A nonce is written by the first node
-and read on each (network file systems may show it late: the delay is told); each node then replaces a file of its own
-by rename. Everything is removed again. Of a bucket every node lists a name. Without any path there is nothing to look
-at.
+Looked at where `run.path`, `data.path`, the paths of `data.mix` and `objective.reference_path` are or will be. A nonce
+is written by the first node and read on each (network file systems may show it late: the delay is told); each node then
+replaces a file of its own by rename. Everything is removed again. Of a bucket every node lists a name; paths that are
+only read are looked for (`inputs.py`). Without any path there is nothing to look at.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from qwenimg_dist.commands.doctor.findings import Context, Finding, failure, ok, warning
-from qwenimg_dist.config import Config
+from qwenimg_dist.commands.doctor.inputs import check_inputs, source_paths
+from qwenimg_dist.config import Config, DpoConfig
 from qwenimg_dist.storage import Patience, Storage
 
 _PREFIX: Final = ".qwenimg-dist-doctor-"
@@ -38,6 +39,7 @@ def check(context: Context) -> Sequence[Finding]:
     remote = urls(context.config)
     for key, url in remote.items():
         found += _check_url(context, key, url)
+    found += check_inputs(context)
     if not places and not remote:
         found.append(warning("storage", "neither run.path nor data.path is given", "add them, and they are tried"))
     return found
@@ -47,6 +49,8 @@ def paths(config: Config) -> dict[str, str]:
     """Config key -> directory."""
     given = {"run.path": config.run.path, "data.path": config.data.path}
     given |= {f"data.mix.{name}.path": one.path for name, one in config.data.mix.items()}
+    if isinstance(config.objective, DpoConfig):
+        given["objective.reference_path"] = config.objective.reference_path
     return {key: str(Path(path).absolute()) for key, path in given.items() if path and "://" not in path}
 
 
@@ -60,12 +64,6 @@ def urls(config: Config) -> dict[str, str]:
         **{f"data.mix.{name}.path": one.path for name, one in config.data.mix.items()},
     }
     return {key: path for key, path in given.items() if path and "://" in path}
-
-
-def source_paths(config: Config) -> tuple[str, ...]:
-    """Some sources take several."""
-    path = config.source.path
-    return (path,) if isinstance(path, str) else tuple(path or ())
 
 
 def _check_url(context: Context, key: str, url: str) -> list[Finding]:

@@ -19,6 +19,7 @@ def test_all_checks_run_and_say_what_to_do(tmp_path: Path, capsys: pytest.Captur
     broken = tmp_path / "file"
     broken.write_text("not a directory")
     given = [f"run.path={tmp_path / 'run'}", "data.path=/proc/nowhere", "doctor.speed_mb=4", "logger=offline"]
+    given += ["start_from=/proc/parent", f"source.path={tmp_path}"]
     assert doctor.run([*given, f"model.path={tmp_path / 'model'}", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert not told["ok"]
@@ -27,6 +28,9 @@ def test_all_checks_run_and_say_what_to_do(tmp_path: Path, capsys: pytest.Captur
     assert {one["check"] for one in failed} == {"storage", "hub"}, failed
     assert all(one["fix"] for one in told["findings"] if one["state"] != "ok")
     assert "data.path=/proc/nowhere" in failed[0]["name"]
+    assert "start_from=/proc/parent" in failed[1]["name"]  # what is only read is looked for as well
+    assert "No such file" in failed[1]["told"]
+    assert f"source.path={tmp_path}" in [one["name"] for one in told["findings"] if one["state"] == "ok"]
     (all_reduce,) = [one for one in told["findings"] if one["check"] == "gang"]
     assert all_reduce["state"] == "ok"
     assert "gloo" in all_reduce["told"]
