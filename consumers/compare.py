@@ -44,7 +44,6 @@ from qwenimg_dist.report import comparison as told
 from qwenimg_dist.rewards.service import RewardError, RewardService
 
 _GRID_COLUMNS = 6
-_FIRST_S = 300.0
 
 
 def compare(config: Config, hooks: Hooks | None = None) -> Literal["complete", "stopped"]:
@@ -55,7 +54,7 @@ def compare(config: Config, hooks: Hooks | None = None) -> Literal["complete", "
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_rank)))
     with stop_signals(hooks or Hooks()) as hooks, watched(config, hooks) as hooks:
         try:
-            ranks = start_distributed(config.cluster.device, timeout_s=config.train.stall_timeout_s + _FIRST_S)
+            ranks = start_distributed(config.cluster.device, timeout_s=config.train.collective_timeout_s)
             pinned = validate(ranks.on_first(lambda: pin(config).model_dump(mode="json")))
             with contextlib.ExitStack() as stack:
                 out = Path(pinned.run.path or ".")

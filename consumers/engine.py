@@ -25,10 +25,9 @@ from typing import Any, Final, Literal, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from consumers.parameter_groups import FROZEN, ParameterGroup, parameter_groups
+from consumers.process_group import join, set_timeouts
 from consumers.ranks import Ranks
 from consumers.zero_settings import adamw, deepspeed_config
 from qwenimg_dist.config import Config
@@ -100,30 +99,10 @@ def start_distributed(device: Literal["cpu", "cuda"], *, timeout_s: float = _COL
             raise ValueError("cluster.device=cuda, but torch finds no GPU here: set cluster.device=cpu")
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        _join("nccl" if device == "cuda" else "gloo", timedelta(seconds=timeout_s))
+        join("nccl" if device == "cuda" else "gloo", timedelta(seconds=timeout_s))
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
     where = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=where)
-
-
-def _join(backend: str, timeout: timedelta) -> None:
-    """Make the process group. After a restart by torchrun, not on the dead ranks' store.
-
-    torchrun (2.13) keeps its store over restarts, and new ranks would call at the addresses that the dead ones left.
-    On one node the number of the restart keeps them apart; nodes may count differently, so there it must be turned off.
-    """
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        dist.init_process_group(backend, timeout=timeout)
-        return
-    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
-        raise ValueError(
-            "torchrun restarted the ranks of several nodes on the store of the dead ones, where they cannot find each "
-            "other: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node, and start again"
-        )
-    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
-    prefixed = PrefixStore(f"restart-{restart}", store)
-    dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _give_memory_back() -> None:
@@ -410,6 +389,7 @@ def build_frozen(
     settings = deepspeed_config(config, shapes, ranks)
     settings["zero_optimization"].pop("offload_optimizer", None)
     with deepspeed.zero.Init(config_dict_or_path=settings):
+        set_timeouts(config.train.collective_timeout_s)  # of the groups that Init has just made
         module = qwen.build_transformer(transformer_config)
     qwen.rebuild_rope(module)
     qwen.set_attention(module, config.engine.attention)
@@ -418,6 +398,7 @@ def build_frozen(
         _gather_whole_blocks(module)
     ranks.together(lambda: _fill_partitions(module, source, ranks))
     deepspeed_engine, _, _, _ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
+    set_timeouts(config.train.collective_timeout_s)
     if config.engine.compile:
         qwen.compile_blocks(module)  # as the trained model, whose rounding it must share
     deepspeed_engine.eval()
@@ -447,6 +428,7 @@ def build_engine(
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     # No `dtype=`: given one, zero.Init ignores it where the accelerator lacks fp16 and takes bf16.
     with deepspeed.zero.Init(config_dict_or_path=settings):
+        set_timeouts(config.train.collective_timeout_s)  # of the groups that Init has just made
         module = qwen.build_transformer(transformer_config)
     qwen.rebuild_rope(module)
     qwen.activation_checkpointing(module, config.engine.activation_checkpointing)
@@ -463,6 +445,7 @@ def build_engine(
         config=settings,
         dist_init_required=False,
     )
+    set_timeouts(config.train.collective_timeout_s)
     if config.engine.compile:
         qwen.compile_blocks(module)  # after the hooks are in place, which stay outside of the compiled code
     engine = Engine(deepspeed_engine, groups, ranks)

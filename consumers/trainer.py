@@ -42,8 +42,6 @@ from qwenimg_dist.debug import fault_point
 
 Outcome = Literal["complete", "stopped"]
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-_WATCHDOG_FIRST_S: Final = 300.0
-"""Collectives give up so much later than the watchdog, which can say where a rank is stuck."""
 
 
 def train(config: Config, hooks: Hooks | None = None) -> Outcome:
@@ -61,8 +59,7 @@ def train(config: Config, hooks: Hooks | None = None) -> Outcome:
     ):
         try:
             hooks.stage("joining the other ranks")
-            timeout_s = config.train.stall_timeout_s + _WATCHDOG_FIRST_S
-            ranks = start_distributed(config.cluster.device, timeout_s=timeout_s)
+            ranks = start_distributed(config.cluster.device, timeout_s=config.train.collective_timeout_s)
             with open_session(config, ranks, hooks) as session:
                 if session.report:
                     afterwards.push(session.report.left)  # when no rank waits for this one any more

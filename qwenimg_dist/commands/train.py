@@ -13,6 +13,7 @@ saves and ends with exit code 0; the same command goes on. Several data sets: `d
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -288,7 +289,9 @@ def _trainer(config: Config, command_id: str, work: Work, reward_actors: Sequenc
             "work": work,
             "reward_actors": list(reward_actors),
         },
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if on_gpu else "gloo", timeout_s=math.ceil(config.train.collective_timeout_s)
+        ),
         scaling_config=ScalingConfig(num_workers=cluster.ranks, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name="train",

@@ -23,6 +23,8 @@ from pydantic import (
 from qwenimg_dist.config.data import Amount, RowWeights
 from qwenimg_dist.config.section import Section
 
+_WATCHDOG_FIRST_S: Final = 300.0
+
 
 class Phase(Section):
     """One stretch of the curriculum.
@@ -342,8 +344,8 @@ class TrainConfig(Section):
     long loading, compiling, saving or evaluating does not matter here."""
     stall_timeout_s: PositiveFloat = 3600
     """A rank that lives but has not come from one stage or micro-batch to the next for so long is ended likewise. Must
-    exceed the longest single stage: loading the weights, compiling, one save, one sample grid. Collectives give up five
-    minutes later."""
+    exceed the longest single stage: loading the weights, compiling, one save, one sample grid. Collectives, of every
+    process group, give up five minutes later: a rank waits for another at least as long as that one may take."""
     replay_generations: str | None = None
     """A `generations.jsonl` of another run: its generations are taken over before the first step, so that samples come
     in the same order, which for a run that followed its producers also depends on when units became ready. All their
@@ -353,6 +355,11 @@ class TrainConfig(Section):
     dry_run: bool = False
     """Check the input, print the plan (steps, images, epochs, buckets, fill slots of every phase) and end: no ranks are
     started, nothing is written. Costs one pass over the index."""
+
+    @property
+    def collective_timeout_s(self) -> float:
+        """After which a rank gives up waiting for another: later than the watchdog, which can say where one stuck."""
+        return self.stall_timeout_s + _WATCHDOG_FIRST_S
 
 
 class EvaluateConfig(Section):

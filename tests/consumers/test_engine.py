@@ -58,6 +58,11 @@ def test_activations_are_checkpointed_by_the_step(results: Results) -> None:
     assert found["resumed"]
 
 
+def test_all_process_groups_wait_longer_than_the_watchdog(results: Results) -> None:
+    """The world's, and the copy of it by which DeepSpeed gathers and reduces."""
+    assert results("recompute")["timeouts"] == [load_config([]).train.stall_timeout_s + 300] * 2
+
+
 def test_sizes_follow_the_model() -> None:
     block, matrices = 340_000_000, 6
     names = [f"transformer_blocks.{i}.w{j}" for i in range(60) for j in range(matrices)]

@@ -68,6 +68,7 @@ def test_offloaded_states_equal_a_plain_loop_and_resume_anywhere(option_results:
 @pytest.mark.slow
 def test_hpz_is_never_stale(option_results: Results) -> None:
     assert_plain(option_results("hpz"))
+    assert option_results("hpz")["timeouts"] == [777 + 300] * 3  # the world's, DeepSpeed's copy of it, and hpZ's
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from diffusers import QwenImageTransformer2DModel
 from fake_dataset import WIDTH
+from torch.distributed import distributed_c10d
 
 import consumers.checkpoint as checkpoint
 import consumers.engine as engine_module
@@ -235,8 +236,16 @@ def check_offload(world: World) -> dict[str, Any]:
 
 
 def check_hpz(world: World) -> dict[str, Any]:
-    """hpZ's second partitions are never stale: after steps, after the EMA was applied, with frozen parameters."""
-    return compare_with_plain_loop(world, 8, "engine.hpz_partition=2", *FREEZE)
+    """hpZ's second partitions are never stale: after steps, after the EMA was applied, with frozen parameters. The
+    groups that DeepSpeed made for it wait as long as the others."""
+    found = compare_with_plain_loop(world, 8, "engine.hpz_partition=2", "train.stall_timeout_s=777", *FREEZE)
+    return found | {"timeouts": timeouts()}
+
+
+def timeouts() -> list[float]:
+    """Seconds after which each process group of this rank gives up."""
+    groups = list(distributed_c10d._world.pg_map)
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 
 
 def check_parity_long(world: World) -> dict[str, Any]:
@@ -583,6 +592,7 @@ def check_recompute(world: World) -> dict[str, Any]:
         "forwards": forwards,
         "same": same and losses == expected,
         "resumed": again == losses[4:] and equal(snapshot(engine, None), snapshot(never, None)),
+        "timeouts": timeouts(),
     }
     engine.close()
     never.close()

@@ -10,7 +10,7 @@ import pytest
 
 from consumers.checkpoint_files import STATE, describe, write_manifest
 from consumers.held_out import START_LOSS, Start
-from qwenimg_dist.commands.train import _verdict, check_room
+from qwenimg_dist.commands.train import _trainer, _verdict, check_room
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import ClusterConfig
 
@@ -37,6 +37,12 @@ def test_all_ranks_must_have_room_at_once(
             check_room(cluster, machines)
     else:
         check_room(cluster, machines)
+
+
+def test_rays_process_group_waits_longer_than_the_watchdog(tmp_path: Path) -> None:
+    config = load_config([f"run.path={tmp_path}", "train.stall_timeout_s=7200.5"])
+    trainer = _trainer(config, "id", "training", ())
+    assert trainer.backend_config.timeout_s == 7501
 
 
 @pytest.mark.parametrize(
