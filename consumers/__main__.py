@@ -2,7 +2,7 @@
 `torchrun ... -m consumers eval OVERRIDES` is `qwenimg-dist eval`.
 
 `cluster.ranks` is not read here: the ranks are those that torchrun started. Exit codes: 0 done or stopped and saved,
-1 failed, 2 unusable input.
+1 failed, 2 unusable input; after 1 and 2 alike torchrun starts the ranks anew, as often as `--max-restarts` says.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from consumers.errors import TrainingError
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.config_of_run import config_for_eval
+from qwenimg_dist.patience import StorageAwayError
 
 
 def main(arguments: list[str]) -> int:
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         _say(f"error: {error}" if rank == "0" else f"rank {rank} stopped, rank 0 says why")
         return 2
-    except TrainingError as error:
+    except (TrainingError, StorageAwayError) as error:
         _say(f"error: {error}" if rank == "0" else f"rank {rank} stopped, rank 0 says why")
         return 1
     if rank == "0":

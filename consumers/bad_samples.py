@@ -4,7 +4,8 @@ Place in the flow: the trainer asks here instead of the stream. A rank that find
 weight zero in its slot; since the loss is divided by the real samples of the whole global batch, every rank must know.
 One all-reduce of two numbers per step tells whether anything is wrong anywhere; only then are names exchanged. What is
 left out stands in `bad_samples.jsonl` of the run directory, and the different samples among it are counted, across
-resumes, up to `data.max_bad_samples`. Refuses to go on beyond that, or to let one rank fail alone.
+resumes, up to `data.max_bad_samples`. Storage that was away is no verdict on a sample: the gang starts anew. Refuses to
+go on beyond the limit, or to let one rank fail alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from consumers.batch import RankBatch
 from consumers.errors import TrainingError
 from qwenimg_dist.metrics import JsonLines
+from qwenimg_dist.patience import StorageAwayError
 
 if TYPE_CHECKING:
     from consumers.session import Session
@@ -24,15 +26,17 @@ FILE: Final = "bad_samples.jsonl"
 
 
 def next_batch(session: Session) -> RankBatch:
-    """The batch of step `progress.step`. Collective. Raises ValueError on every rank for what one of them refuses."""
-    ranks, batch, problem = session.ranks, None, ""
+    """The batch of step `progress.step`. Collective. Raises ValueError on every rank for what one of them refuses, and
+    `StorageAwayError`, which counts no sample, where storage was away."""
+    ranks, batch = session.ranks, None
+    met: Exception | None = None
     try:
         batch = session.stream.get(session.progress.step)
-    except (ValueError, OSError) as error:
-        problem = str(error) or type(error).__name__
-    failed, num_bad = ranks.sum([float(bool(problem)), float(len(batch.bad)) if batch else 0.0])
-    if failed:
-        raise ValueError(ranks.first_problem(problem))
+    except (ValueError, OSError, StorageAwayError) as error:
+        met = error
+    failed, num_bad = ranks.sum([float(met is not None), float(len(batch.bad)) if batch else 0.0])
+    if failed and (told := ranks.first_error(met)) is not None:
+        raise told from met
     assert batch is not None
     return _without_bad(session, batch) if num_bad else batch
 

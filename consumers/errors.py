@@ -1,4 +1,5 @@
-"""Ends of a run that are nobody's unusable input: exit code 1, and no new start, which would meet them again."""
+"""Ends of a run that are nobody's unusable input: exit code 1, and no new start, which would meet them again (as it
+would not meet `qwenimg_dist.patience.StorageAwayError`, after which the gang starts anew)."""
 
 
 class TrainingError(RuntimeError):

@@ -16,6 +16,8 @@ from typing import Any, Final, TypeVar
 import torch
 import torch.distributed as dist
 
+from qwenimg_dist.patience import StorageAwayError, is_away
+
 _TOLD_BYTES: Final = 1024
 """Of a message that travels; equal on all ranks."""
 _Result = TypeVar("_Result")
@@ -60,24 +62,39 @@ class Ranks:
         told = self.gather_bytes(problem.encode()[:_TOLD_BYTES].ljust(_TOLD_BYTES))
         return next(text for data in told if (text := data.decode(errors="replace").strip()))
 
+    def first_error(self, error: Exception | None) -> ValueError | StorageAwayError | None:
+        """What to raise on every rank if one of them met an error, with its message; None if no rank did.
+
+        `StorageAwayError`, by which the gang starts anew, if storage that was away is all that any of them met.
+        """
+        refuses = error is not None and not is_away(error)
+        failed, refused = self.max([float(error is not None), float(refuses)])
+        if not failed:
+            return None
+        mine = error if refuses or not refused else None
+        told = self.first_problem((str(mine) or type(mine).__name__) if mine is not None else "")
+        return ValueError(told) if refused else StorageAwayError(told)
+
     def together(self, action: Callable[[], _Result]) -> _Result:
-        """Run a local action on every rank. What one rank refuses is raised on all of them, as ValueError.
+        """Run a local action on every rank. What one rank refuses is raised on all of them, as ValueError; storage that
+        was away on one as `StorageAwayError`.
 
         A rank that raised alone would leave the others waiting in their next collective, and its reason unheard.
         """
         made: list[_Result] = []
-        problem = ""
+        met: Exception | None = None
         try:
             made.append(action())
-        except (ValueError, OSError) as error:
-            problem = str(error) or type(error).__name__
-        if told := self.first_problem(problem):
-            raise ValueError(told)
+        except (ValueError, OSError, StorageAwayError) as error:
+            met = error
+        if (told := self.first_error(met)) is not None:
+            raise told from met
         return made[0]
 
     def on_first(self, action: Callable[[], Any]) -> Any:
-        """Run on rank 0; every rank gets its JSON result, or ValueError with what rank 0 refused."""
-        answer: list[Any] = ["", None]
+        """Run on rank 0; every rank gets its JSON result, or ValueError with what rank 0 refused, or `StorageAwayError`
+        where that was storage that was away."""
+        answer: list[Any] = ["", None, False]
         error: Exception | None = None
         if self.is_first:
             try:
@@ -85,10 +102,12 @@ class Ranks:
                 answer[1] = result if isinstance(result, str | int | float | bool | list | dict) else None
             except Exception as problem:  # told to the others first, else they wait for ever
                 error = problem
-                answer[0] = f"{type(problem).__name__}: {problem}"
-        message, result = self.broadcast_json(answer)
+                answer[0], answer[2] = f"{type(problem).__name__}: {problem}", is_away(problem)
+        message, result, away = self.broadcast_json(answer)
         if error is not None:
             raise error
+        if message and away:
+            raise StorageAwayError(f"rank 0: {message}")
         if message:
             raise ValueError(f"rank 0 refused: {message}")
         return result

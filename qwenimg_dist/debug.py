@@ -3,15 +3,17 @@
 A test puts empty files `NAME@COUNT` into the folder named by `QWENIMG_DIST_FAULT_DIR`; the process that passes point
 NAME for the COUNT-th time (counted per process) and wins the removal of the file kills itself. `NAME@next` is for
 whoever passes next. A token with `fill FILE` in it fills the disk under FILE instead, `stop` stops the process as
-SIGSTOP does. What happened is written to the file beside the folder, `….log`. A file `NAME@SHA16` with a word in it
-marks a picture by the first 16 digits of its sha256: what happens at each opening of that picture is what the word
-says. Without the variable a fault point costs one dictionary look-up.
+SIGSTOP does, `raise ESTALE` (or another name of an errno) raises that OSError, as does `away ESTALE`, whose token stays
+until somebody removes it. What happened is written to the file beside the folder, `….log`. A file `NAME@SHA16` with a
+word in it marks a picture by the first 16 digits of its sha256: what happens at each opening of that picture is what
+the word says. Without the variable a fault point costs one dictionary look-up.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import resource
 import signal
@@ -28,8 +30,8 @@ _passed: Counter[str] = Counter()
 
 def fault_point(name: str) -> None:
     """Die here if a token asks for it (or do what stands in it). Names in use: `tar_write`, `part_commit`,
-    `checkpoint_write`, `checkpoint_commit`, `train_step`, `update`, `rollout`, `reference_block`, `unit_start`,
-    `catalog_write`, `generation_write`, `doctor_rank`, `eval_pictures`, `pairs_drawn`, `pairs_picture`,
+    `checkpoint_write`, `checkpoint_commit`, `tar_read`, `train_step`, `update`, `rollout`, `reference_block`,
+    `unit_start`, `catalog_write`, `generation_write`, `doctor_rank`, `eval_pictures`, `pairs_drawn`, `pairs_picture`,
     `reward_actor`."""
     folder = os.environ.get(FAULT_DIR_VARIABLE)
     if not folder:
@@ -38,7 +40,8 @@ def fault_point(name: str) -> None:
     for token in (Path(folder) / f"{name}@{_passed[name]}", Path(folder) / f"{name}@next"):
         try:
             words = token.read_text().split(maxsplit=1)
-            token.unlink()
+            if words[:1] != ["away"]:
+                token.unlink()
         except OSError:
             continue
         with open(f"{folder}.log", "a", encoding="utf-8") as log:
@@ -49,6 +52,9 @@ def fault_point(name: str) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif words[0] == "fill":
             _fill_disk(Path(words[1]))
+        elif words[0] in ("raise", "away"):
+            number = getattr(errno, words[1].strip())
+            raise OSError(number, os.strerror(number))
 
 
 def _fill_disk(file: Path) -> None:

@@ -224,7 +224,7 @@ class Storage:
             raise FileNotFoundError(errno.ENOENT, "is not there", self.where(name))
         if size_bytes is not None and before.size_bytes != size_bytes:
             raise ObjectChangedError(
-                errno.EIO, f"has {before.size_bytes} bytes, {size_bytes} were committed", self.where(name)
+                errno.EBADMSG, f"has {before.size_bytes} bytes, {size_bytes} were committed", self.where(name)
             )
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -236,7 +236,7 @@ class Storage:
             os.close(handle)
         after = self.look(name)
         if after is None or after.etag != before.etag:
-            raise ObjectChangedError(errno.EIO, "was replaced while it was read", self.where(name))
+            raise ObjectChangedError(errno.EBADMSG, "was replaced while it was read", self.where(name))
 
     def _fetch_range(self, name: str, handle: int, start: int, size_bytes: int) -> None:
         stop = min(start + _CHUNK_BYTES, size_bytes)

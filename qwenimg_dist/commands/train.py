@@ -304,7 +304,8 @@ def _trainer(config: Config, command_id: str, work: Work, reward_actors: Sequenc
 
 
 def _rank(job: dict[str, Any]) -> dict[str, Any]:
-    """What each rank runs. What a new start would meet again is returned, not raised: Ray would restart the gang."""
+    """What each rank runs. What a new start would meet again is returned, not raised: Ray would restart the gang, as it
+    does for storage that was away (`StorageAwayError`)."""
     from consumers.errors import TrainingError
     from consumers.session import Hooks
     from qwenimg_dist.compose import validate

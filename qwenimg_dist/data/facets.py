@@ -28,6 +28,7 @@ from qwenimg_dist.data.errors import DataError as DataError
 from qwenimg_dist.data.mirror import Mirror
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir, temporary_name, write_json
+from qwenimg_dist.patience import patiently
 from qwenimg_dist.schema import IMAGE, LISTING, OPTIONAL_COLUMNS, SCHEMA_VERSION, Kind
 from qwenimg_dist.storage import ObjectChangedError
 
@@ -212,9 +213,10 @@ class Dataset:
         file = self.parquet(part)
         try:
             if columns is not None and not OPTIONAL_COLUMNS.isdisjoint(columns):
-                there = pq.read_schema(file, memory_map=True).names
+                there = patiently(lambda: pq.read_schema(file, memory_map=True), str(file)).names
                 columns = [name for name in columns if name in there or name not in OPTIONAL_COLUMNS]
-            return pq.read_table(file, columns=list(columns) if columns is not None else None, memory_map=True)
+            wanted = list(columns) if columns is not None else None
+            return patiently(lambda: pq.read_table(file, columns=wanted, memory_map=True), str(file))
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{file} cannot be read ({error}); check it with `qwenimg-dist data verify`") from error
 
@@ -222,7 +224,7 @@ class Dataset:
         """What was committed with the part: schema_version, config_hash, tars, and the writer's own entries."""
         file = self.parquet(part)
         try:
-            raw = (pq.read_schema(file).metadata or {})[_META_KEY]
+            raw = (patiently(lambda: pq.read_schema(file), str(file)).metadata or {})[_META_KEY]
             return dict(json.loads(raw))
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             raise DataError(f"{file} has no readable commit record ({error})") from error

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 from qwenimg_dist.data.catalog import RunFacets
 from qwenimg_dist.data.facets import DataError, Dataset, Part
+from qwenimg_dist.patience import patiently
 from qwenimg_dist.schema import LISTING, ROWS, SCAN
 
 _THREADS: Final = 8
@@ -124,7 +125,7 @@ def read_part_bytes(dataset: Dataset, part: Part) -> bytes:
     """The part's parquet. Raises `DataError` naming it if it cannot be read."""
     file = dataset.parquet(part)
     try:
-        return file.read_bytes()
+        return patiently(file.read_bytes, str(file))
     except OSError as error:
         raise DataError(
             f"{file} cannot be read ({error.strerror}), but this run pinned it: restore the file, or start a new run "
@@ -158,7 +159,7 @@ def check_tar(dataset: Dataset, facet: str, name: str, size_bytes: int) -> None:
     """Raise `DataError` if a tar is missing or has another size than was committed."""
     path = dataset.tar(facet, name)
     try:
-        size = dataset.tar_bytes(facet, name)
+        size = patiently(lambda: dataset.tar_bytes(facet, name), str(path))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): restore it, `data verify` lists all") from error
     if size != size_bytes:

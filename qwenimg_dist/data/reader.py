@@ -3,7 +3,8 @@
 Place in the flow: the stream asks the catalog for places and this for bytes; it knows nothing of shapes or batches.
 Neighbouring tensors of a tar are read with one `preadv`, the few bytes between them into a scrap buffer; a few threads
 read at once, since on network storage it is waiting that takes the time. Every error
-names tar, key and way out. Refuses a tar whose size is not the committed one, and never returns a short read.
+names tar, key and way out. Storage that is away is waited for (`patience.py`) and its tars are opened anew: it is no
+verdict on a sample. Refuses a tar whose size is not the committed one, and never returns a short read.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from qwenimg_dist.data.catalog import Places, TarFile
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.mirror import tar_cache_of
 from qwenimg_dist.data.tar_cache import TarCache
+from qwenimg_dist.debug import fault_point
+from qwenimg_dist.patience import patiently
 from qwenimg_dist.storage import ObjectChangedError
 
 # A local read costs about as much as copying this many bytes; a network read far more.
@@ -53,7 +56,8 @@ class TarReader:
     def read(self, places: Places, out: Sequence[Bytes]) -> int:
         """Fill `out[i]` (uint8, contiguous, `places.nbytes[i]` long) with tensor i; returns the bytes wanted.
 
-        Raises `DataError` for a tar that is missing, cut, or of another size than committed.
+        Raises `DataError` for a tar that is missing, cut, or of another size than committed, `StorageAwayError` where
+        the storage does not answer for two minutes.
         """
         order = np.lexsort((places.offset, places.tar))
         runs = list(_neighbours(places, order))
@@ -165,7 +169,11 @@ class TarReader:
         done, wanted, offset = 0, int(places.nbytes[index]), int(places.offset[index])
         while done < wanted:
             try:
-                got = os.preadv(handle, [out.data[done:]], offset + done)
+                got = patiently(
+                    lambda: _read_bytes(handle, [out.data[done:]], offset + done),  # noqa: B023
+                    f"{tar.path} (reading sample {places.keys[index].decode()} at byte {offset + done})",
+                    between=lambda: self._reopen(handle, tar),
+                )
             except OSError as error:
                 what = f"{error.strerror} at byte {offset + done}"
                 raise self._failed(tar, places.keys[index], offset, what) from error
@@ -185,16 +193,25 @@ class TarReader:
             while len(self._open) >= self._max_open:
                 os.close(self._open.popitem(last=False)[1])
             try:
-                handle = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+                handle, size = patiently(lambda: _open(name), f"{name} (reading sample {key.decode()})")
             except OSError as error:
                 raise self._failed(tar, key, offset, f"cannot be opened ({error.strerror})") from error
-            size = os.fstat(handle).st_size
             if size != tar.size_bytes:
                 os.close(handle)
                 raise self._failed(tar, key, offset, f"has {size} bytes, {tar.size_bytes} were committed")
             self._open[name] = handle
         self._open.move_to_end(name)
         return self._open[name]
+
+    def _reopen(self, handle: int, tar: TarFile) -> None:
+        """Put a new opening of the tar in the place of a stale one, for whoever else reads through it as well."""
+        if self._cache_of(tar) is not None:
+            return  # on this machine's own disk
+        with contextlib.suppress(OSError):  # the next try says why
+            fresh, size = _open(str(tar.path))
+            if size == tar.size_bytes:
+                os.dup2(fresh, handle, inheritable=False)
+            os.close(fresh)
 
     def _cached(self, cache: TarCache, tar: TarFile, key: np.bytes_, offset: int) -> int:
         """A bucket that cannot be reached is no verdict on the sample: that passes as it is, an OSError."""
@@ -229,6 +246,21 @@ def _neighbours(places: Places, order: npt.NDArray[np.intp]) -> Iterator[npt.NDA
 def _preadv(handle: int, buffers: list[Any], offset: int) -> int:
     """Bytes read; -1 on an error, which the caller meets again where it can name the sample."""
     try:
-        return os.preadv(handle, buffers, offset)
+        return _read_bytes(handle, buffers, offset)
     except OSError:
         return -1
+
+
+def _read_bytes(handle: int, buffers: list[Any], offset: int) -> int:
+    fault_point("tar_read")
+    return os.preadv(handle, buffers, offset)
+
+
+def _open(name: str) -> tuple[int, int]:
+    """Handle and size in bytes."""
+    handle = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return handle, os.fstat(handle).st_size
+    except OSError:
+        os.close(handle)
+        raise

@@ -13,7 +13,19 @@ import pytest
 from gang_checks import SCRIPT
 from small_run import run_gang, write_input
 
-CHECKS = ("parity", "norms", "skip", "updates", "ema_swap", "bf16", "recompute", "certificate", "save", "damage")
+CHECKS = (
+    "parity",
+    "norms",
+    "skip",
+    "updates",
+    "ema_swap",
+    "bf16",
+    "recompute",
+    "away",
+    "certificate",
+    "save",
+    "damage",
+)
 DAMAGE_CHECKS = ("each_damage", "retention", "full_disk")
 OPTION_CHECKS = ("groups", "frozen_save", "offload", "hpz")
 """hpz last: DeepSpeed makes its process groups once per process."""

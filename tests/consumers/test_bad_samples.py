@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from consumers.bad_samples import FILE, _note
+from consumers.bad_samples import FILE, _note, next_batch
 from consumers.errors import TrainingError
 from consumers.ranks import Ranks
 from consumers.session import Hooks, Progress
+from qwenimg_dist.data.errors import DataError
+from qwenimg_dist.patience import StorageAwayError
+from qwenimg_dist.storage import StorageError
 
 
 def session(run_dir: Path, allowed: int, known: set[str]) -> Any:
@@ -22,6 +27,37 @@ def session(run_dir: Path, allowed: int, known: set[str]) -> Any:
         progress=Progress(step=4, bad_keys=known),
         config=SimpleNamespace(data=SimpleNamespace(max_bad_samples=allowed)),
     )
+
+
+class Unreadable:
+    """A stream whose batches cannot be read."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def get(self, step: int) -> Any:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("met", "raised"),
+    [
+        (DataError("a.tar has 5 bytes, 6 were committed"), ValueError),
+        (OSError(errno.ENOSPC, "No space left on device"), ValueError),
+        (OSError(errno.ESTALE, "Stale file handle"), StorageAwayError),
+        (StorageError(errno.EIO, "could not read a.tar after 13 tries", "s3://b/a"), StorageAwayError),
+        (StorageAwayError("a.tar: Input/output error"), StorageAwayError),
+    ],
+)
+def test_storage_that_was_away_starts_the_gang_anew_and_counts_no_sample(
+    tmp_path: Path, met: Exception, raised: type[Exception]
+) -> None:
+    run = session(tmp_path, 5, set())
+    run.stream = Unreadable(met)
+    with pytest.raises(raised, match=re.escape(str(met))) as told:
+        next_batch(run)
+    assert type(told.value) is raised
+    assert not run.progress.bad_keys
 
 
 def missed(*keys: str) -> list[dict[str, Any]]:

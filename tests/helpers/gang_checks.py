@@ -7,6 +7,7 @@ the tests read them. An exception ends the gang, and the test of the check says 
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
 import os
@@ -46,6 +47,7 @@ from qwenimg_dist.data.generations import LedgerConfig
 from qwenimg_dist.debug import FAULT_DIR_VARIABLE
 from qwenimg_dist.models import transformer as qwen
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
+from qwenimg_dist.patience import StorageAwayError
 from qwenimg_dist.schema import Bucket
 
 SCRIPT = str(Path(__file__).resolve())
@@ -597,6 +599,30 @@ def check_recompute(world: World) -> dict[str, Any]:
     engine.close()
     never.close()
     return found
+
+
+def check_away(world: World) -> dict[str, Any]:
+    """What one rank meets all raise: a refusal before storage that was away, whichever rank met which."""
+    away, full, refused = OSError(errno.ESTALE, "Stale"), OSError(errno.ENOSPC, "No room"), ValueError("refused")
+    told: dict[str, list[str]] = {}
+
+    def note(name: str, errors: tuple[Exception | None, Exception | None], agree: Callable[[Any], Any]) -> None:
+        def action() -> None:
+            if (error := errors[world.ranks.rank]) is not None:
+                raise error
+
+        try:
+            agree(action)
+        except Exception as error:
+            told[name] = [type(error).__name__, str(error)]
+
+    note("away on one", (None, away), world.ranks.together)
+    note("away and refused", (away, refused), world.ranks.together)
+    note("full and away", (full, away), world.ranks.together)
+    note("away on both", (away, StorageAwayError("Away")), world.ranks.together)
+    note("away on the first", (away, None), world.ranks.on_first)
+    note("nothing", (None, None), world.ranks.together)
+    return {f"rank {rank}": one for rank, one in enumerate(world.ranks.gather_json(told))}
 
 
 def check_save(world: World) -> dict[str, Any]:

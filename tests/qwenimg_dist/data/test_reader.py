@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwenimg_dist import patience
 from qwenimg_dist.data.catalog import Places, TarFile
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.reader import TarReader
+from qwenimg_dist.patience import StorageAwayError
 
 
 def make_tars(folder: Path, sizes: list[int]) -> list[TarFile]:
@@ -117,3 +121,67 @@ def test_a_tar_cut_while_it_is_open_is_named(tmp_path: Path) -> None:
     os.truncate(tars[0].path, 500)
     with pytest.raises(DataError, match=r"0.tar ends at byte 500.*key-1"):
         read(reader, make_places(tars, [(0, 0, 10), (0, 450, 100)]))
+
+
+def away(monkeypatch: pytest.MonkeyPatch, number: int, *, times: int, since_open: bool = False) -> list[int]:
+    """Reads fail so often with this errno; with `since_open`, for as long as the tar is not opened anew. Waiting takes
+    no time. Returns the handle that failed last, as a list."""
+    real, left, stale = os.preadv, [times], [-1]
+    monkeypatch.setattr(patience, "PAUSES_S", (0.0,) * 3)
+
+    def preadv(handle: int, *args: Any) -> int:
+        left[0] -= 1
+        if left[0] >= 0 or (since_open and os.lseek(handle, 0, os.SEEK_CUR) == 1):
+            if since_open:
+                os.lseek(handle, 1, os.SEEK_SET)  # a mark on this opening
+            stale[0] = handle
+            raise OSError(number, os.strerror(number))
+        return real(handle, *args)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    return stale
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
+def test_storage_that_was_away_costs_no_sample(
+    tars: list[TarFile], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    away(monkeypatch, number, times=3)
+    contents = tars[0].path.read_bytes()
+    places, out = make_places(tars, [(0, 10, 50), (0, 300_000, 60)]), [np.empty(50, np.uint8), np.empty(60, np.uint8)]
+    assert TarReader(threads=1).read_what_can_be(places, out) == {}
+    assert [one.tobytes() for one in out] == [contents[10:60], contents[300_000:300_060]]
+
+
+def test_a_stale_handle_is_opened_anew_and_stays_in_its_place(
+    tars: list[TarFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = TarReader()
+    stale = away(monkeypatch, errno.ESTALE, times=1, since_open=True)
+    content = tars[0].path.read_bytes()
+    for _ in range(2):
+        assert read(reader, make_places(tars, [(0, 10, 50)])) == [content[10:60]]
+    assert stale[0] in reader._open.values()
+    assert not os.get_inheritable(stale[0])
+
+
+def test_storage_that_stays_away_is_no_verdict_on_samples(tars: list[TarFile], monkeypatch: pytest.MonkeyPatch) -> None:
+    away(monkeypatch, errno.EIO, times=99)
+    with pytest.raises(StorageAwayError, match=r"0\.tar \(reading sample key-0 at byte 10\): Input/output error"):
+        TarReader().read_what_can_be(make_places(tars, [(0, 10, 50)]), [np.empty(50, np.uint8)])
+
+
+def test_a_tar_that_cannot_be_opened_for_a_moment_is_waited_for(
+    tars: list[TarFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left = os.open, [2]
+    monkeypatch.setattr(patience, "PAUSES_S", (0.0,) * 3)
+
+    def opened(*args: Any, **options: Any) -> int:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EHOSTDOWN, os.strerror(errno.EHOSTDOWN))
+        return real(*args, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    assert read(TarReader(), make_places(tars, [(1, 0, 10)])) == [tars[1].path.read_bytes()[:10]]
