@@ -41,7 +41,6 @@ Work = Literal["training", "comparison"]
 STOP_FILE: Final = ".stop"
 LOG_FILE: Final = "train.log"
 _POLL_S: Final = 0.5
-_SHOWN_CAUSE_LINES: Final = 12
 
 
 def run(args: list[str]) -> int:
@@ -238,8 +237,7 @@ class Training:
             message = "stopped before the ranks were there; nothing was changed"
             return Ended(outcome="unstarted", code=0, message=message)
         if self._gang.error is not None:
-            what = f"{self._work} failed (restarts allowed: {self._config.cluster.max_restarts})"
-            return Ended(outcome="failed", code=1, message=f"error: {what}: {_cause(self._gang.error)}")
+            return self._ended_by(self._gang.error)
         answer = self._gang.answer or {}
         if "error" in answer:
             return Ended(outcome="failed", code=int(answer["code"]), message=f"error: {answer['error']}")
@@ -248,6 +246,16 @@ class Training:
         if stopped:
             return Ended(outcome="stopped", code=0, message=f"{message} (the same command goes on)")
         return Ended(outcome="complete", code=0, message=message)
+
+    def _ended_by(self, error: BaseException) -> Ended:
+        from qwenimg_dist.commands.train_deaths import GangLostError, GangStoppedError, last_lines
+
+        cause = getattr(error, "controller_failure", error)
+        if isinstance(cause, GangStoppedError):
+            message = f"{self._work} {cause}: {self._run_dir} (the same command goes on)"
+            return Ended(outcome="stopped", code=0, message=message)
+        why = str(cause) if isinstance(cause, GangLostError) else "\n  ".join(last_lines(error))
+        return Ended(outcome="failed", code=1, message=f"error: {self._work} failed: {why}")
 
 
 class _Gang(threading.Thread):
@@ -296,8 +304,8 @@ def _trainer(config: Config, command_id: str, work: Work, reward_actors: Sequenc
         run_config=RunConfig(
             name="train",
             storage_path=str(run_dir / ".ray"),
-            callbacks=[Deaths(str(run_dir / LOG_FILE), cluster.max_restarts)],
-            failure_config=FailureConfig(max_failures=cluster.max_restarts),
+            callbacks=[Deaths(run_dir, run_dir / LOG_FILE, run_dir / f"{STOP_FILE}-{command_id}", cluster)],
+            failure_config=FailureConfig(max_failures=-1),  # `Deaths` counts
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}},
         ),
     )
@@ -352,9 +360,3 @@ def _score(config: Config, actors: Sequence[Any]) -> Score | None:
     from qwenimg_dist.commands.reward_actors import RewardClient
 
     return RewardClient(actors, config.reward, rank=int(os.environ.get("RANK", "0"))).score
-
-
-def _cause(error: BaseException) -> str:
-    """The last lines of what the ranks said: Ray nests every rank's whole traceback."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return "\n  ".join(lines[-_SHOWN_CAUSE_LINES:])

@@ -49,7 +49,12 @@ class ClusterConfig(Section):
     max_poison_rows: NonNegativeInt = 8
     """Pictures of one unit that may kill the process which opens them; more, and `produce` stops and says so."""
     max_restarts: NonNegativeInt = 3
-    """Restarts of the training gang after a rank died."""
+    """Restarts of the training gang from one and the same checkpoint: each new one allows as many again. Machines that
+    were taken away (preemption) do not count. `torchrun` has its own count, over the whole life of a command."""
+    rank_wait_s: PositiveFloat | None = 3600
+    """How long a gang without room for all its ranks is waited for, such as a lost machine's replacement; then the run
+    ends (exit code 1) and gives the others' GPUs back. They stand still meanwhile: less costs less where nobody mends
+    machines at night. `None` waits for ever."""
     reward_actors: NonNegativeInt = 0
     """Ray actors that judge the ranks' pictures; 0 judges in a process beside each rank, on the rank's CPUs (and its
     GPU, with `reward.device=cuda`). Each loads all rewards."""
