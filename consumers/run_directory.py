@@ -32,7 +32,8 @@ from consumers.start_from import START_FROM, StartWeights, find_start, read_reco
 from qwenimg_dist.compose import validate
 from qwenimg_dist.config import Config, training_identity
 from qwenimg_dist.data.catalog import RunFacets
-from qwenimg_dist.data.facets import DataError, hold_lock
+from qwenimg_dist.data.errors import LockedError
+from qwenimg_dist.data.facets import hold_lock
 from qwenimg_dist.data.generations import LedgerConfig
 from qwenimg_dist.data.replay import read_replay
 from qwenimg_dist.files import write_json
@@ -197,7 +198,7 @@ def check_tracking(config: Config, run_dir: Path, *, fresh: bool) -> None:
 
 @contextlib.contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory. Waits a while, since a rank of a killed gang may live some seconds longer."""
+    """Hold the run directory. Waits a while for who holds it: a rank of a killed gang may live some seconds longer."""
     deadline = time.monotonic() + _LOCK_WAIT_S
     run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -205,7 +206,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             try:
                 stack.enter_context(hold_lock(run_dir / ".train.lock", f"another `train` is working on {run_dir}"))
                 break
-            except DataError:
+            except LockedError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.5)

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final
 
-from qwenimg_dist.data.facets import DataError, Dataset
+from qwenimg_dist.data.errors import LockedError
+from qwenimg_dist.data.facets import DataError, Dataset, take_lock
 
 _POLL_S: Final = 0.1
 _MARK: Final = ".writing"
@@ -35,9 +36,9 @@ def alone(root: Path, *, timeout_s: float) -> Iterator[None]:
     with open(root / ".workers.lock", "a") as handle:
         while True:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                take_lock(handle, "workers of an earlier `produce` hold it")
                 break
-            except OSError as error:
+            except LockedError as error:
                 if time.monotonic() > deadline:
                     raise DataError(
                         f"workers of an earlier `produce` still write to {root} after {timeout_s:.0f} s: end them "

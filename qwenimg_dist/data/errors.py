@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class DataError(ValueError):
     """A data set directory is not what it should be; the message names the file and the way out."""
+
+
+class LockedError(DataError):
+    """Another process holds a lock."""

@@ -19,12 +19,13 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwenimg_dist.data.errors import DataError as DataError
+from qwenimg_dist.data.errors import LockedError
 from qwenimg_dist.data.mirror import Mirror
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir, temporary_name, write_json
@@ -32,6 +33,7 @@ from qwenimg_dist.patience import patiently
 from qwenimg_dist.schema import IMAGE, LISTING, OPTIONAL_COLUMNS, SCHEMA_VERSION, Kind
 from qwenimg_dist.storage import ObjectChangedError
 
+_HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
 _PART: Final = re.compile(r"^unit-(\d{6,})\.(\d{3,})\.parquet$")
 _META_KEY: Final = b"qwenimg_dist"
 
@@ -323,11 +325,24 @@ class Dataset:
 
 @contextlib.contextmanager
 def hold_lock(file: Path, message: str) -> Iterator[None]:
-    """An advisory lock that the operating system drops when the process dies. Raises `DataError(message)`."""
+    """An advisory lock that the operating system drops when the process dies. Raises `LockedError(message)` where
+    another process holds it, `DataError` where the file system gives no locks."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"{message} (lock {file}); wait for it, or end it first") from error
+        take_lock(handle, message)
         yield
+
+
+def take_lock(handle: IO[str], message: str) -> None:
+    """Lock an open file, without waiting, until it is closed; raises as `hold_lock`."""
+    file = Path(handle.name)
+    try:
+        patiently(lambda: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB), str(file))
+    except OSError as error:
+        if error.errno in _HELD:
+            raise LockedError(f"{message} (lock {file}); wait for it, or end it first") from error
+        raise DataError(
+            f"{file.parent} is on a file system that gives no locks ({error.strerror}), by which two commands at work "
+            "on it notice each other: mount it with them (Lustre: option flock; NFS: without nolock), or take another "
+            "directory"
+        ) from error

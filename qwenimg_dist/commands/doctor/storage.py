@@ -2,8 +2,9 @@
 
 Looked at where `run.path`, `data.path`, the paths of `data.mix` and `objective.reference_path` are or will be. A nonce
 is written by the first node and read on each (network file systems may show it late: the delay is told); each node then
-replaces a file of its own by rename. Everything is removed again. Of a bucket every node lists a name; paths that are
-only read are looked for (`inputs.py`). Without any path there is nothing to look at.
+replaces a file of its own by rename, and tries a lock that the first one holds (`locks.py`). Everything is removed
+again. Of a bucket every node lists a name; paths that are only read are looked for (`inputs.py`). Without any path
+there is nothing to look at.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from qwenimg_dist.commands.doctor import locks
 from qwenimg_dist.commands.doctor.findings import Context, Finding, failure, ok, warning
 from qwenimg_dist.commands.doctor.inputs import check_inputs, source_paths
 from qwenimg_dist.config import Config, DpoConfig
@@ -106,6 +108,7 @@ def _check_path(context: Context, key: str, path: str) -> list[Finding]:
                 f"written on {head.name}, read and renamed on all {len(seen.values)} nodes, at most {late:.1f} s late"
             )
             found.append(ok(name, told))
+            found += locks.check(context, name, made["folder"])
     finally:
         context.nodes.ask_one(head, remove, made["file"], timeout_s=limit)
     return found

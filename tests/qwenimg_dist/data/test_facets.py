@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +17,7 @@ import pyarrow as pa
 import pytest
 from fake_dataset import FakeProducer, make_rows
 
+from qwenimg_dist.data.errors import LockedError
 from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.data.shards import RawTensor, ShardWriter
 from qwenimg_dist.files import write_json
@@ -176,6 +179,21 @@ def test_only_one_producer_at_a_time(tmp_path: Path) -> None:
         pass
     with dataset.lock():
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_other_producer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    dataset = Dataset.create(tmp_path, 4)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(DataError, match=r"gives no locks \(.*: mount it with them") as told, dataset.lock():
+        pass
+    assert not isinstance(told.value, LockedError)
+    assert "another `produce`" not in str(told.value)
 
 
 def test_open_and_create_refuse_what_is_not_theirs(tmp_path: Path) -> None:
