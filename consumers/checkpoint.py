@@ -147,7 +147,7 @@ def load_newest(engine: Engine, ema: Ema | None, run_dir: Path) -> Loaded | None
     Collective. Raises `CheckpointError` if there are checkpoints and none is valid, or if it is of another model.
     """
     ranks = engine.ranks
-    found = ranks.broadcast_json([[info.step, info.fault] for info in list_checkpoints(run_dir)])
+    found = ranks.on_first(lambda: [[info.step, info.fault] for info in list_checkpoints(run_dir)])
     if not found:
         return None
     skipped: list[str] = []
@@ -178,15 +178,20 @@ def _agree(error: Exception | None, engine: Engine, ema: Ema | None, temporary: 
 
 
 def share_of_faults(path: Path, ranks: Ranks) -> str | None:
-    """Hash the checkpoint's files, each on one rank; the first problem, or None, on every rank. Collective."""
-    problem = ""
-    try:
-        _, records = read_manifest(path)
-        mine = records[ranks.rank :: ranks.world_size]
-        problem = next((fault for record in mine if (fault := content_fault(path, record))), "")
-    except (CheckpointError, OSError) as error:
-        problem = str(error)
-    return ranks.first_problem(problem) or None
+    """Hash the checkpoint's files, each on one rank; the first problem, or None, on every rank. Collective.
+
+    Storage that is away is none: raises `StorageAwayError` on every rank.
+    """
+
+    def look() -> str:
+        try:
+            _, records = read_manifest(path)
+            mine = records[ranks.rank :: ranks.world_size]
+            return next((fault for record in mine if (fault := content_fault(path, record))), "")
+        except (CheckpointError, OSError) as error:
+            return str(error)
+
+    return ranks.first_problem(ranks.together(look)) or None
 
 
 def _restored(engine: Engine, ema: Ema | None, path: Path) -> CheckpointReader:

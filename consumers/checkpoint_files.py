@@ -27,6 +27,7 @@ import torch
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import write_json
 from qwenimg_dist.models.pipeline import CERTIFICATE
+from qwenimg_dist.patience import patiently
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
@@ -190,11 +191,16 @@ def describe(file: Path) -> FileRecord:
 
 
 def list_checkpoints(run_dir: Path) -> list[CheckpointInfo]:
-    """All checkpoints of a run by step, valid or not; what was never renamed into place is not one."""
+    """All checkpoints of a run by step, valid or not; what was never renamed into place is not one.
+
+    Raises `StorageAwayError` where that cannot be seen now: an earlier checkpoint must not be taken for the newest.
+    """
     folder = checkpoints_dir(run_dir)
-    if not folder.is_dir():
+    try:
+        names = patiently(lambda: os.listdir(folder), str(folder))
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [(int(match[1]), folder / name) for name in os.listdir(folder) if (match := _STEP_DIR.match(name))]
+    found = [(int(match[1]), folder / name) for name in names if (match := _STEP_DIR.match(name))]
     return [_inspect(path, step) for step, path in sorted(found)]
 
 
@@ -212,7 +218,7 @@ def read_manifest(path: Path) -> tuple[int, list[FileRecord]]:
     """(number of ranks, files) of a checkpoint. Raises `CheckpointError` if the manifest is missing or damaged."""
     file = path / MANIFEST
     try:
-        tree = json.loads(file.read_text())
+        tree = json.loads(patiently(file.read_text, str(file)))
         if tree["format"] != FORMAT:
             raise CheckpointError(f"{file}: format {tree['format']}, this program reads {FORMAT}")
         if step_name(int(tree["step"])) != path.name:
@@ -238,9 +244,11 @@ def size_fault(path: Path, record: FileRecord) -> str | None:
     """None, or what is wrong with a file's presence or size."""
     file = path / record.name
     try:
-        size = file.stat().st_size
-    except OSError:
+        size = patiently(file.stat, str(file)).st_size
+    except FileNotFoundError:
         return f"{file} is missing"
+    except OSError as error:
+        return f"{file} cannot be looked at ({error.strerror})"
     if size != record.size_bytes:
         return f"{file} has {size} bytes, the manifest says {record.size_bytes}"
     return None
@@ -250,6 +258,6 @@ def content_fault(path: Path, record: FileRecord) -> str | None:
     """As `size_fault`, and the bytes are hashed."""
     if fault := size_fault(path, record):
         return fault
-    if describe(path / record.name).sha256 != record.sha256:
+    if patiently(lambda: describe(path / record.name), str(path / record.name)).sha256 != record.sha256:
         return f"{path / record.name} is not what {MANIFEST} says (sha256 differs): one of them has changed since"
     return None

@@ -25,6 +25,7 @@ from consumers.checkpoint_files import (
 )
 from consumers.parameter_groups import FROZEN
 from qwenimg_dist.models.safetensors_directory import TensorEntry, WeightsError, read_header
+from qwenimg_dist.patience import patiently
 
 
 def verify_checkpoint(path: Path) -> list[str]:
@@ -85,7 +86,7 @@ class CheckpointReader:
         self.path = path
         self.num_ranks, _ = read_manifest(path)
         try:
-            self.state: dict[str, Any] = json.loads((path / STATE).read_text())
+            self.state: dict[str, Any] = json.loads(patiently((path / STATE).read_text, str(path / STATE)))
             self.step = int(self.state["step"])
             self._frozen = {str(n) for n, p in self.state["parameters"].items() if p.get("group") == FROZEN}
             self._shapes = {str(n): tuple(map(int, p["shape"])) for n, p in self.state["parameters"].items()}
@@ -127,7 +128,8 @@ class CheckpointReader:
         for stored in self._pieces.get(f"{which}/{name}", ()):
             low, high = max(position, stored.start), min(stop, stored.stop)
             if low == position and low < high:
-                _read_into(target[low - start : high - start], stored, low, high)
+                part = target[low - start : high - start]
+                patiently(lambda: _read_into(part, stored, low, high), str(stored.entry.file))  # noqa: B023
                 position = high
         if position < stop:
             raise CheckpointError(f"{self.path} lacks elements [{position}, {stop}) of {which}/{name}")
@@ -142,9 +144,8 @@ class CheckpointReader:
 
     def _index(self, file: Path) -> None:
         try:
-            entries = read_header(file)
-            with open(file, "rb") as stream:
-                head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            entries = patiently(lambda: read_header(file), str(file))
+            head = patiently(lambda: _read_head(file), str(file))
             ranges = json.loads(head["__metadata__"]["ranges"])
         except (WeightsError, OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} cannot be read ({error})") from error
@@ -152,6 +153,13 @@ class CheckpointReader:
             start, stop = ranges[key.partition("/")[2]]
             pieces = self._pieces.setdefault(key, [])
             pieces.append(_Stored(start=start, stop=stop, entry=entry))  # ranks ascend, and so do their ranges
+
+
+def _read_head(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file."""
+    with open(file, "rb") as stream:
+        head: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return head
 
 
 def _read_into(target: torch.Tensor, stored: _Stored, low: int, high: int) -> None:

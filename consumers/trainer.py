@@ -39,6 +39,7 @@ from consumers.watchdog import watched
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.phases import phase_at
 from qwenimg_dist.debug import fault_point
+from qwenimg_dist.patience import StorageAwayError
 
 Outcome = Literal["complete", "stopped"]
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -234,11 +235,13 @@ def _log(
 
 def _check_log(session: Session) -> None:
     """Raise on all ranks what kept rank 0 from writing: going on, the run would have a gap in its logs."""
-    if told := session.ranks.first_problem(session.log.problem if session.log else ""):
-        raise TrainingError(
-            f"the run cannot write its logs any more, noticed at step {session.progress.step}: {told}. Make room; the "
-            "same command goes on from the last checkpoint"
-        )
+    log = session.log
+    met = (StorageAwayError if log.is_away else ValueError)(log.problem) if log and log.problem else None
+    if (told := session.ranks.first_error(met)) is not None:
+        what = f"the run cannot write its logs any more, noticed at step {session.progress.step}: {told}"
+        if isinstance(told, StorageAwayError):
+            raise StorageAwayError(what)
+        raise TrainingError(f"{what}. Make room; the same command goes on from the last checkpoint")
 
 
 def _save(session: Session) -> None:

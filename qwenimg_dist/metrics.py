@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from qwenimg_dist.config import LoggerConfig
+from qwenimg_dist.patience import is_away
 
 STEP_KEY: Final = "train/global_step"
 PRODUCE_STEP_KEY: Final = "produce/units"
@@ -208,6 +209,8 @@ class RunLog:
         self.problem = ""
         """Why a line could not be written (a full disk), the first time; nothing is written after it. For the trainer
         to raise on all ranks: raised here, it would be rank 0's alone."""
+        self.is_away = False
+        """Whether that was storage that did not answer: a new start of the gang may find it back."""
         self._wandb: Wandb | None = None
         self._wandb_id = wandb_id
         if config.wandb != "off":
@@ -258,7 +261,7 @@ class RunLog:
         try:
             action()
         except OSError as error:
-            self.problem = f"{file.file}: {error.strerror or error}"
+            self.problem, self.is_away = f"{file.file}: {error.strerror or error}", is_away(error)
 
     def _guard(self, action: Any) -> None:
         if self._wandb is None:

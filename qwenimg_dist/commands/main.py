@@ -15,6 +15,7 @@ from typing import Final
 
 from qwenimg_dist.commands.inputs import describe_os_error
 from qwenimg_dist.compose import did_you_mean
+from qwenimg_dist.patience import StorageAwayError
 
 COMMANDS: Final = {
     "demo": "qwenimg_dist.commands.demo",
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except StorageAwayError as error:
+        return _fail(f"{error}; the same command goes on once it does", 1)
     except OSError as error:
         return _fail(describe_os_error(error), 1)
     except Exception as error:  # the last line of defence: a named failure, the traceback for the report

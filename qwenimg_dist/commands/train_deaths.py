@@ -26,6 +26,7 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from producers.pool import why_died
 from qwenimg_dist.config import ClusterConfig
+from qwenimg_dist.patience import StorageAwayError
 
 _LESS_MEMORY: Final = "run fewer ranks per machine, or lower `micro_batch_tokens` of the phases"
 _QUOTED_CHARACTERS: Final = 300
@@ -114,7 +115,7 @@ class Deaths(WorkerGroupCallback):  # type: ignore[misc]
         """Of the valid checkpoints; -1 without one, or where that cannot be seen."""
         from consumers.checkpoint_files import list_checkpoints
 
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StorageAwayError):
             return max((info.step for info in list_checkpoints(self._run_dir) if info.fault is None), default=-1)
         return -1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,43 @@ def test_a_stopped_rank_under_torchrun(root: Path, reference: Path) -> None:
     assert "gave no sign of life" in ended.stderr
     assert "resuming from step 4" in ended.stderr
     assert same_run(root / "torchrun", reference)
+
+
+@pytest.mark.slow
+def test_two_nodes_under_torchrun(root: Path, reference: Path) -> None:
+    """As section 6 of `launch/README.md` has it, with two agents here for two machines; a rank of one is stopped."""
+    env = environment(root / "tokens-nodes", train_step__6="stop")
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), env.get("PYTHONPATH", "")])
+
+    def train(**more: str) -> list[tuple[int, str]]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+        torchrun += ["--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "a"]
+        torchrun += ["--local-addr", "127.0.0.1", "-m", "consumers", *overrides(root, "nodes")]
+        torchrun.append("train.heartbeat_timeout_s=8")
+        logs = [root / f"nodes-{number}.log" for number in range(2)]
+        agents = []
+        for log in logs:
+            with open(log, "wb") as sink:
+                agents.append(subprocess.Popen(torchrun, env={**env, **more}, stdout=sink, stderr=sink))
+        try:
+            codes = [agent.wait(timeout=280) for agent in agents]
+        finally:
+            for agent in agents:
+                agent.kill()
+        return [(code, log.read_text()) for code, log in zip(codes, logs, strict=True)]
+
+    refused = train()
+    assert all(code == 1 for code, _ in refused)
+    assert any("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node" in said for _, said in refused)
+    assert not (root / "nodes").exists()
+    ended = train(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    assert [code for code, _ in ended] == [0, 0], ended[0][1][-3000:] + ended[1][1][-3000:]
+    assert any("gave no sign of life" in said for _, said in ended)
+    assert any("resuming from step 4" in said for _, said in ended)
+    assert same_run(root / "nodes", reference)
 
 
 @pytest.mark.slow
