@@ -10,17 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from written_checkpoint import write_bare_checkpoint
 
 from consumers.checkpoint import share_of_faults
-from consumers.checkpoint_files import (
-    STATE,
-    checkpoints_dir,
-    describe,
-    list_checkpoints,
-    rank_file,
-    step_name,
-    write_manifest,
-)
+from consumers.checkpoint_files import STATE, checkpoints_dir, list_checkpoints, step_name
 from consumers.ranks import Ranks
 from qwenimg_dist import patience
 from qwenimg_dist.patience import StorageAwayError
@@ -31,11 +24,7 @@ ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     for step in (4, 8):
-        folder = checkpoints_dir(tmp_path) / step_name(step)
-        folder.mkdir(parents=True)
-        for name in (STATE, rank_file(0, 1)):
-            (folder / name).write_text("{}")
-        write_manifest(folder, step, 1, [describe(file) for file in folder.iterdir()])
+        write_bare_checkpoint(tmp_path, step, {})
     return tmp_path
 
 

@@ -13,12 +13,12 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from ray.train.v2.api.exceptions import ControllerError
+from written_checkpoint import write_bare_checkpoint
 
-from consumers.checkpoint_files import STATE, checkpoints_dir, describe, rank_file, step_name, write_manifest
+from consumers.checkpoint_files import STATE, checkpoints_dir, step_name
 from qwenimg_dist.commands import train_deaths
 from qwenimg_dist.commands.train import Ended, Training
-from qwenimg_dist.commands.train_deaths import Deaths, GangLostError, GangStoppedError, cause_of
-from qwenimg_dist.commands.train_deaths import describe as describe_deaths
+from qwenimg_dist.commands.train_deaths import Deaths, GangLostError, GangStoppedError, cause_of, describe
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import ClusterConfig
 
@@ -31,7 +31,7 @@ def noticed(error: Exception) -> Exception:
 
 
 def told(errors: dict[int, Exception]) -> str:
-    return describe_deaths({rank: cause_of(error) for rank, error in errors.items()})
+    return describe({rank: cause_of(error) for rank, error in errors.items()})
 
 
 def test_the_dead_rank_is_named_before_those_that_lost_it() -> None:
@@ -90,21 +90,13 @@ def node(number: int) -> dict[str, Any]:
     }
 
 
-def write_checkpoint(run_dir: Path, step: int) -> None:
-    folder = checkpoints_dir(run_dir) / step_name(step)
-    folder.mkdir(parents=True)
-    for name in (STATE, rank_file(0, 1)):
-        (folder / name).write_text("{}")
-    write_manifest(folder, step, 1, [describe(file) for file in folder.iterdir()])
-
-
 def test_failures_count_from_the_last_new_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three faults in weeks with progress between them are no reason to end; as many at one place are."""
     run = Run(tmp_path, monkeypatch, max_restarts=2)
     run.fail()
     run.fail()
     for step in (10, 20, 30):
-        write_checkpoint(tmp_path, step)
+        write_bare_checkpoint(tmp_path, step, {})
         run.fail()
         run.fail()
     with pytest.raises(GangLostError, match=r"no restart is left \(cluster.max_restarts=2 without a new checkpoint\)"):
@@ -123,7 +115,7 @@ def test_failures_count_from_the_last_new_checkpoint(tmp_path: Path, monkeypatch
 def test_a_checkpoint_that_is_not_whole_is_no_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, monkeypatch, max_restarts=1)
     run.fail()
-    write_checkpoint(tmp_path, 10)
+    write_bare_checkpoint(tmp_path, 10, {})
     (checkpoints_dir(tmp_path) / step_name(10) / STATE).write_text("{")
     with pytest.raises(GangLostError):
         run.fail()
