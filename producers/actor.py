@@ -1,27 +1,25 @@
 """The Ray actor of the producers: does one task at a time and answers with a small message, whatever happens.
 
 Place in the flow: `pool.py` makes these. Errors come back as a `Failure` with a kind that the pool acts on, not as
-pickled exceptions. Tensors never leave the process but into shards.
+pickled exceptions. Tensors never leave the process but into shards; only where loaders feed an encoder of their machine
+(`cluster.loaders_per_producer`), pixels and tensors pass between these two, a batch at a time.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import socket
-import traceback
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Final
 
 import cv2
 
 from producers import fence
-from producers.commit import UnitConflictError
 from producers.filters.base import Resources, Scorers
+from producers.messages import Failure, Seat, describe_failure, own_seat
 from producers.plan import make_plan
-from producers.sources.base import SourceGoneError
 from producers.unit import UnitReport
 from producers.workers import Task, run_task
 from producers.write import Encoders
@@ -30,10 +28,9 @@ from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.data.mirror import data_root
 from qwenimg_dist.storage import is_remote
 
-FailureKind = Literal["full_disk", "out_of_memory", "try_again", "fatal"]
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# torch has no class of its own for this: its allocator, oneDNN and the standard library, in this order.
-_NO_MEMORY = ("can't allocate memory", "could not create a primitive", "bad_alloc")
+_WAIT: Final = 0.9
+"""Of `cluster.unit_timeout_s`, before a loader that waits for its encoder says that this one is gone: a loader that
+says nothing for the whole of it is itself taken for hung."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +46,8 @@ class Job:
     root: str
     """Of the source."""
     num_threads: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seat:
-    """Where an actor runs."""
-
-    host: str
-    pid: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    kind: FailureKind
-    message: str
-    trace: str
+    is_loader: bool = False
+    """Has no GPU and no encoders of its own: an encoder is named with each task that needs one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +59,15 @@ class Reply:
 
 
 class UnitActor:
-    """One producer process. Models are loaded at the first unit that is encoded."""
+    """One producer process: a whole producer, or a loader that feeds an encoder in another process
+    (`encoder_actor.py`). Models are loaded at the first unit that is encoded."""
 
     def __init__(self, job: Job) -> None:
         # Before torch is imported: it reads the variable once, and a wrong thread count costs up to 40x.
         os.environ["OMP_NUM_THREADS"] = str(job.num_threads)
         cv2.setNumThreads(1)  # pictures are worked on in threads already; OpenCV would take every core of the node
         self._job = job
-        self._config = _on_its_device(Config.model_validate_json(job.config_json))
+        self._config = on_its_device(Config.model_validate_json(job.config_json), job)
         path, root = self._config.data.path, Path(job.data_path)
         self._dataset = Dataset.open(data_root(path, self._config.data, at=root) if path and is_remote(path) else root)
         self._fence = fence.enter(self._dataset.root)
@@ -98,17 +83,17 @@ class UnitActor:
 
     def ready(self) -> Seat:
         """Answers once the actor is placed and made."""
-        return Seat(host=socket.gethostname(), pid=os.getpid())
+        return own_seat()
 
-    def run(self, task: Task) -> Reply:
-        """Do the task. Never raises for what the task meets."""
+    def run(self, task: Task, encoder: Any = None) -> Reply:
+        """Do the task; a loader has `encoder`, an actor handle, encode. Never raises for what the task meets."""
         try:
             report = run_task(
                 task,
                 self._dataset,
                 self._plan,
                 root=self._job.root,
-                encoders=self._load_encoders,
+                encoders=self._load_encoders if encoder is None else self._remote_encoders(encoder),
                 scorers=self._scorers,
                 num_threads=self._job.num_threads,
                 max_poison_rows=self._config.cluster.max_poison_rows,
@@ -127,31 +112,15 @@ class UnitActor:
             self._encoders = PipelineEncoders.load(Path(self._job.pipeline_dir), self._config)
         return self._encoders
 
+    def _remote_encoders(self, encoder: Any) -> Callable[[], Encoders]:
+        from producers.remote_encoders import RemoteEncoders  # imports Ray, which the driver's commands do later
 
-def _on_its_device(config: Config) -> Config:
+        deadline = time.monotonic() + _WAIT * self._config.cluster.unit_timeout_s
+        return lambda: RemoteEncoders(encoder, deadline=deadline)
+
+
+def on_its_device(config: Config, job: Job) -> Config:
     """A producer that reserves no GPU sees none, whatever device the ranks train on."""
-    if config.cluster.gpus_per_producer > 0:
+    if config.cluster.gpus_per_producer > 0 and not job.is_loader:
         return config
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"device": "cpu"})})
-
-
-def describe_failure(error: Exception) -> Failure:
-    """Which kind it is: a full disk ends everything, a process out of memory is replaced, what the moment brought is
-    tried again, the rest is a bug or unusable input."""
-    kind: FailureKind = "fatal"
-    if (isinstance(error, OSError) and error.errno in _FULL) or "No space left on device" in str(error):
-        kind = "full_disk"
-    elif _is_out_of_memory(error):
-        kind = "out_of_memory"
-    elif isinstance(error, UnitConflictError | SourceGoneError | OSError):
-        kind = "try_again"
-    message = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])  # they name row and file
-    return Failure(kind=kind, message=message, trace=traceback.format_exc())
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
-    )

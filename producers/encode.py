@@ -62,12 +62,18 @@ class PipelineEncoders:
 
     def text(self, captions: Sequence[str]) -> Iterator[tuple[str, RawTensor]]:
         """Captions by length, shortest first, each with its features (T, D), valid tokens only."""
+        for batch in self.text_batches(captions):
+            yield from zip(batch, self.text_batch(batch), strict=True)
+
+    def text_batches(self, captions: Sequence[str]) -> list[list[str]]:
+        """The captions by length, shortest first, cut into batches that the text encoder takes."""
         lengths = dict(zip(captions, self._text_encoder.num_tokens(captions), strict=True))
         ordered = sorted(captions, key=lambda caption: (lengths[caption], caption))
-        for batch in token_batches(ordered, [lengths[caption] + DROP for caption in ordered], self._text_batch_tokens):
-            features = halving(self._text_encoder.encode, batch)
-            for caption, of_caption in zip(batch, features, strict=True):
-                yield caption, raw_tensor(of_caption, self._dtype)
+        return list(token_batches(ordered, [lengths[one] + DROP for one in ordered], self._text_batch_tokens))
+
+    def text_batch(self, captions: Sequence[str]) -> list[RawTensor]:
+        """Features (T, D) of each caption of one batch."""
+        return [raw_tensor(one, self._dtype) for one in halving(self._text_encoder.encode, captions)]
 
     def edit_text(self, prompts: Sequence[EditPrompt]) -> list[RawTensor]:
         """Features (T, D) of each instruction, its pictures seen; loads the vision tower at the first call."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -34,6 +34,7 @@ Pixels = npt.NDArray[np.uint8]
 
 CHANGED_FILE: Final = "changed_file"
 CONDITION_MULTIPLE: Final = 32
+_NO_PIXELS: Final[Pixels] = np.empty((0, 0, 3), dtype=np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,10 @@ class Cut:
     pixels: Pixels
     """(H, W, 3) of the bucket."""
     further: tuple[FurtherCut, ...] = ()
+
+    def without_pixels(self) -> Cut:
+        """What is left to say of it once its pictures are encoded."""
+        return replace(self, pixels=_NO_PIXELS, further=tuple(replace(one, pixels=_NO_PIXELS) for one in self.further))
 
     @property
     def num_pixels(self) -> int:

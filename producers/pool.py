@@ -6,6 +6,10 @@ another, and after `cluster.unit_retries` further tries the error names the unit
 repeat, also while the first try still runs: only one can commit. A repeated task is a careful one, which finds the
 picture that kills its process (`poison.py`); deaths that bring it nearer to that picture are no failures of the unit.
 
+With `cluster.loaders_per_producer` the actors here are loaders, and each producer is an encoder beside them
+(`encoder_group.py`). A picture still kills only the loader that opens it. When an encoder dies, the units that its
+loaders were at are tried again with another one; since it cannot be known which of them it was, each counts a failure.
+
 The driver's process reserves no GPU, and must not touch CUDA.
 """
 
@@ -15,8 +19,6 @@ import contextlib
 import logging
 import math
 import os
-import signal
-import socket
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,23 +27,26 @@ from pathlib import Path
 from typing import Any, Final
 
 import ray
-from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, RayError
 
-from producers.actor import Job, Reply, Seat, UnitActor
+from producers.actor import Job, Reply, UnitActor
+from producers.deaths import LESS_MEMORY, end_actors, machine_died, why_died
+from producers.encoder_group import EncoderGroup
+from producers.messages import Seat
 from producers.poison import Trail, read_trail, trail_file
 from producers.workers import Outcome, ProduceError, Task
 from qwenimg_dist.config import ClusterConfig
 
 _OBJECT_STORE_BYTES: Final = 128 * 1024**2
 """Enough for control messages; nothing large goes through Ray."""
+_LOADER_BYTES: Final = 160 * 1024**2
+"""What a loader and its encoder may have in the object store: two batches of pictures and one of text features, at the
+defaults of `encode` and the 20 B model's width. With larger batches Ray puts some of it on disk, for a moment."""
 _PLACED_S: Final = 600.0
 """After this long without a single actor running, waiting for one is of no use. Not about loading models: an actor
 answers before it does."""
 _RAY_GONE_S: Final = 10.0
 """So often it is asked whether Ray is alive while no actor runs."""
-_END_S: Final = 2.0
-"""What an actor that was told to end has for it before it is killed."""
-_LESS_MEMORY: Final = "lower encode.image_batch_pixels or filters.resolution.max_pixels, or run fewer producers"
 
 
 @contextlib.contextmanager
@@ -62,12 +67,12 @@ def ray_session(cluster: ClusterConfig, *, cpus: float | None = None) -> Iterato
         ray.init(address=address, **quiet)
     else:
         # More actors than CPUs must still start: the user's figure decides, not the machine's.
-        cpus = cluster.producers * cluster.cpus_per_producer if cpus is None else cpus
+        cpus = cluster.producers * cluster.producer_cpus if cpus is None else cpus
         num_cpus = max(os.cpu_count() or 1, math.ceil(cpus))
         ray.init(
             address="local",
             num_cpus=num_cpus,
-            object_store_memory=_OBJECT_STORE_BYTES,
+            object_store_memory=_OBJECT_STORE_BYTES + cluster.producers * cluster.loaders_per_producer * _LOADER_BYTES,
             _node_ip_address="127.0.0.1",
             **quiet,
         )
@@ -89,6 +94,12 @@ class _Slot:
     task: Task | None = None
     seat: Seat | None = None
     """Known once the actor is ready."""
+    group: EncoderGroup | None = None
+    """Of a loader."""
+    index: int = 0
+    """Of the loader in its group."""
+    encoder: Any = None
+    """That the task was told."""
 
     @property
     def idle(self) -> bool:
@@ -102,7 +113,8 @@ class RayWorkers:
         check_room(cluster)
         self._job = job
         self._cluster = cluster
-        self._slots = [self._start() for _ in range(cluster.producers)]
+        self._groups: list[EncoderGroup] = []
+        self._slots = self._start_all()
         self._retry: deque[Task] = deque()
         self._failures: Counter[tuple[str, int]] = Counter()
         self._deaths_at_start = 0
@@ -122,7 +134,8 @@ class RayWorkers:
         if self._trail(task) is not None:  # of this run or of one that was ended
             task = replace(task, careful=True)
         slot.task, slot.since = task, time.monotonic()
-        slot.pending = slot.actor.run.remote(task)
+        slot.encoder = slot.group.encoder if slot.group is not None else None
+        slot.pending = slot.actor.run.remote(task, slot.encoder)
 
     def wait(self, timeout_s: float) -> Sequence[Outcome]:
         """See `Workers.wait`."""
@@ -139,22 +152,28 @@ class RayWorkers:
 
     def close(self) -> None:
         """End the actors. What they have not committed is done again another time."""
-        _end_actors(self._slots)
+        _end(self._slots)
         self._slots = []
+        for group in self._groups:
+            group.close()
+        self._groups = []
 
-    def _start(self) -> _Slot:
+    def _start_all(self) -> list[_Slot]:
+        if not self._cluster.loaders_per_producer:
+            return [self._start() for _ in range(self._cluster.producers)]
+        self._groups = [EncoderGroup(self._job, self._cluster) for _ in range(self._cluster.producers)]
+        # One of each group before the second of any, so that the first tasks have an encoder each.
+        return [self._start(group, n) for n in range(self._cluster.loaders_per_producer) for group in self._groups]
+
+    def _start(self, group: EncoderGroup | None = None, index: int = 0) -> _Slot:
+        where = {"num_cpus": self._cluster.cpus_per_producer, "num_gpus": self._cluster.gpus_per_producer}
+        options = where if group is None else group.loader_options(index)
         actor = (
             ray.remote(UnitActor)
-            .options(
-                num_cpus=self._cluster.cpus_per_producer,
-                num_gpus=self._cluster.gpus_per_producer,
-                max_restarts=0,
-                max_task_retries=0,
-                max_concurrency=1,
-            )
-            .remote(self._job)
+            .options(**options, max_restarts=0, max_task_retries=0, max_concurrency=1)
+            .remote(self._job if group is None else group.loader_job)
         )
-        return _Slot(actor=actor, pending=actor.ready.remote(), since=time.monotonic())
+        return _Slot(actor=actor, pending=actor.ready.remote(), since=time.monotonic(), group=group, index=index)
 
     def _collect(self, slot: _Slot) -> Outcome | None:
         """The outcome of a slot whose reference is there; None if there is nothing to report yet."""
@@ -182,10 +201,13 @@ class RayWorkers:
             raise ProduceError(f"unit {task.unit}: {task.kind} failed: {reply.failure.message}\n{reply.failure.trace}")
         if reply.failure.kind == "out_of_memory":
             # What it holds it may not give back: a fresh process starts with little.
-            _end_actors([slot])
+            _end([slot])
             slot.task = task
-            self._replace(slot, f"the producer ran out of memory ({reply.failure.message}): {_LESS_MEMORY}")
+            self._replace(slot, f"the producer ran out of memory ({reply.failure.message}): {LESS_MEMORY}")
             return None
+        if reply.failure.kind == "encoder_gone":
+            assert slot.group is not None  # only loaders have an encoder elsewhere
+            slot.group.replace(slot.encoder)
         self._again(task, reply.failure.message)
         return None
 
@@ -218,7 +240,7 @@ class RayWorkers:
         """Replace actors that have not answered for `cluster.unit_timeout_s`."""
         for slot in self._slots:
             if slot.task is not None and time.monotonic() - slot.since > self._cluster.unit_timeout_s:
-                _end_actors([slot])
+                _end([slot])
                 self._replace(slot, f"no answer for cluster.unit_timeout_s={self._cluster.unit_timeout_s:g} s")
 
     def _replace(self, slot: _Slot, why: str, *, at_start: bool = False, careful: bool = True) -> None:
@@ -227,7 +249,7 @@ class RayWorkers:
             self._deaths_at_start += 1
             if at_start or self._deaths_at_start > self._cluster.unit_retries:
                 raise ProduceError(f"a producer cannot start: {why}")
-        fresh = self._start()
+        fresh = self._start(slot.group, slot.index)
         slot.actor, slot.pending, slot.since, slot.task, slot.seat = fresh.actor, fresh.pending, fresh.since, None, None
         if task is not None:
             self._again(task, why, careful=careful)
@@ -258,8 +280,8 @@ def machines() -> list[dict[str, float]]:
 
 
 def needs(cluster: ClusterConfig) -> dict[str, float]:
-    """Ray resources that one producer reserves."""
-    return {"CPU": cluster.cpus_per_producer, "GPU": cluster.gpus_per_producer}
+    """Ray resources that one producer reserves, with its loaders."""
+    return {"CPU": cluster.producer_cpus, "GPU": cluster.gpus_per_producer}
 
 
 def check_room(cluster: ClusterConfig) -> None:
@@ -271,7 +293,8 @@ def check_room(cluster: ClusterConfig) -> None:
     if not any(all(machine.get(name, 0.0) >= amount for name, amount in need.items()) for machine in machines()):
         there = "; ".join(_show(machine) for machine in machines()) or "no machine"
         raise ValueError(
-            f"a producer needs {_show(need)} on one machine (cluster.cpus_per_producer, cluster.gpus_per_producer), "
+            f"a producer needs {_show(need)} on one machine (cluster.cpus_per_producer, cluster.gpus_per_producer"
+            f"{_of_loaders(cluster)}), "
             f"Ray has {there}: lower these (gpus_per_producer=0 with cluster.device=cpu needs no GPU), or set "
             "cluster.address to a cluster that has them"
         )
@@ -281,58 +304,9 @@ def _show(resources: Mapping[str, float]) -> str:
     return f"{resources.get('CPU', 0.0):g} CPUs and {resources.get('GPU', 0.0):g} GPUs"
 
 
-def _end_actors(slots: Sequence[_Slot]) -> None:
-    """Ray asks the processes to end themselves, which a hung one does not hear; on this machine it is killed besides.
-
-    Not at once: Ray reports a process that is killed while it ends as one that crashed.
-    """
-    for slot in slots:
-        with contextlib.suppress(RayError, ValueError):
-            ray.kill(slot.actor, no_restart=True)
-    here = socket.gethostname()
-    left = {slot.seat.pid for slot in slots if slot.seat is not None and slot.seat.host == here}
-    deadline = time.monotonic() + _END_S
-    while (left := {pid for pid in left if _is_there(pid)}) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+def _of_loaders(cluster: ClusterConfig) -> str:
+    return ", and cluster.loaders_per_producer x cluster.cpus_per_loader" if cluster.loaders_per_producer else ""
 
 
-def _is_there(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
-
-
-def why_died(error: RayError, *, who: str = "the producer", less_memory: str = _LESS_MEMORY) -> str:
-    """What Ray tells about the end of an actor (`who`), as far as it tells.
-
-    Its message for any process that is suddenly gone lists OOM, `ray stop` and SIGSEGV as possible causes: that list is
-    cut off, since it says nothing about this case. A kernel OOM kill and another SIGKILL look alike to Ray.
-    """
-    text = " ".join(str(error).split())
-    for guesses in ("Some common causes include", "There are some potential root causes"):
-        text = text.partition(guesses)[0]
-    if isinstance(error, OutOfMemoryError) or "running low on memory" in text:
-        cause = f"Ray ended {who} because its machine ran out of memory: {less_memory}"
-    elif isinstance(error, ActorDiedError) and error.preempted:
-        cause = "its machine was taken away"
-    elif isinstance(error, ActorDiedError) and error.actor_init_failed:
-        cause = "its start failed"
-    elif machine_died(error):
-        cause = "its machine died or lost contact"
-    elif isinstance(error, RayActorError):
-        cause = f"{who} was killed (SIGKILL, or the kernel for lack of memory) or crashed in native code"
-    else:
-        cause = "Ray could not run it"
-    return f"{cause} [{text[:400]}]"
-
-
-def machine_died(error: RayError) -> bool:
-    """Whether the whole machine went, so that nothing can be laid to the task's charge."""
-    text = str(error)
-    preempted = isinstance(error, ActorDiedError) and bool(error.preempted)
-    return preempted or isinstance(error, NodeDiedError) or "node died" in text or "node has died" in text
+def _end(slots: Sequence[_Slot]) -> None:
+    end_actors((slot.actor, slot.seat) for slot in slots)

@@ -1,7 +1,8 @@
 """Writes a unit's latents and text features: batches of one bucket in, committed parts out.
 
-Place in the flow: `unit.py` adds rendered pictures as they are decoded; full batches are encoded and appended to the
-tar of their resolution at once, so memory holds at most one batch per bucket. Nothing is visible before `commit`.
+Place in the flow: `unit.py` adds rendered pictures as they are decoded; full batches are encoded, and appended to the
+tar of their resolution when the next one is full, so memory holds at most one batch per bucket and the tensors of
+another. Nothing is visible before `commit`.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class EditPrompt:
 class Encoders(Protocol):
     """What turns pixels and captions into tensors; the real ones are in `encode.py`."""
 
-    def latents(self, pixels: Pixels) -> list[dict[str, RawTensor]]:
-        """(B, H, W, 3) sRGB -> per picture `mean` (16, H/8, W/8), and `logvar` where configured."""
+    def latents(self, pixels: Pixels) -> Sequence[dict[str, RawTensor]]:
+        """(B, H, W, 3) sRGB -> per picture `mean` (16, H/8, W/8), and `logvar` where configured. It may be computed
+        elsewhere meanwhile: the first look at it waits."""
         ...
 
     def text(self, captions: Sequence[str]) -> Iterator[tuple[str, RawTensor]]:
@@ -51,6 +53,17 @@ class Encoders(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """A batch that was given to the encoders. Its pictures are not held any more."""
+
+    resolution: int
+    cuts: list[Cut]
+    own: Sequence[dict[str, RawTensor]]
+    further: list[tuple[list[tuple[int, str]], Sequence[dict[str, RawTensor]]]]
+    """(place in the batch, name) of the further pictures that were encoded together, and what came of them."""
+
+
 class LatentsWriter:
     """The latents parts of one unit, one tar set per resolution."""
 
@@ -58,6 +71,7 @@ class LatentsWriter:
         self._dataset, self._plan, self._encoders = dataset, plan, encoders
         self._parts = {r: dataset.next_part(facet, unit) for r, facet in plan.latents_facets.items()}
         self._batches: dict[tuple[int, Bucket], list[Cut]] = {}
+        self._begun: _Begun | None = None
         self._index: dict[int, list[dict[str, Any]]] = {r: [] for r in plan.latents_facets}
         self._stack = ExitStack()
         self._writers = {
@@ -87,6 +101,7 @@ class LatentsWriter:
         for (resolution, _), batch in sorted(self._batches.items(), key=lambda item: item[0]):
             self._encode(resolution, batch)
         self._batches.clear()
+        self._write_begun()
         for resolution, part in self._parts.items():
             rows = sorted(self._index[resolution], key=lambda entry: int(entry["row"]))
             if rows or part.part == 0:
@@ -96,10 +111,33 @@ class LatentsWriter:
         return sum(len(rows) for rows in self._index.values())
 
     def _encode(self, resolution: int, batch: Sequence[Cut]) -> None:
-        for cut, tensors in zip(batch, self._tensors(batch), strict=True):
+        """Have a batch encoded, and write the one before it meanwhile: a loader's encoder is another process."""
+        begun = self._begin(resolution, batch)
+        self._write_begun()
+        self._begun = begun
+
+    def _begin(self, resolution: int, batch: Sequence[Cut]) -> _Begun:
+        own = self._encoders.latents(np.stack([cut.pixels for cut in batch]))
+        by_shape: dict[tuple[int, ...], list[tuple[int, FurtherCut]]] = {}
+        for index, cut in enumerate(batch):
+            for one in cut.further:
+                by_shape.setdefault(one.pixels.shape, []).append((index, one))
+        further = []
+        for (height, width, _), of_shape in by_shape.items():
+            num = max(1, self._plan.image_batch_pixels // (height * width))
+            for few in (of_shape[start : start + num] for start in range(0, len(of_shape), num)):
+                latents = self._encoders.latents(np.stack([one.pixels for _, one in few]))
+                further.append(([(index, one.name) for index, one in few], latents))
+        return _Begun(resolution=resolution, cuts=[cut.without_pixels() for cut in batch], own=own, further=further)
+
+    def _write_begun(self) -> None:
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        for cut, tensors in zip(begun.cuts, _tensors(begun), strict=True):
             placement = cut.placement
-            at = self._writers[resolution].write(cut.row.key, _sample_json(cut), tensors)
-            self._index[resolution].append(
+            at = self._writers[begun.resolution].write(cut.row.key, _sample_json(cut), tensors)
+            self._index[begun.resolution].append(
                 {
                     "row": cut.row.row,
                     "key": cut.row.key,
@@ -113,25 +151,6 @@ class LatentsWriter:
                     **at.further_columns(),
                 }
             )
-
-    def _tensors(self, batch: Sequence[Cut]) -> list[dict[str, RawTensor]]:
-        """Per row `mean` and `logvar` of its own picture, then `<name>` and `<name>_logvar` of each further one."""
-        samples = self._encoders.latents(np.stack([cut.pixels for cut in batch]))
-        by_shape: dict[tuple[int, ...], list[tuple[int, FurtherCut]]] = {}
-        for index, cut in enumerate(batch):
-            for one in cut.further:
-                by_shape.setdefault(one.pixels.shape, []).append((index, one))
-        encoded: dict[tuple[int, str], dict[str, RawTensor]] = {}
-        for (height, width, _), of_shape in by_shape.items():
-            num = max(1, self._plan.image_batch_pixels // (height * width))
-            for few in (of_shape[start : start + num] for start in range(0, len(of_shape), num)):
-                latents = self._encoders.latents(np.stack([one.pixels for _, one in few]))
-                encoded |= {(index, one.name): one_of for (index, one), one_of in zip(few, latents, strict=True)}
-        for index, cut in enumerate(batch):
-            for one in cut.further:
-                for part, tensor in encoded[index, one.name].items():
-                    samples[index][one.name if part == "mean" else f"{one.name}_{part}"] = tensor
-        return samples
 
 
 class TextWriter:
@@ -190,6 +209,19 @@ class TextWriter:
         num_tokens = int(features.data.shape[0])
         at = self._writer.write(key, {**meta, "num_tokens": num_tokens}, {"features": features})
         self._rows[key] = {"key": key, "num_tokens": num_tokens, **at.columns()}
+
+
+def _tensors(begun: _Begun) -> list[dict[str, RawTensor]]:
+    """Per row `mean` and `logvar` of its own picture, then `<name>` and `<name>_logvar` of each further one."""
+    encoded = {
+        place: one_of for places, latents in begun.further for place, one_of in zip(places, latents, strict=True)
+    }
+    samples = [dict(tensors) for tensors in begun.own]
+    for index, cut in enumerate(begun.cuts):
+        for one in cut.further:
+            for part, tensor in encoded[index, one.name].items():
+                samples[index][one.name if part == "mean" else f"{one.name}_{part}"] = tensor
+    return samples
 
 
 def _sample_json(cut: Cut) -> Mapping[str, Any]:

@@ -32,7 +32,7 @@ def fault_point(name: str) -> None:
     """Die here if a token asks for it (or do what stands in it). Names in use: `tar_write`, `part_commit`,
     `checkpoint_write`, `checkpoint_commit`, `tar_read`, `train_step`, `update`, `rollout`, `reference_block`,
     `unit_start`, `catalog_write`, `generation_write`, `doctor_rank`, `eval_pictures`, `pairs_drawn`, `pairs_picture`,
-    `reward_actor`."""
+    `reward_actor`, `encoder_call`."""
     folder = os.environ.get(FAULT_DIR_VARIABLE)
     if not folder:
         return

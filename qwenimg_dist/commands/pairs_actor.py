@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from producers.actor import Seat
+from producers.messages import Seat
 from qwenimg_dist.commands.pairs_book import PICTURES, seeds_of
 from qwenimg_dist.config import Config
 from qwenimg_dist.debug import fault_point

@@ -16,7 +16,8 @@ from typing import Any, Final
 import ray
 from ray.exceptions import RayError
 
-from producers.pool import check_room, machine_died, why_died
+from producers.deaths import machine_died, why_died
+from producers.pool import check_room
 from qwenimg_dist.commands.pairs_actor import Job, PairActor, PromptTask, Reply
 from qwenimg_dist.config import ClusterConfig
 
@@ -45,7 +46,7 @@ class Pool:
     """See the module's docstring. Raises ValueError if no machine of the cluster could ever hold an actor."""
 
     def __init__(self, job: Job, cluster: ClusterConfig) -> None:
-        check_room(cluster)
+        check_room(cluster.model_copy(update={"loaders_per_producer": 0}))  # which `pairs` has no use for
         self._job = job
         self._cluster = cluster
         self._retry: deque[PromptTask] = deque()

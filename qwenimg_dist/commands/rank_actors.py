@@ -21,7 +21,7 @@ from typing import Any, Final
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from producers.pool import why_died
+from producers.deaths import why_died
 from qwenimg_dist.config import ClusterConfig
 
 _ENVIRONMENT: Final = {"TOKENIZERS_PARALLELISM": "false", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}

@@ -24,7 +24,8 @@ import ray
 from PIL import Image
 from ray.exceptions import RayError
 
-from producers.pool import machines, why_died
+from producers.deaths import why_died
+from producers.pool import machines
 from qwenimg_dist.config import ClusterConfig, Config, RewardConfig
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.rewards.base import Prompt, Scores, join, none_judged

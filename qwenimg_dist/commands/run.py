@@ -99,7 +99,7 @@ def check_config(config: Config) -> Config:
 
 
 def _cpus(cluster: ClusterConfig) -> float:
-    return cluster.ranks * cluster.cpus_per_rank + cluster.producers * cluster.cpus_per_producer + cluster.reward_cpus
+    return cluster.ranks * cluster.cpus_per_rank + cluster.producers * cluster.producer_cpus + cluster.reward_cpus
 
 
 def check_room_for_both(cluster: ClusterConfig, machines: Sequence[Mapping[str, float]]) -> None:
@@ -108,7 +108,7 @@ def check_room_for_both(cluster: ClusterConfig, machines: Sequence[Mapping[str, 
     Ray would wait for it for ever. Fewer producers than asked for will do: the others start when there is room.
     """
     check_room(cluster, machines)
-    need = {"CPU": cluster.cpus_per_producer, "GPU": cluster.gpus_per_producer}
+    need = {"CPU": cluster.producer_cpus, "GPU": cluster.gpus_per_producer}
     for index, machine in enumerate(machines):
         if any(machine.get(name, 0.0) < amount for name, amount in need.items()):
             continue
@@ -131,7 +131,7 @@ def grown_ranks(cluster: ClusterConfig, machines: Sequence[Mapping[str, float]])
     if cluster.device == "cuda":
         freed = int(cluster.producers * cluster.gpus_per_producer)
     else:
-        freed = int(cluster.producers * cluster.cpus_per_producer / cluster.cpus_per_rank)
+        freed = int(cluster.producers * cluster.producer_cpus / cluster.cpus_per_rank)
     return max(cluster.ranks, min(cluster.ranks + freed, places(cluster, machines)))
 
 

@@ -24,7 +24,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
-from producers.pool import why_died
+from producers.deaths import why_died
 from qwenimg_dist.config import ClusterConfig
 from qwenimg_dist.patience import StorageAwayError
 

@@ -32,6 +32,15 @@ class ClusterConfig(Section):
     cpus_per_producer: PositiveFloat = 1
     gpus_per_producer: NonNegativeFloat = 0
     """0 encodes on the CPUs, also with `device=cuda`: training keeps all GPUs, and each producer is far slower."""
+    loaders_per_producer: NonNegativeInt = 0
+    """CPU processes that read, decode, filter and resize for each producer, on its machine; the producer itself then
+    only encodes, and `produce` works on as many units at a time as there are loaders. 0: a producer does all of it.
+    Gains where a GPU waits for its producer's CPUs: Pillow's threads share one interpreter, processes do not, and a
+    picture that crashes its decoder no longer takes the loaded models along. Costs `cpus_per_loader` and some 0.5 GB of
+    memory each, and up to 160 MB each in Ray's object store (pixels wait there, two batches per loader at most).
+    Filters with a model then run on the loaders' CPUs: with heavy ones (`aesthetic`, `similarity`) 0 may be faster."""
+    cpus_per_loader: PositiveFloat = 1
+    """Also its decoding threads."""
     elastic: bool = False
     """`run`: once the source is exhausted, the gang saves, ends, and goes on with the producers' places as further
     ranks. Costs one save, one start, and rounding that differs from then on. Off, these places lie idle."""
@@ -80,6 +89,11 @@ class ClusterConfig(Section):
     inter_node_gbps: PositiveFloat = 400
     """Gbit/s of the network per GPU, between nodes (a node's adapters divided by its GPUs, one direction), for
     `plan`."""
+
+    @property
+    def producer_cpus(self) -> float:
+        """What one producer reserves, with its loaders."""
+        return self.cpus_per_producer + self.loaders_per_producer * self.cpus_per_loader
 
     @property
     def reward_cpus(self) -> float:

@@ -62,7 +62,7 @@ class _Holder:
 def test_a_lack_of_memory_is_told_from_a_bug() -> None:
     import errno
 
-    from producers.actor import describe_failure
+    from producers.messages import describe_failure
 
     lacks = [MemoryError(), RuntimeError("could not create a primitive"), OSError(errno.ENOMEM, "no memory")]
     lacks.append(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"))
