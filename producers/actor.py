@@ -20,8 +20,7 @@ from producers import fence
 from producers.filters.base import Resources, Scorers
 from producers.messages import Failure, Seat, describe_failure, own_seat
 from producers.plan import make_plan
-from producers.unit import UnitReport
-from producers.workers import Task, run_task
+from producers.workers import Outcome, Task, run_task
 from producers.write import Encoders
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.facets import Dataset
@@ -52,9 +51,9 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """Exactly one of the two is set; a scan that went well sets none."""
+    """Exactly one of the two is set."""
 
-    report: UnitReport | None = None
+    outcome: Outcome | None = None
     failure: Failure | None = None
 
 
@@ -88,7 +87,7 @@ class UnitActor:
     def run(self, task: Task, encoder: Any = None) -> Reply:
         """Do the task; a loader has `encoder`, an actor handle, encode. Never raises for what the task meets."""
         try:
-            report = run_task(
+            outcome = run_task(
                 task,
                 self._dataset,
                 self._plan,
@@ -100,7 +99,7 @@ class UnitActor:
             )
         except Exception as error:
             return Reply(failure=describe_failure(error))
-        return Reply(report=report)
+        return Reply(outcome=outcome)
 
     def _load_encoders(self) -> Encoders:
         if self._encoders is None:

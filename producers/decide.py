@@ -19,7 +19,7 @@ from producers.pictures import CHANGED_FILE, placements, too_small
 from producers.plan import Plan
 from producers.state import Decision, Row, UnitState, caption_scores
 from qwenimg_dist.data.buckets import Placement
-from qwenimg_dist.schema import EDIT, IMAGE, NEAR_DUPLICATE, PROMPT, edit_caption_key
+from qwenimg_dist.schema import DUPLICATE, EDIT, IMAGE, NEAR_DUPLICATE, PROMPT, TOO_SMALL, edit_caption_key
 
 # Found at the decode, and the same at each try: the picture is not opened again for them.
 LASTING: Final = frozenset({"truncated", "decode_error", "unsupported_mode", "too_many_pixels", CHANGED_FILE})
@@ -65,10 +65,31 @@ def assess(judged: Judged, state: UnitState, plan: Plan) -> Assessment:
     fitting = placements(row, plan)
     # A row that another resolution's facet holds stays, though none of this plan's classes takes it.
     if not fitting and not any(row.row in rows for rows in state.latents.values()):
-        return _decided(row, scores, "rejected", "too_small", too_small(row, plan))
-    if before is not None and before.status == "fault" and before.reason in LASTING:
-        return _decided(row, scores, before.status, before.reason, before.detail)
+        return _decided(row, scores, "rejected", TOO_SMALL, too_small(row, plan))
+    lasting = _lasting_fault(before)
+    if lasting is not None:
+        return _decided(row, scores, *lasting)
     return _after_header(row, scores, fitting, state, plan)
+
+
+def assess_pixels(judged: Judged, state: UnitState, plan: Plan) -> Assessment:
+    """What filters on pixels say of the row, whatever it is a copy of and whichever classes it fits.
+
+    For `verdicts.py`: of a row that the header and the caption filters admit. Nothing counts as missing.
+    """
+    row = judged.row
+    before = state.decisions.get(row.row)
+    scores = _scores_before(before, judged, plan)
+    if row.fault is not None:
+        return _decided(row, scores, "fault", row.fault, row.detail or "")
+    told = _lasting_fault(before)
+    filters, known = _pixel_filters(scores, plan)
+    told = told or first_rejection(known, scores)
+    if told is not None:
+        return _decided(row, scores, *told)
+    has_latents = any(row.row in rows for rows in state.latents.values())
+    decision = Decision(status="kept", scores=scores) if len(known) == len(filters) else None
+    return Assessment(row=row, scores=scores, placements={}, decision=decision, has_latents=has_latents)
 
 
 def facts_of(row: Row, loaded: Loaded | None = None) -> Facts:
@@ -125,8 +146,7 @@ def edit_texts(row: Row, known: frozenset[str]) -> tuple[str, ...]:
 def _after_header(
     row: Row, scores: dict[str, Value], fitting: Mapping[int, Placement], state: UnitState, plan: Plan
 ) -> Assessment:
-    filters = [one for one in plan.filters if one.filter.looks_at == "pixels"]
-    known = list(takewhile(lambda one: one.scored(scores), filters))
+    filters, known = _pixel_filters(scores, plan)
     rejected = first_rejection(known, scores)
     if rejected is not None:
         return _decided(row, scores, *rejected)
@@ -142,6 +162,18 @@ def _after_header(
     return Assessment(row=row, scores=scores, placements=fitting, decision=kept)
 
 
+def _pixel_filters(scores: Values, plan: Plan) -> tuple[list[BoundFilter], list[BoundFilter]]:
+    """Those on pixels, and of them those up to the first that has not scored the row."""
+    filters = [one for one in plan.filters if one.filter.looks_at == "pixels"]
+    return filters, list(takewhile(lambda one: one.scored(scores), filters))
+
+
+def _lasting_fault(before: Decision | None) -> tuple[str, str, str] | None:
+    if before is not None and before.status == "fault" and before.reason in LASTING:
+        return before.status, before.reason, before.detail
+    return None
+
+
 def _without_scores(row: Row, plan: Plan) -> tuple[str, str, str] | None:
     if row.fault is not None:
         return "fault", row.fault, row.detail or ""
@@ -152,7 +184,7 @@ def _without_scores(row: Row, plan: Plan) -> tuple[str, str, str] | None:
         return "rejected", "too_many_pictures", detail
     if row.duplicate_of >= 0:
         what = "same bytes as" if row.kind == IMAGE else "same pictures, and text where it counts, as"
-        return "rejected", "duplicate", f"{what} row {row.duplicate_of}"
+        return "rejected", DUPLICATE, f"{what} row {row.duplicate_of}"
     if row.near_duplicate_of >= 0:
         detail = f"looks like row {row.near_duplicate_of}: {row.near_distance} of 64 bits differ"
         return "rejected", NEAR_DUPLICATE, detail

@@ -7,9 +7,11 @@ Rows that take part later (a file that turned up, a caption written afterwards) 
 before. The facet's name holds a fingerprint of the caption filters, so other thresholds settle anew, beside the old
 facet. Near duplicates: `near.py`, afterwards.
 
-Left out: filters on pixels. Of copies with equal bytes they say the same, but for those that compare pixels with the
-captions (`similarity`, `ocr`): a first copy that one of these rejects still costs the ones after it, since duplicates
-are settled before a picture is opened. So does a first copy whose captions are changed for useless ones afterwards.
+Filters on pixels say the same of copies with equal bytes, so they are not asked, but for those that compare pixels
+with the captions (`similarity`, `ocr`): where one is on, a first copy that the filters on pixels reject does not cost
+the one after it. That is asked only of rows that have a copy (`verdicts.py`).
+
+Left out: a first copy whose captions are changed for useless ones after it was settled still costs the ones after it.
 
 Memory: 36 bytes per kept row (see `key_index.py`), so 36 MB per million, for moments twice that; not Python strings,
 which would take five times as much.
@@ -18,10 +20,12 @@ which would take five times as much.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from producers.commit import commit_part
@@ -41,6 +45,13 @@ from qwenimg_dist.schema import (
 )
 
 KEPT: Final = -1
+UNKNOWN: Final = 0
+ADMITTED: Final = 1
+REJECTED: Final = 2
+"""What filters on pixels say of a row, as far as it is known."""
+
+Ask = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int8]]
+"""Rows -> what is known of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +60,14 @@ class DedupRule:
 
     filters: tuple[BoundFilter, ...]
     """Those on captions; none: every row with a caption does."""
+    pixels: tuple[BoundFilter, ...] = ()
+    """All on pixels, if one of them looks at the captions too: a row that one of them rejects costs no copy of it."""
 
     @property
     def facet(self) -> str:
         """Where this rule's outcome lies."""
-        return dedup_facet(fingerprint_of(self.filters) if self.filters else None)
+        filters = (*self.filters, *self.pixels)
+        return dedup_facet(fingerprint_of(filters) if filters else None)
 
     @property
     def captions_facet(self) -> str | None:
@@ -62,22 +76,35 @@ class DedupRule:
 
 
 class DigestIndex:
-    """sha256 (32 bytes) -> row of the picture that is kept."""
+    """sha256 (32 bytes) -> rows that were no copies when they were settled: one, or several of which filters on pixels
+    admit one at most."""
 
     def __init__(self) -> None:
         self._index = KeyIndex(32)
+        self._further: dict[bytes, list[int]] = {}
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def find(self, digest: bytes) -> int | None:
-        """Row of the kept picture with this digest."""
-        row = self._index.find(digest)
-        return None if row == ABSENT else row
+    def find_many(self, digests: Sequence[bytes]) -> list[list[int]]:
+        """The rows of each digest."""
+        found = self._index.find_many(digests).tolist()
+        return [
+            [] if first == ABSENT else [first, *self._further.get(digest, ())]
+            for digest, first in zip(digests, found, strict=True)
+        ]
 
-    def add(self, digest: bytes, row: int) -> None:
-        """Remember a kept row."""
-        self._index.add(digest, row)
+    def add(self, kept: Iterable[tuple[bytes, int]]) -> None:
+        """Remember rows."""
+        entries = list(kept)
+        there = self._index.find_many([digest for digest, _ in entries]) != ABSENT
+        fresh: set[bytes] = set()
+        for (digest, row), is_there in zip(entries, there.tolist(), strict=True):
+            if is_there or digest in fresh:
+                self._further.setdefault(digest, []).append(row)
+            else:
+                fresh.add(digest)
+                self._index.add(digest, row)
 
 
 def load_index(dataset: Dataset, rule: DedupRule) -> DigestIndex:
@@ -89,10 +116,9 @@ def load_index(dataset: Dataset, rule: DedupRule) -> DigestIndex:
             raise DataError(f"unit {unit} of {dataset.root} has a dedup part but no scan: a file was removed")
         dedup, scan = dataset.merge(parts), dataset.merge(scans[unit], ["row", "sha256", "others"])
         digests = _digests(dataset, unit, scan)
-        for row, original in zip(dedup["row"].to_pylist(), dedup["duplicate_of"].to_pylist()):
-            # A row without a digest was scanned anew after a repair, and its file is gone by now: nothing is its copy.
-            if original == KEPT and row in digests:
-                index.add(digests[row], row)
+        settled = zip(dedup["row"].to_pylist(), dedup["duplicate_of"].to_pylist())
+        # A row without a digest was scanned anew after a repair, and its file is gone by now: nothing is its copy.
+        index.add((digests[row], row) for row, original in settled if original == KEPT and row in digests)
     return index
 
 
@@ -124,10 +150,14 @@ def _digests(dataset: Dataset, unit: int, scan: pa.Table) -> dict[int, bytes]:
     return found
 
 
-def settle_unit(dataset: Dataset, unit: int, rule: DedupRule, index: DigestIndex, *, config_hash: str) -> None:
+def settle_unit(
+    dataset: Dataset, unit: int, rule: DedupRule, index: DigestIndex, ask: Ask | None = None, *, config_hash: str
+) -> frozenset[int]:
     """Settle the unit's rows that take part and are not settled; commits a part if there is none yet or rows to add.
 
-    Call in ascending order of units. The index is updated only after the commit.
+    Returns the rows whose verdicts are wanted first; then nothing was done, and it is to be called again. `ask` tells
+    those that are known; it is asked only where `rule.pixels` has filters. Call in ascending order of units. The index
+    is updated only after the commit.
     """
     listing = dataset.read_unit(LISTING, unit, ["row", "caption_fault"])
     scan = dataset.read_unit(SCAN, unit, ["row", "sha256", "fault", "others"])
@@ -138,24 +168,31 @@ def settle_unit(dataset: Dataset, unit: int, rule: DedupRule, index: DigestIndex
     without_caption = {entry["row"] for entry in listing.to_pylist() if entry["caption_fault"] is not None}
     without_caption |= _unfit(dataset, unit, rule)
     digests = _digests(dataset, unit, scan)
-    kept: dict[bytes, int] = {}
+    todo = [
+        entry["row"]
+        for entry in scan.to_pylist()
+        if entry["row"] not in done and entry["row"] not in without_caption and entry["fault"] is None
+    ]
+    before = dict(zip(todo, index.find_many([digests[row] for row in todo]), strict=True))
+    kept: dict[bytes, list[int]] = {}
+    wanted: set[int] = set()
     rows = []
-    for entry in scan.to_pylist():
-        row = entry["row"]
-        if row in done or row in without_caption or entry["fault"] is not None:
-            continue
-        digest = digests[row]
-        original = kept.get(digest)
-        if original is None:
-            original = index.find(digest)
-        if original is None:
-            kept[digest] = row
-        rows.append({"row": row, "duplicate_of": KEPT if original is None else original})
+    for row in todo:
+        originals = [*before[row], *kept.get(digests[row], ())]
+        if ask is not None and rule.pixels and originals:
+            told = ask(np.array(originals, dtype=np.int64))
+            wanted.update(one for one, state in zip(originals, told, strict=True) if state == UNKNOWN)
+            originals = [one for one, state in zip(originals, told, strict=True) if state != REJECTED]
+        if not originals:
+            kept.setdefault(digests[row], []).append(row)
+        rows.append({"row": row, "duplicate_of": min(originals, default=KEPT)})
+    if wanted:
+        return frozenset(wanted)
     if rows or settled is None:
         table = pa.Table.from_pylist(rows, schema=DEDUP_COLUMNS)
         commit_part(dataset, dataset.next_part(rule.facet, unit), table, config_hash=config_hash)
-    for digest, row in kept.items():
-        index.add(digest, row)
+    index.add((digest, row) for digest, of_digest in kept.items() for row in of_digest)
+    return frozenset()
 
 
 def _unfit(dataset: Dataset, unit: int, rule: DedupRule) -> set[int]:

@@ -1,7 +1,7 @@
 """The driver: from a look at the source to every unit ready, in one round that may be repeated at any time.
 
-    look at the source -> listing -> per unit: scan, captions (workers, ahead) -> dedup, near (here, in order)
-    -> encode (workers)
+    look at the source -> listing -> per unit: scan, captions (workers, ahead) -> dedup, near (here, in order; workers
+    tell the verdicts on first copies that are wanted for it) -> encode (workers)
 
 Place in the flow: `commands/produce.py` calls `Driver.round` once, or again and again with `follow=true`. The driver
 computes nothing heavy and imports no torch; it decides what is missing, in which order, and settles duplicates, which
@@ -28,6 +28,7 @@ from producers.scan import MISSING_FILE
 from producers.sources.base import Found, can_be_read
 from producers.state import PassingFault, is_done, passing_faults, read_record
 from producers.unit import UnitReport
+from producers.verdicts import Verdicts
 from producers.workers import Task, Workers
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.schema import LISTING, SCAN, SOURCE_COMPLETE
@@ -91,6 +92,7 @@ class Driver:
     _workers: Workers | None = None
     _index: DigestIndex | None = None
     _near: HammingIndex | None = None
+    _known: Verdicts | None = None
     _tried: dict[tuple[int, int], _Tries] = field(default_factory=dict)
     """(unit, row) of faults that were tried again by this driver."""
     _watched: set[int] = field(default_factory=set)
@@ -147,11 +149,12 @@ class Driver:
                 continue
             for outcome in workers.wait(_POLL_S):
                 self.dataset.refresh_unit(outcome.task.unit)  # it may have been done on another machine
+                self._verdicts.learn(outcome.verdicts)
                 if not begun[outcome.task.kind, outcome.task.unit]:
                     continue  # of a round that broke off
                 begun[outcome.task.kind, outcome.task.unit] -= 1
-                for unit in schedule.done(outcome.task):
-                    self._settle(unit)
+                schedule.done(outcome.task)
+                self._settle_ready(schedule)
                 if outcome.report is not None:
                     self._watched.add(outcome.report.unit)  # the next look decides whether it needs to stay
                     if self.hold is not None:
@@ -185,14 +188,32 @@ class Driver:
         settled = bool(self.dataset.unit_parts(self.plan.dedup.facet, unit))
         return settled and SCAN not in read_record(self.dataset, unit).get("inputs", {})
 
-    def _settle(self, unit: int) -> None:
-        """Which of the unit's rows are copies of rows before them. Units come in ascending order."""
-        settle_unit(self.dataset, unit, self.plan.dedup, self._digests(), config_hash=self.plan.config_hash)
-        rule = self.plan.near
-        if rule is not None:
-            if self._near is None:
-                self._near = load_near_index(self.dataset, rule)
-            settle_near(self.dataset, unit, rule, self._near, config_hash=self.plan.config_hash)
+    def _settle_ready(self, schedule: _Schedule) -> None:
+        """Settle the units whose turn it is, up to the first that wants verdicts."""
+        while (unit := schedule.to_settle) is not None:
+            wanted = self._settle(unit)
+            if wanted:
+                schedule.ask(self._verdicts.tasks(wanted))
+            else:
+                schedule.settled()
+
+    def _settle(self, unit: int) -> frozenset[int]:
+        """Which of the unit's rows are copies of rows before them. Units come in ascending order.
+
+        Returns the rows whose verdicts are wanted first: then it is to be called again."""
+        rule, ask, config_hash = self.plan.near, self._verdicts.of, self.plan.config_hash
+        wanted = settle_unit(self.dataset, unit, self.plan.dedup, self._digests(), ask, config_hash=config_hash)
+        if wanted or rule is None:
+            return wanted
+        if self._near is None:
+            self._near = load_near_index(self.dataset, rule)
+        return settle_near(self.dataset, unit, rule, self._near, ask if rule.pixels else None, config_hash=config_hash)
+
+    @property
+    def _verdicts(self) -> Verdicts:
+        if self._known is None:
+            self._known = Verdicts(self.dataset, self.plan)
+        return self._known
 
     def _digests(self) -> DigestIndex:
         if self._index is None:
@@ -239,13 +260,16 @@ class Driver:
 
 
 class _Schedule:
-    """Order of tasks: scans run a few units ahead of encoding; a unit is encoded once all before it are settled."""
+    """Order of tasks: scans run a few units ahead of encoding; a unit is encoded once all before it are settled. What
+    must be known to settle one comes first: all others wait for it."""
 
     def __init__(self, pending: Sequence[Pending], *, scan_ahead: int) -> None:
         self._to_scan = deque(pending)
         self._to_settle = deque(one.unit for one in pending)
         self._to_encode: deque[int] = deque()
         self._scanned: set[int] = set()
+        self._questions: deque[Task] = deque()
+        self._unanswered = 0
         self._scan_ahead = scan_ahead
         self._open = len(pending)
         """Units not yet encoded."""
@@ -259,7 +283,9 @@ class _Schedule:
     def next_task(self, has_room: Callable[[int, int], bool]) -> Task | None:
         """The task to start now; None if everything that could start waits for one in flight, or for room."""
         ahead = self._open - len(self._to_scan)
-        if self._to_scan and (ahead < self._scan_ahead or not self._to_encode):
+        if self._questions:
+            task = self._questions.popleft()
+        elif self._to_scan and (ahead < self._scan_ahead or not self._to_encode):
             one = self._to_scan.popleft()
             task = Task(kind="scan", unit=one.unit, again=one.scan_again)
         elif self._to_encode and has_room(self._to_encode[0], self._encoding):
@@ -270,16 +296,29 @@ class _Schedule:
         self.in_flight += 1
         return task
 
-    def done(self, task: Task) -> list[int]:
-        """Note that a task ended; returns the units to settle now, in order, which may then be encoded."""
+    def done(self, task: Task) -> None:
+        """Note that a task ended."""
         self.in_flight -= 1
         if task.kind == "encode":
             self._open -= 1
             self._encoding -= 1
-            return []
-        self._scanned.add(task.unit)
-        ready = []
-        while self._to_settle and self._to_settle[0] in self._scanned:
-            ready.append(self._to_settle.popleft())
-        self._to_encode.extend(ready)
-        return ready
+        elif task.kind == "verdict":
+            self._unanswered -= 1
+        else:
+            self._scanned.add(task.unit)
+
+    @property
+    def to_settle(self) -> int | None:
+        """The unit to settle now, if there is one."""
+        if self._unanswered or not self._to_settle or self._to_settle[0] not in self._scanned:
+            return None
+        return self._to_settle[0]
+
+    def settled(self) -> None:
+        """`to_settle` is settled, and may be encoded."""
+        self._to_encode.append(self._to_settle.popleft())
+
+    def ask(self, rows_of: Mapping[int, tuple[int, ...]]) -> None:
+        """Unit -> rows whose verdicts are wanted before `to_settle` can be settled."""
+        self._questions.extend(Task(kind="verdict", unit=unit, rows=rows) for unit, rows in rows_of.items())
+        self._unanswered += len(rows_of)

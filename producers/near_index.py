@@ -39,6 +39,10 @@ class Hits:
     rows: Ints
     distances: Ints
 
+    def of(self, chosen: npt.NDArray[np.bool_]) -> Hits:
+        """Some of them."""
+        return Hits(asked=self.asked[chosen], rows=self.rows[chosen], distances=self.distances[chosen])
+
 
 class _Band:
     """Places of all hashes in order of one band's value, and where each value begins."""

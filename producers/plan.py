@@ -76,7 +76,11 @@ def make_plan(config: Config, *, text_facet: str, latents_facets: Mapping[int, s
     """Raises `ConfigError` for unusable filters and ValueError for unusable aspects or resolutions."""
     filters = tuple(validate_filters(config.filters))
     classes = {resolution: buckets(resolution, config.encode.aspects) for resolution in sorted(latents_facets)}
-    dedup = DedupRule(filters=tuple(one for one in filters if one.filter.looks_at == "captions"))
+    pixels = tuple(one for one in filters if one.filter.looks_at == "pixels")
+    dedup = DedupRule(
+        filters=tuple(one for one in filters if one.filter.looks_at == "captions"),
+        pixels=pixels if any(one.filter.reads_captions for one in pixels) else (),
+    )
     stamped = {"model", "source", "captions", "filters", "dedup", "encode"}
     return Plan(
         text_facet=text_facet,
@@ -114,4 +118,5 @@ def _near_rule(config: Config, filters: Sequence[BoundFilter], dedup: DedupRule)
         distance=config.dedup.distance,
         filters=tuple(one for one in filters if one.filter.looks_at == "header"),
         dedup=dedup,
+        pixels=tuple(one for one in filters if one.filter.looks_at == "pixels"),
     )

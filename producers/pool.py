@@ -191,7 +191,7 @@ class RayWorkers:
             return None
         assert isinstance(reply, Reply)
         if reply.failure is None:
-            return Outcome(task=task, report=reply.report)
+            return reply.outcome
         if reply.failure.kind == "full_disk":
             raise ProduceError(
                 f"unit {task.unit}: the disk of the data set is full ({reply.failure.message}); what is committed is "

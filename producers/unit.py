@@ -78,15 +78,14 @@ def produce_unit(
     to_open = [one for one in assessed if one.decision is None]
     lacking: dict[str, Any] = {}
     with LatentsWriter(dataset, unit, plan, encoders) as latents, TextWriter(dataset, unit, plan, encoders) as texts:
-        for batch in _batches(_open_all(to_open, plan, root, num_threads)):
-            for opened in ask_models(batch, plan, scorers):
-                decisions[opened.assessment.row.row] = opened.decision
-                if opened.fault is not None:
-                    missing = list(opened.assessment.missing)
-                    lacking[str(opened.assessment.row.row)] = {"reason": opened.fault, "classes": missing}
-                for cut_one in cut(opened, plan):
-                    latents.add(cut_one)
-                _queue_texts(opened, plan, texts)
+        for opened in opened_rows(to_open, plan, root, scorers, num_threads):
+            decisions[opened.assessment.row.row] = opened.decision
+            if opened.fault is not None:
+                missing = list(opened.assessment.missing)
+                lacking[str(opened.assessment.row.row)] = {"reason": opened.fault, "classes": missing}
+            for cut_one in cut(opened, plan):
+                latents.add(cut_one)
+            _queue_texts(opened, plan, texts)
         decisions = {
             one.row.row: replace(decisions[one.row.row], caption_faults=one.faults, labels=one.row.labels)
             for one in judged
@@ -104,6 +103,20 @@ def produce_unit(
         captions=num_captions,
         reasons=dict(Counter(decision.reason for decision in decisions.values() if not decision.kept)),
     )
+
+
+def assess_unit(dataset: Dataset, unit: int, plan: Plan, scorers: Scorers) -> list[Assessment]:
+    """What is known of each row before any is opened."""
+    state = read_state(dataset, unit, plan)
+    return [assess(one, state, plan) for one in judge(state.rows, plan, scorers)]
+
+
+def opened_rows(
+    to_open: Sequence[Assessment], plan: Plan, root: str, scorers: Scorers, num_threads: int
+) -> Iterator[Opened]:
+    """Each row decoded, scored by all filters on pixels and decided, in order."""
+    for batch in _batches(_open_all(to_open, plan, root, num_threads)):
+        yield from ask_models(batch, plan, scorers)
 
 
 def _open_all(to_open: Sequence[Assessment], plan: Plan, root: str, num_threads: int) -> Iterator[Opened]:

@@ -7,17 +7,19 @@ Place in the flow: `driver.py` hands out tasks and waits for outcomes. `pool.py`
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from producers.decide import Assessment
 from producers.filters.base import Scorers
 from producers.fit_captions import judge_unit
 from producers.plan import Plan
 from producers.poison import Watch
 from producers.scan import scan_unit
 from producers.sieve import sieve_unit
-from producers.unit import UnitReport, produce_unit
+from producers.unit import UnitReport, assess_unit, produce_unit
+from producers.verdicts import judge_rows, rows_to_judge
 from producers.write import Encoders
 from qwenimg_dist.data.facets import Dataset
 
@@ -28,10 +30,13 @@ class ProduceError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One unit's scan (and the verdict on its captions) or encoding."""
+    """One unit's scan (and the verdict on its captions), the verdict of the filters on some of its pictures
+    (`verdicts.py`), or its encoding."""
 
-    kind: Literal["scan", "encode"]
+    kind: Literal["scan", "verdict", "encode"]
     unit: int
+    rows: tuple[int, ...] = ()
+    """For a verdict."""
     again: tuple[int, ...] = ()
     """Rows to scan once more, though they were scanned."""
     careful: bool = False
@@ -47,6 +52,8 @@ class Outcome:
     task: Task
     report: UnitReport | None = None
     """Of an encoded unit."""
+    verdicts: Mapping[int, bool] = field(default_factory=dict)
+    """Row -> whether the filters on pixels admit it."""
 
 
 class Workers(Protocol):
@@ -80,8 +87,8 @@ def run_task(
     scorers: Scorers,
     num_threads: int = 1,
     max_poison_rows: int = 0,
-) -> UnitReport | None:
-    """Do it here. `encoders` is called only by the encode task, so that a scan loads no model.
+) -> Outcome:
+    """Do it here. `encoders` is called only by the encode task, so that others load no model that encodes.
 
     Raises `PoisonError` if a careful task finds more than `max_poison_rows` pictures that kill.
     """
@@ -92,13 +99,26 @@ def run_task(
     if task.kind == "scan":
         scan_unit(dataset, task.unit, root=root, again=task.again, config_hash=plan.config_hash, watch=watch)
         judge_unit(dataset, task.unit, plan=plan, scorers=scorers)
-        return None
+        return Outcome(task=task)
     if watch is not None:
-        sieve_unit(dataset, task.unit, plan=plan, root=root, scorers=scorers, watch=watch)
+        known = _assess(task, dataset, plan, scorers)
+        sieve_unit(dataset, task.unit, known, plan=plan, root=root, scorers=scorers, watch=watch)
         num_threads = 1
-    return produce_unit(
+    if task.kind == "verdict":
+        known = _assess(task, dataset, plan, scorers)
+        verdicts = judge_rows(known, plan=plan, root=root, scorers=scorers, num_threads=num_threads)
+        return Outcome(task=task, verdicts=verdicts)
+    report = produce_unit(
         dataset, task.unit, plan=plan, root=root, encoders=encoders(), scorers=scorers, num_threads=num_threads
     )
+    return Outcome(task=task, report=report)
+
+
+def _assess(task: Task, dataset: Dataset, plan: Plan, scorers: Scorers) -> list[Assessment]:
+    """The rows that the task is about."""
+    if task.kind == "verdict":
+        return rows_to_judge(dataset, task.unit, task.rows, plan, scorers)
+    return assess_unit(dataset, task.unit, plan, scorers)
 
 
 @dataclass
@@ -121,7 +141,8 @@ class InlineWorkers:
 
     def wait(self, timeout_s: float) -> Sequence[Outcome]:
         task = self._queue.popleft()
-        report = run_task(
-            task, self.dataset, self.plan, root=self.root, encoders=lambda: self.encoders, scorers=self.scorers
-        )
-        return [Outcome(task=task, report=report)]
+        return [
+            run_task(
+                task, self.dataset, self.plan, root=self.root, encoders=lambda: self.encoders, scorers=self.scorers
+            )
+        ]

@@ -36,8 +36,8 @@ class DedupConfig(Section):
     """Near duplicates; rows of equal bytes are always told apart."""
 
     near: bool = False
-    """Reject a picture that looks like one before it which is kept as far as header and captions go. Settled before
-    pixels are looked at: a first copy that a filter on pixels rejects still costs the ones after it."""
+    """Reject a picture that looks like one before it which the filters admit. Costs one decode more, and the filters'
+    models once more, of each first copy whose unit is not ready when a copy of it is settled."""
     distance: int = Field(default=6, ge=0, le=12)
     """Bits of 64 in which the two hashes may differ. Another distance settles anew, without reading a picture."""
 

@@ -39,7 +39,6 @@ from producers.hold import Hold
 from producers.pictures import Pixels
 from producers.plan import Plan, make_plan
 from producers.sources import open_source
-from producers.unit import UnitReport
 from producers.workers import Outcome, Task, run_task
 from producers.write import EditPrompt
 from qwenimg_dist.compose import load_config
@@ -95,7 +94,7 @@ class PacedWorkers:
         self._own_s = 0.0
         self._random = random.Random(0)
         self._pool = ThreadPoolExecutor(WORKERS)
-        self._busy: dict[Future[UnitReport | None], Task] = {}
+        self._busy: dict[Future[Outcome], Task] = {}
 
     def num_idle(self) -> int:
         return WORKERS - len(self._busy)
@@ -105,19 +104,21 @@ class PacedWorkers:
 
     def wait(self, timeout_s: float) -> Sequence[Outcome]:
         ended, _ = wait(self._busy, timeout=timeout_s, return_when=FIRST_COMPLETED)
-        return [Outcome(task=self._busy.pop(one), report=one.result()) for one in ended]
+        for one in ended:
+            del self._busy[one]
+        return [one.result() for one in ended]
 
     def close(self) -> None:
         self._pool.shutdown()
 
-    def _do(self, task: Task) -> UnitReport | None:
+    def _do(self, task: Task) -> Outcome:
         if task.kind == "scan":
             return self._work(task)
         time.sleep(max(0.0, self._unit_s * self._random.uniform(0.7, 1.3) - self._own_s))
         begin = time.perf_counter()
-        report = self._work(task)
+        outcome = self._work(task)
         self._own_s += 0.2 * (time.perf_counter() - begin - self._own_s)
-        return report
+        return outcome
 
 
 class World:

@@ -20,6 +20,7 @@ from producers.near import load_near_index, settle, settle_near
 from producers.near_index import HammingIndex
 from producers.plan import Plan
 from producers.sources import open_source
+from producers.verdicts import Verdicts
 from producers.workers import InlineWorkers, Outcome, Task
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import Dataset, Part
@@ -194,14 +195,16 @@ def test_settling_unit_by_unit_is_the_plain_loop(seed: int, distance: int, sizes
         found: dict[int, int] = {}
         for end in np.cumsum(sizes):
             unit = slice(len(found), end)
-            near, distances = settle(hashes[unit], rows[unit], index)
+            near, distances, wanted = settle(hashes[unit], rows[unit], index)
+            assert not wanted
             assert ((near == -1) == (distances == -1)).all()
             index.add(hashes[unit][near == -1], rows[unit][near == -1])
             found |= dict(zip(rows[unit].tolist(), near.tolist(), strict=True))
         assert found == plainly(list(zip(rows.tolist(), hashes.tolist(), strict=True)), distance)
         # Any unit, settled again beside all the others, comes out the same.
         for begin, end in zip(np.cumsum([0, *sizes]), np.cumsum(sizes)):
-            again, _ = settle(hashes[begin:end], rows[begin:end], _without(index, rows[begin:end], hashes, rows, found))
+            rest = _without(index, rows[begin:end], hashes, rows, found)
+            again, _, _ = settle(hashes[begin:end], rows[begin:end], rest)
             assert again.tolist() == [found[int(row)] for row in rows[begin:end]]
 
 
@@ -301,6 +304,7 @@ def test_a_lost_part_is_made_again_as_it_was(source: Path, tmp_path: Path) -> No
     before = rows_of(dataset, rule.facet)
     for part in dataset.parts(rule.facet):
         dataset.parquet(part).unlink()
-        settle_near(dataset, part.unit, rule, load_near_index(dataset, rule), config_hash="x")
+        ask = Verdicts(dataset, near_plan()).of
+        assert not settle_near(dataset, part.unit, rule, load_near_index(dataset, rule), ask, config_hash="x")
         assert rows_of(dataset, rule.facet) == before
     assert dataset.read(dataset.parts(rule.facet)[0]).schema.field("phash").type == pa.int64()

@@ -258,11 +258,13 @@ def test_the_digest_index_finds_what_was_added_across_merges(monkeypatch: pytest
     digests = [rng.bytes(31) + bytes([number % 3]) for number in range(400)]  # every third ends in NUL
     index = DigestIndex()
     for row, digest in enumerate(digests):
-        assert index.find(digest) is None
-        index.add(digest, row)
-    assert [index.find(digest) for digest in digests] == list(range(400))
-    assert index.find(digests[0][:-1] + b"\7") is None
+        assert index.find_many([digest]) == [[]]
+        index.add([(digest, row)])
+    assert index.find_many(digests) == [[row] for row in range(400)]
+    assert index.find_many([digests[0][:-1] + b"\7"]) == [[]]
     assert len(index) == 400
+    index.add([(digests[3], 500), (b"\1" * 32, 501), (b"\1" * 32, 502)])
+    assert index.find_many([digests[3], b"\1" * 32, digests[4]]) == [[3, 500], [501, 502], [4]]
 
 
 def test_every_part_of_every_facet_is_there_even_if_nothing_was_kept(tmp_path: Path, dataset: Dataset) -> None:
