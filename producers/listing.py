@@ -158,7 +158,7 @@ class _Known:
 
     def _reserve(self, num_rows: int) -> None:
         if num_rows > len(self._digests):
-            grown = max(num_rows, 1024, len(self._digests) * 5 // 4)
+            grown = max(num_rows, 1024, len(self._digests) * 9 // 8)
             self._digests = np.pad(self._digests, (0, grown - len(self._digests)))
             self._met = np.pad(self._met, (0, grown - len(self._met)))
 

@@ -50,10 +50,18 @@ def hash_grey(grey: npt.NDArray[np.uint8]) -> int | None:
     coefficients = _dct(height) @ grey.astype(np.float32) @ _dct(width).T
     lowest = coefficients[:_FREQUENCIES, :_FREQUENCIES].copy()
     lowest[0, 0] = coefficients[0, _FREQUENCIES]  # the mean would give the same bit for every picture
-    if np.median(np.abs(lowest)) < _MIN_CONTRAST:
+    if _median(np.abs(lowest)) < _MIN_CONTRAST:
         return None
-    bits = np.packbits(lowest > np.median(lowest))
+    bits = np.packbits(lowest > _median(lowest))
     return int.from_bytes(bits.tobytes(), "big", signed=True)
+
+
+def _median(values: npt.NDArray[np.float32]) -> np.float32:
+    """As `np.median` of an even number of them, in a tenth of its time."""
+    ordered = np.sort(values, axis=None)
+    middle = len(ordered) // 2
+    median: np.float32 = (ordered[middle - 1] + ordered[middle]) / np.float32(2)
+    return median
 
 
 def _background_share(grey: npt.NDArray[np.uint8]) -> float:

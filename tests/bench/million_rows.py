@@ -229,7 +229,7 @@ def measure(job: dict[str, Any]) -> harness.Figures:
         drivers.clear()  # with all it remembers, as if the process had ended
         if make_driver().pending():
             raise RuntimeError("units are pending after they were produced")
-        if not len(load_index(dataset)):
+        if not len(load_index(dataset, plan.dedup)):
             raise RuntimeError("nothing is settled")
 
     def count() -> None:

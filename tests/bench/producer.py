@@ -1,7 +1,8 @@
 """The unit pipeline against a bare loop that does the same operations, images/s, and what Ray adds per sample.
 
 Pictures are JPEG files of mixed aspect with distinct captions; each goes to 64 and 128 px through the tiny VAE, each
-caption through the tiny text encoder. All variants work through the same pictures of a round, one thread each:
+caption through the tiny text encoder. All variants work through the same pictures of a round, one thread each, in units
+of 128 rows (the default is 512: fsyncs and small files count for four times as much here):
 
     bare      open, convert, resize, crop, the same VAE batches, the same text encoder, safetensors into two tars and
               one for text; no hash, no scores, no index, no fsync: what a script would do
@@ -10,7 +11,8 @@ caption through the tiny text encoder. All variants work through the same pictur
     ray       the same units on one Ray actor, driven from here as `produce` does; its start is not counted
     ray 2     on two actors, whose figure means something only where two cores are free: the load is printed beside it
 
-Ray's share is also measured by itself: the round trip of one control message, of which a unit costs two.
+CPU time is counted where it is spent: in this process (for ray: the driver), in the actors, and in Ray's daemons. Ray's
+share is also measured by itself: the round trip of one control message, of which a unit costs two.
 
     python tests/bench/producer.py [--quick] [--repeats 5] [--out FILE]
 """
@@ -25,13 +27,14 @@ import tarfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import psutil
 import torch
 from harness import Figures, Report, interleaved, num_repeats, parser, scratch, timed
 from PIL import Image
@@ -53,7 +56,7 @@ from qwenimg_dist.models.pipeline import pipeline_dir
 from qwenimg_dist.models.text_encoder import TextEncoder
 from qwenimg_dist.models.vae import LatentCodec
 
-UNIT: Final = 32
+UNIT: Final = 128
 SIZES: Final = ((800, 600), (600, 800), (700, 700), (960, 540))
 """(width, height) of the source pictures."""
 MESSAGES_PER_UNIT: Final = 2
@@ -165,11 +168,31 @@ def _variant(run: Callable[[Round], None], rounds: Sequence[Round]) -> Callable[
 
     def once() -> Figures:
         work = next(left)
+        before = cpu_seconds()
         with timed() as clock:
             run(work)
-        return {"images/s": len(work.files) / clock.wall_s, "ms/image": 1000 * clock.wall_s / len(work.files)}
+        spent = {who: after - before.get(who, 0.0) for who, after in cpu_seconds().items()}
+        per_image = 1000 / len(work.files)
+        return {
+            "images/s": len(work.files) / clock.wall_s,
+            "ms/image": per_image * clock.wall_s,
+            "CPU ms/image here": per_image * clock.cpu_s,
+            "in actors": per_image * spent.get("actors", 0.0),
+            "in Ray's daemons": per_image * spent.get("daemons", 0.0),
+        }
 
     return once
+
+
+def cpu_seconds() -> dict[str, float]:
+    """Of the processes below this one, actors and others apart."""
+    spent: dict[str, float] = defaultdict(float)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            times = process.cpu_times()
+            who = "actors" if process.name().startswith("ray::") else "daemons"
+            spent[who] += times.user + times.system
+    return spent
 
 
 def round_trip_ms(num: int) -> list[float]:
@@ -195,7 +218,7 @@ def main() -> int:
     args = parser(__doc__, repeats=5).parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    repeats, per_round = num_repeats(args), UNIT * (4 if args.quick else 16)
+    repeats, per_round = num_repeats(args), UNIT * (2 if args.quick else 4)
     report = Report(
         name="producer",
         what="the unit pipeline, in process and on a Ray actor, against a bare loop of the same operations",
