@@ -9,6 +9,8 @@ of 128 rows (the default is 512: fsyncs and small files count for four times as 
     inline    listing, scan, dedup, filters, decode recipe, encode, shards, parquet, commits, in this process
     plain     the same without filters and near duplicates: what the pipeline itself costs
     ray       the same units on one Ray actor, driven from here as `produce` does; its start is not counted
+    ray fed   on one loader that feeds an encoder in another process: what passing pixels costs is the CPU time beside
+              `ray`'s
     ray 2     on two actors, whose figure means something only where two cores are free: the load is printed beside it
 
 CPU time is counted where it is spent: in this process (for ray: the driver), in the actors, and in Ray's daemons. Ray's
@@ -248,22 +250,23 @@ def main() -> int:
 
         inline, plain = in_process("inline", plan, config), in_process("plain", plain_plan, without)
 
-        def on_ray(producers: int) -> Pipeline:
-            cluster = config.cluster.model_copy(update={"producers": producers})
+        def on_ray(producers: int, loaders: int = 0) -> Pipeline:
+            cluster = config.cluster.model_copy(update={"producers": producers, "loaders_per_producer": loaders})
             return Pipeline(
-                folder / f"ray-{producers}",
+                folder / f"ray-{producers}-{loaders}",
                 plan,
                 config,
                 lambda dataset: RayWorkers(_job(config, pipeline, plan, dataset.root), cluster),
             )
 
-        with ray_session(config.cluster.model_copy(update={"producers": 3})):
-            one, two = on_ray(1), on_ray(2)
+        with ray_session(config.cluster.model_copy(update={"producers": 3, "loaders_per_producer": 1})):
+            one, two, fed = on_ray(1), on_ray(2), on_ray(1, 1)
             variants: dict[str, Callable[[Round], None]] = {
                 "bare": bare,
                 "inline": inline,
                 "plain": plain,
                 "ray": one,
+                "ray fed": fed,
                 "ray 2": two,
             }
             load = os.getloadavg()[0]
@@ -271,7 +274,7 @@ def main() -> int:
                 {name: _variant(run, rounds) for name, run in variants.items()}, repeats=repeats, warmup=1
             )
             trips = round_trip_ms(200)
-            for each in (one, two):
+            for each in (one, two, fed):
                 assert isinstance(each.workers, RayWorkers)
                 each.workers.close()
     for name, figures in results.items():

@@ -169,6 +169,20 @@ def test_a_scan_that_crashes_goes_on_without_the_file(
     assert {row for row, entry in rows_of(dataset, ROWS).items() if entry["status"] == "kept"} == set(range(7))
 
 
+def test_a_culprit_that_a_verdict_is_asked_of_is_found_and_not_admitted(
+    source: Path, dataset: Dataset, crash_on: Callable[..., None]
+) -> None:
+    crash_on(2, 5)
+    asked = Task(kind="verdict", unit=0, rows=(1, 2, 3))
+    assert until_done(dataset, source, asked) == [-signal.SIGSEGV] * 3 + [0]
+    assert {row for row, entry in rows_of(dataset, SCAN).items() if entry["fault"] == POISON} == {2}
+    dataset.refresh()
+    told = run_task(asked, dataset, PLAN, root=str(source), encoders=FakeEncoders, scorers=SCORERS)
+    assert told.verdicts == {1: True, 2: False, 3: True}
+    assert until_done(dataset, source, Task(kind="encode", unit=0)) == [-signal.SIGSEGV] * 3 + [0]
+    assert {row for row, entry in rows_of(dataset, ROWS).items() if entry["reason"] == POISON} == {2, 5}
+
+
 def test_where_everything_crashes_nothing_is_recorded(
     source: Path, dataset: Dataset, crash_on: Callable[..., None]
 ) -> None:
