@@ -241,7 +241,7 @@ def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
                 return converted
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # damaged, or made for another mode
             pass
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # converted to its own mode it would be copied
 
 
 def _first_line(error: BaseException) -> str:
