@@ -341,6 +341,7 @@ def open_data(
         follow=config.follow,
         max_ahead_bytes=config.cluster.max_ahead_bytes,
     )
+    stack.callback(generations.close)
     _on_first(ranks, lambda: _check_generations(config, generations, known, prepared.run_dir, hooks))
     await_batch(generations, ranks, hooks, min(step, config.train.steps - 1))
     if note := _on_first(ranks, lambda: generations.not_yet_taken_down):

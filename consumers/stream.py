@@ -195,7 +195,8 @@ class Stream:
         return cut_for(len(batch.rows), 1, 0, tokens, rank=self._rank, world=self._world).source
 
     def _submit(self, step: int, *, required: bool = False) -> None:
-        if required or step not in self._pending:
+        asked = self._pending.get(step)
+        if required or asked is None or _came_too_soon(asked):
             self._pending[step] = self._thread.submit(self._make, step, required)
 
     def _make_whole(self, groups: Sequence[HeldOutBucket]) -> list[MicroBatch]:
@@ -318,6 +319,11 @@ class Stream:
             made.append(replace(micro, weights=micro.weights * known[part], reference=reference[part]))
             begin = part.stop
         return made
+
+
+def _came_too_soon(asked: Future[RankBatch | None]) -> bool:
+    """A batch was asked for before its generation had come: it may have, meanwhile."""
+    return asked.done() and not asked.cancelled() and asked.exception() is None and asked.result() is None
 
 
 def _rank_batch(

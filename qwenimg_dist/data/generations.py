@@ -5,8 +5,9 @@ appends a line to `RUN/generations.jsonl` (fsynced). All ranks `refresh`, which 
 segment. Without `follow`, one generation pins everything that is ready at the start and serves all phases and epochs.
 With it, a phase begins with what is ready, and grows by what became ready whenever its batches are used up, by a tenth
 at least, so that slow producers give a hundred generations and not one per unit; when the source is complete the epoch
-closes, and the next one covers all units again. Several data sets have one generation each, all recorded before the
-first step; `follow` is refused for them.
+closes, and the next one covers all units again. What comes next is looked for some steps before it is needed, in a
+thread (`early.py`), and recorded at the first step that finds it there, so that no step waits for a catalog. Several
+data sets have one generation each, all recorded before the first step; `follow` is refused for them.
 
 The order of samples depends on the lines alone, not on the steps they were written at: a run killed and resumed reads
 its lines and goes on. A torn last line (the process died while writing it) was never used; it is ignored and
@@ -20,12 +21,14 @@ import shutil
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from qwenimg_dist.data.ahead import Stretch, part_bytes, write_progress
 from qwenimg_dist.data.catalog import HEAD, Catalog, CatalogFolder, Catalogs, Ints, RunFacets
 from qwenimg_dist.data.catalog_build import PARTS, build_catalog
+from qwenimg_dist.data.early import EARLY_STEPS, EarlyLook
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.generation_log import FILE, Generation, append_line, read_lines
 from qwenimg_dist.data.held_out import HeldOutBucket, held_out_rows, held_out_set, held_out_threshold
@@ -103,11 +106,13 @@ class Generations:
         *,
         follow: bool,
         max_ahead_bytes: int | None = None,
+        early_steps: int = EARLY_STEPS,
     ) -> None:
         """`dataset` are several by name if the config has a `mix`, which a run that follows may not have.
 
         `max_ahead_bytes` is what producers are held back by: half of it is enough for a generation, whatever share of
-        the epoch that is, since waiting for more could be in vain.
+        the epoch that is, since waiting for more could be in vain. Where the ledger ends within `early_steps`, the
+        next generation is looked for in a thread; 0: when it is needed.
         """
         if follow and config.mix is not None:
             raise ValueError("a run on several data sets cannot follow their producers: shares are settled once")
@@ -117,6 +122,8 @@ class Generations:
         self.config = config
         self.follow = follow
         self._max_ahead_bytes = max_ahead_bytes
+        self._early_steps = early_steps
+        self._early = EarlyLook()
         self._unit_bytes: dict[tuple[int, int], int] = {}
         self._told = -float("inf")
         self._told_awaited = self._awaited = 0
@@ -211,19 +218,38 @@ class Generations:
         """
         if self._ledger is None:
             self.refresh()
+        self._record(self._early.take(wait=False))
         while self._ledger is None or not self._ledger.available(step):
-            lines = self._next(step)
+            lines = self._early.take(wait=True) or self._next(step)
             if not lines:
                 self._tell(step, awaited=self._awaited)
                 return "wait"
             if self._ledger is None:
                 self._try([*self.lines, *lines])
-            for line in lines:
-                append_line(self.run / FILE, line)
-            self.refresh()
-            self._told = -float("inf")
+            self._record(lines)
+        self._look_early(self._ledger, step)
         self._tell(step, awaited=0)
         return "ready"
+
+    def close(self) -> None:
+        """Rank 0: end what `advance` began."""
+        self._early.close()
+
+    def _record(self, lines: Sequence[Generation]) -> None:
+        for line in lines:
+            append_line(self.run / FILE, line)
+        if lines:
+            self.refresh()
+            self._told = -float("inf")
+
+    def _look_early(self, ledger: Ledger, step: int) -> None:
+        """Begin to make the generation that the first of the next steps without a batch needs."""
+        if self.settled or self._early.is_busy:
+            return
+        end = min(step + 1 + self._early_steps, self.config.phases[-1].last_step)
+        lacking = next((ahead for ahead in range(step + 1, end) if not ledger.available(ahead)), None)
+        if lacking is not None:
+            self._early.begin(partial(self._next, lacking))
 
     def _tell(self, step: int, *, awaited: int) -> None:
         """Now and then, let producers know how far training is, see `ahead.py`."""

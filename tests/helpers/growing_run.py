@@ -38,9 +38,12 @@ def make_config(*, steps: int = 1000, phases: int = 1, batch: int = 3, held_out:
     )
 
 
-def open_run(run: Path, producer: FakeProducer, config: LedgerConfig, *, follow: bool) -> Generations:
-    """What a rank 0 does at start."""
-    generations = Generations(run, Dataset.open(producer.dataset.root), producer.facets, config, follow=follow)
+def open_run(
+    run: Path, producer: FakeProducer, config: LedgerConfig, *, follow: bool, early_steps: int = 0
+) -> Generations:
+    """What a rank 0 does at start. Without early looks, lines depend on what is ready when they are needed alone."""
+    dataset = Dataset.open(producer.dataset.root)
+    generations = Generations(run, dataset, producer.facets, config, follow=follow, early_steps=early_steps)
     generations.verify()
     return generations
 
