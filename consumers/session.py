@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -85,6 +85,8 @@ class Hooks:
     """A file that `say` appends to, for processes beside the rank; empty where `say` is standard error."""
     say: Callable[[str], None] = _ignore
     """One line for a person; called on rank 0, and by any rank for a warning of its own."""
+    observe: Callable[[Mapping[str, float]], None] = _ignore
+    """What is logged of a step, and `checkpoint/step` once one is saved; called on rank 0 for whatever shows it."""
     score: Score | None = None
     """How pictures are judged; None where the consumers open the config's rewards themselves, in a process beside the
     rank."""

@@ -222,6 +222,7 @@ def _log(
         **extra,
     }
     session.log.metrics(step, values)
+    session.hooks.observe({"train/step": step, **values})
     if notice := session.objective.notice(values):
         _warn(session, f"step {step}: {notice}")
     told = f"loss {values['train/loss']:.4f}" if losses or updates.failed else "no update"
@@ -266,6 +267,7 @@ def _save(session: Session) -> None:
     )
     if session.ranks.is_first:
         session.hooks.say(f"saved step {session.progress.step}")
+        session.hooks.observe({"checkpoint/step": session.progress.step})
     if session.remote:
         _copy(session, session.remote)
     if session.report and session.config.train.report == "checkpoints":

@@ -29,6 +29,7 @@ from typing import Any, Final
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
+from producers import own_ray
 from producers.actor import Job, Reply, UnitActor
 from producers.deaths import LESS_MEMORY, end_actors, machine_died, why_died
 from producers.encoder_group import EncoderGroup
@@ -51,7 +52,8 @@ _RAY_GONE_S: Final = 10.0
 
 @contextlib.contextmanager
 def ray_session(cluster: ClusterConfig, *, cpus: float | None = None) -> Iterator[None]:
-    """Ray, started on 127.0.0.1 and ended with the block, or joined at `cluster.address`; one that runs is used.
+    """Ray, started for this process alone and ended with the block, or joined at `cluster.address`; one that runs is
+    used.
 
     `cpus` are what all actors together reserve; None: the producers.
     Inside a submitted job Ray itself names the address (`RAY_ADDRESS`), and that cluster is joined.
@@ -62,24 +64,25 @@ def ray_session(cluster: ClusterConfig, *, cpus: float | None = None) -> Iterato
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    if address is not None:
-        quiet.pop("include_dashboard")
-        ray.init(address=address, **quiet)
-    else:
-        # More actors than CPUs must still start: the user's figure decides, not the machine's.
-        cpus = cluster.producers * cluster.producer_cpus if cpus is None else cpus
-        num_cpus = max(os.cpu_count() or 1, math.ceil(cpus))
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            object_store_memory=_OBJECT_STORE_BYTES + cluster.producers * cluster.loaders_per_producer * _LOADER_BYTES,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
-    try:
+    with contextlib.ExitStack() as stack:
+        if address is not None:
+            quiet.pop("include_dashboard")
+            ray.init(address=address, **quiet)
+        else:
+            # More actors than CPUs must still start: the user's figure decides, not the machine's.
+            cpus = cluster.producers * cluster.producer_cpus if cpus is None else cpus
+            num_cpus = max(os.cpu_count() or 1, math.ceil(cpus))
+            stack.enter_context(own_ray.private())
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                object_store_memory=_OBJECT_STORE_BYTES
+                + cluster.producers * cluster.loaders_per_producer * _LOADER_BYTES,
+                _node_ip_address=own_ray.ADDRESS,
+                **quiet,
+            )
+        stack.callback(ray.shutdown)
         yield
-    finally:
-        ray.shutdown()
 
 
 @dataclass

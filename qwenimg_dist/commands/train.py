@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -344,6 +344,7 @@ def _rank(job: dict[str, Any]) -> dict[str, Any]:
             log_file=str((run_dir / LOG_FILE).absolute()),
             command_id=str(job["command_id"]),
             score=_score(config, job["reward_actors"]),
+            observe=_observer(run_dir) if is_first and job["work"] == "training" else _unseen,
         )
         outcome = work(config, hooks)
     except ValueError as error:
@@ -351,6 +352,16 @@ def _rank(job: dict[str, Any]) -> dict[str, Any]:
     except TrainingError as error:
         return {"error": str(error), "code": 1}
     return {"outcome": outcome}
+
+
+def _observer(run_dir: Path) -> Callable[[Mapping[str, float]], None]:
+    from qwenimg_dist.commands.train_metrics import TrainGauges
+
+    return TrainGauges(run_dir.name).set
+
+
+def _unseen(_: Mapping[str, float]) -> None:
+    return None
 
 
 def _score(config: Config, actors: Sequence[Any]) -> Score | None:

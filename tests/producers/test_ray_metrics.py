@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import re
-import time
-import urllib.request
-
 import pytest
-import ray
+from prometheus import await_figures
 
 from producers.pool import ray_session
 from producers.ray_metrics import PREFIX, RayGauges
@@ -27,23 +23,6 @@ def test_figures_reach_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
         for unit in range(2):
             gauges.unit_done(report)
             gauges.state(images_per_s=3.5, units_left=1 - unit, left_s=4.0)
-        port = ray.nodes()[0]["MetricsExportPort"]
         wanted = {"units": 2.0, "kept": 12.0, "images": 14.0, "images_per_second": 3.5, "units_left": 0.0}
         wanted |= {'not_admitted reason="blurry"': 4.0, 'not_admitted reason="duplicate"': 2.0}
-        deadline = time.monotonic() + 90
-        found: dict[str, float] = {}
-        while not wanted.items() <= found.items():
-            assert time.monotonic() < deadline, found
-            time.sleep(1)
-            found = scrape(f"http://127.0.0.1:{port}/metrics")
-
-
-def scrape(url: str) -> dict[str, float]:
-    """Our figures by short name, with the reason where there is one."""
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        text = answer.read().decode()
-    found = {}
-    for name, labels, value in re.findall(rf"^ray_{PREFIX}_(\w+?)(?:_total)?{{(.*)}} (\S+)$", text, re.MULTILINE):
-        reason = re.search(r'reason="\w*"', labels)
-        found[f"{name} {reason[0]}" if reason else name] = float(value)
-    return found
+        await_figures(wanted, PREFIX, "reason")
