@@ -59,11 +59,17 @@ def cut_for(
     """
     per_rank = -(-num_slots // world)
     slots = np.arange(rank * per_rank, (rank + 1) * per_rank, dtype=np.int64)
+    sizes = micro_batch_sizes(per_rank, image_tokens, max_text_tokens, budget, pictures=pictures)
+    return Cut(slots=slots, source=np.minimum(slots, num_slots - 1), sizes=sizes)
+
+
+def micro_batch_sizes(
+    per_rank: int, image_tokens: int, max_text_tokens: int, budget: int, *, pictures: int = 1
+) -> list[int]:
+    """How a rank's samples are split; as even as can be: the fewest micro-batches with the smallest peak memory."""
     largest = max(1, budget // (pictures * (image_tokens + max_text_tokens)))
     num = -(-per_rank // largest)
-    # As even as can be: the same number of micro-batches with the smallest peak memory.
-    sizes = [per_rank // num + (index < per_rank % num) for index in range(num)]
-    return Cut(slots=slots, source=np.minimum(slots, num_slots - 1), sizes=sizes)
+    return [per_rank // num + (index < per_rank % num) for index in range(num)]
 
 
 def cut_batch(

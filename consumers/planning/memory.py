@@ -16,7 +16,7 @@ import torch
 from consumers.planning.facts import DataFacts, ModelFacts, StreamFacts
 from consumers.planning.passes import passes_of
 from consumers.ranks import Ranks
-from consumers.stream import PREFETCH, cut_for
+from consumers.stream import PREFETCH, micro_batch_sizes
 from consumers.zero_settings import deepspeed_config
 from qwenimg_dist.config import Config, GrpoConfig
 from qwenimg_dist.estimate import DeviceMemory, device_memory, offloaded_bytes
@@ -161,16 +161,9 @@ def host_memory(config: Config, model: ModelFacts, data: DataFacts, *, world_siz
 
 def _largest_micro_batch(data: DataFacts, stream: StreamFacts, bucket: Bucket, text: int, world_size: int) -> int:
     phase = stream.phase
-    cut = cut_for(
-        phase.global_batch * data.rows_per_sample,
-        data.image_tokens(bucket),
-        text,
-        phase.micro_batch_tokens,
-        rank=0,
-        world=world_size,
-        pictures=data.pictures,
-    )
-    return max(cut.sizes)
+    per_rank = -(-phase.global_batch * data.rows_per_sample // world_size)
+    tokens = data.image_tokens(bucket)
+    return max(micro_batch_sizes(per_rank, tokens, text, phase.micro_batch_tokens, pictures=data.pictures))
 
 
 def _latent_elements(bucket: Bucket) -> int:

@@ -15,7 +15,7 @@ from typing import Final
 from consumers.planning.facts import DataFacts, ModelFacts, StreamFacts
 from consumers.planning.passes import passes_of
 from consumers.planning.traffic import Traffic, inter_node_bytes, seconds, traffic
-from consumers.stream import cut_for
+from consumers.stream import micro_batch_sizes
 from qwenimg_dist.config import Config
 from qwenimg_dist.metrics import PEAK_FLOPS
 from qwenimg_dist.models.transformer import forward_flops
@@ -168,7 +168,7 @@ def time_of(
 def num_micro_batches(data: DataFacts, stream: StreamFacts, bucket: Bucket, text: int, per_rank: int) -> int:
     """Of one rank and step, with texts of this length."""
     budget, tokens = stream.phase.micro_batch_tokens, data.image_tokens(bucket)
-    return len(cut_for(per_rank, tokens, text, budget, rank=0, world=1, pictures=data.pictures).sizes)
+    return len(micro_batch_sizes(per_rank, tokens, text, budget, pictures=data.pictures))
 
 
 def sample_flops(

@@ -2,7 +2,8 @@
 
     qwenimg-dist plan model=qwen_image_2512 cluster=nodes_8x8 [data.path=DATA stage=... any override] [--json]
 
-Device memory of a rank by phase, host memory, disk, traffic, steps, hours, and a model of what more GPUs would give.
+Device memory of a rank by phase, host memory, disk, traffic, steps, hours, a model of what more GPUs would give, and
+what producers take: encoders on a GPU, images/s and hours to encode.
 Without data.path the data is assumed (`plan.images`, `plan.text_tokens`), and said. What cannot fit is refused with
 exit code 2, with the overrides that would make it fit, each recomputed; `plan.force=true` ends with 0 all the same.
 `plan.probe=true` starts `cluster.ranks` ranks here and times a few real steps instead of assuming a rate. Writes
@@ -19,10 +20,12 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 
 from qwenimg_dist.compose import load_config
+from qwenimg_dist.schema import EDIT
 
 if TYPE_CHECKING:
     from consumers.planning.plan import JobPlan
     from consumers.planning.timing import Probe
+    from producers.planning import ProducersPlan
 
 _START_S: Final = 300.0
 SUMMARY: Final = "memory, disk, traffic and hours of a run before it starts; refuses what cannot fit, says what would"
@@ -36,6 +39,7 @@ def run(args: list[str]) -> int:
     from consumers.planning.fit import changes_that_fit  # imports torch
     from consumers.planning.plan import make_job_plan
     from consumers.planning.report import assumptions, change_lines, tables, to_json, verdict
+    from producers import planning as producing
 
     plan = make_job_plan(config, world_size=config.cluster.ranks)
     if config.plan.probe and (not plan.faults or config.plan.force):
@@ -49,17 +53,40 @@ def run(args: list[str]) -> int:
             return 1
         plan = make_job_plan(config, world_size=config.cluster.ranks, data=plan.data, probe=probe)
     changes = changes_that_fit(plan, overrides, load_config) if plan.faults else []
-    code = 2 if plan.faults and not config.plan.force else 0
+    made = _producers(plan)
+    # Of data that is there the encoding is done.
+    missing = made.faults if plan.data.assumed else []
+    code = 2 if (plan.faults or missing) and not config.plan.force else 0
     if as_json:
-        print(json.dumps(to_json(plan, changes), indent=1))
+        told = {**to_json(plan, changes), "producers": producing.to_json(made)}
+        told |= {"fits": False, "faults": [*plan.faults, *missing]} if missing else {}
+        print(json.dumps(told, indent=1))
         return code
     console = Console(soft_wrap=True)
-    for table in tables(plan):
+    drawn = max((time.images_per_s for time in plan.times if time.images_per_s), default=None)
+    for table in [*tables(plan), producing.table(made, drawn)]:
         console.print(table.rich() if console.is_terminal else table.text(), highlight=False, markup=False)
-    lines = [*assumptions(plan), verdict(plan), *(change_lines(changes) if plan.faults else [])]
+    lines = [*assumptions(plan), *producing.lines(made, drawn), verdict(plan)]
+    lines += [*(change_lines(changes) if plan.faults else []), *(f"producers do not fit: {one}" for one in missing)]
     for line in lines:
         console.print(line, highlight=False, markup=False)
     return code
+
+
+def _producers(plan: JobPlan) -> ProducersPlan:
+    from consumers.data_sets import kinds_of
+    from consumers.planning.facts import local_pipeline
+    from producers.planning import producers_plan
+
+    kinds, data = set(kinds_of(plan.config).values()), plan.data
+    return producers_plan(
+        plan.config,
+        kind=kinds.pop() if len(kinds) == 1 else EDIT,
+        num_rows=data.num_images,
+        captions=data.captions_per_image,
+        text_tokens=data.mean_text,
+        pipeline=local_pipeline(plan.config),
+    )
 
 
 def _probe(plan: JobPlan) -> Probe:

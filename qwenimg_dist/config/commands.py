@@ -114,6 +114,13 @@ class PlanConfig(Section):
     (`tests/bench/gpu.py`): 0.25 eager, 0.4 compiled. Recomputation is counted besides."""
     network_efficiency: float = Field(default=0.8, gt=0, le=1)
     """Share of the links' rate that large collectives reach; an assumption."""
+    encode_mfu: float = Field(default=0.25, gt=0, le=1)
+    """Share of the peak that producers' encoders reach on GPUs; an assumption."""
+    cpu_gflops: PositiveFloat = 40
+    """GFLOP/s of one CPU in the encoders, for producers without GPUs; an assumption."""
+    decoded_per_cpu_s: PositiveFloat = 12
+    """Pictures that one CPU decodes, judges and resizes per second, all classes together; an assumption (photographs of
+    two million pixels or so; larger ones take longer)."""
     images: PositiveInt = 1_000_000
     """Rows of the data set, where `data.path` names none."""
     text_tokens: PositiveInt = 150

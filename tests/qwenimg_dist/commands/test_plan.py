@@ -38,6 +38,23 @@ def test_a_plan_that_cannot_fit_ends_with_2_and_says_what_would(capsys: pytest.C
     assert json.loads(capsys.readouterr().out)["fits"] is False
 
 
+def test_producers_are_planned_for_and_refused_where_a_gpu_cannot_hold_their_encoders(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["model=qwen_image_2512", "cluster=nodes_8x8_both", "train.steps=1000"]
+    assert plan.run(given) == 0
+    told = capsys.readouterr().out
+    assert "Producers: 8 with 4 CPUs and 1 GPUs each (a model)" in told
+    assert "in `run`, training waits for producers" in told
+    few = [*given, "cluster.gpus_per_producer=0.25"]
+    assert plan.run([*few, "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    assert found["faults"] == found["producers"]["faults"] != []
+    assert plan.run([*few, "plan.force=true"]) == 0
+    assert "producers do not fit: a producer's encoders need" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_probe_measures_on_two_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.run(["cluster.ranks=2", "plan.probe=true", "plan.probe_steps=2", "train.steps=100", "--json"]) == 0
