@@ -29,6 +29,7 @@ _END_S = 8.0
 class RayHead:
     """Where it listens, and the environment in which commands reach it."""
 
+    pid: int
     dashboard: str
     address: str
     env: dict[str, str]
@@ -74,7 +75,7 @@ def ray_head(num_cpus: int) -> Iterator[RayHead]:
         process = subprocess.Popen(command, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         _wait(f"http://127.0.0.1:{dashboard}/api/version", process, folder / "head.log")
-        yield RayHead(dashboard=f"http://127.0.0.1:{dashboard}", address=f"127.0.0.1:{port}", env=env)
+        yield RayHead(pid=process.pid, dashboard=f"http://127.0.0.1:{dashboard}", address=f"127.0.0.1:{port}", env=env)
     finally:
         _end(process)
         shutil.rmtree(folder, ignore_errors=True)
