@@ -18,8 +18,8 @@ import os
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -29,17 +29,15 @@ from rich.console import Console
 from qwenimg_dist.commands.inputs import required
 from qwenimg_dist.commands.stopping import stop_signals
 from qwenimg_dist.commands.train_display import TrainDisplay
+from qwenimg_dist.commands.train_rank import LOG_FILE, STOP_FILE, rank
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import ClusterConfig, Config, GrpoConfig
 from qwenimg_dist.rewards import check_rewards
-from qwenimg_dist.rewards.base import Score
 
 SUMMARY: Final = "one stage on a gang of ZeRO-3 ranks; the same command again resumes"
 
 Work = Literal["training", "comparison"]
 
-STOP_FILE: Final = ".stop"
-LOG_FILE: Final = "train.log"
 _POLL_S: Final = 0.5
 
 
@@ -182,6 +180,7 @@ class Training:
         # A second `train` started by mistake must not stop this one.
         self._stop_file = run_dir / f"{STOP_FILE}-{self._command_id}"
         self._gang: _Gang | None = None
+        self._ranks = 0
         self._rewards = ExitStack()
         self._reward_actors: Sequence[Any] = ()
         self._unstarted = False
@@ -205,13 +204,15 @@ class Training:
     def start(self, ranks: int) -> None:
         """Start a gang of so many ranks; none is at work."""
         self._stop_file.unlink(missing_ok=True)
+        self._ranks = ranks
         cluster = self._config.cluster.model_copy(update={"ranks": ranks})
         config = self._config.model_copy(update={"cluster": cluster})
         self._gang = _Gang(config, self._command_id, self._work, self._reward_actors)
         self._gang.start()
 
     def poll(self) -> bool:
-        """Show what is new, and wait a moment; False once the gang has ended."""
+        """Show what is new, and wait a moment; False once the gang has ended. One that has left a machine that is
+        taken away is started anew."""
         assert self._gang is not None
         if self._unstarted:
             return False
@@ -219,6 +220,11 @@ class Training:
         self._display.update()
         if alive:
             self._gang.join(_POLL_S)
+        elif self._gang.leaves and not self._stop_file.exists():
+            told = f"a machine is taken away (Ray drains it): the ranks have saved, {self._ranks} start on what stays"
+            self.console.print(told, highlight=False)
+            self.start(self._ranks)
+            return True
         return alive
 
     def stop(self, why: str = "stopping: the ranks save and end", *, abandon: bool = True) -> None:
@@ -270,6 +276,11 @@ class _Gang(threading.Thread):
         self.answer: dict[str, Any] | None = None
         self.error: BaseException | None = None
 
+    @property
+    def leaves(self) -> bool:
+        """It ended, saved, because a machine of it is about to be taken away."""
+        return self.error is None and bool((self.answer or {}).get("leaves"))
+
     def run(self) -> None:
         try:
             trainer = _trainer(self._config, self._command_id, self._work, self._reward_actors)
@@ -289,7 +300,7 @@ def _trainer(config: Config, command_id: str, work: Work, reward_actors: Sequenc
     run_dir = Path(required(config.run.path, "run.path")).resolve()
     resources = {"CPU": cluster.cpus_per_rank, **({"GPU": 1.0} if on_gpu else {})}
     return TorchTrainer(
-        _rank,
+        rank,
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "cwd": str(Path.cwd()),
@@ -309,65 +320,3 @@ def _trainer(config: Config, command_id: str, work: Work, reward_actors: Sequenc
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}},
         ),
     )
-
-
-def _rank(job: dict[str, Any]) -> dict[str, Any]:
-    """What each rank runs. What a new start would meet again is returned, not raised: Ray would restart the gang, as it
-    does for storage that was away (`StorageAwayError`)."""
-    from consumers.errors import TrainingError
-    from consumers.session import Hooks
-    from qwenimg_dist.compose import validate
-
-    if job["work"] == "training":
-        from consumers.trainer import train as work
-    else:
-        from consumers.compare import compare as work
-
-    with suppress(OSError):  # relative paths mean what they mean to the command; on another node they may not exist
-        os.chdir(job["cwd"])
-    config = validate(job["config"])
-    run_dir = Path(required(config.run.path, "run.path"))
-    is_first = os.environ.get("RANK", "0") == "0"
-    stop_file = run_dir / f"{STOP_FILE}-{job['command_id']}"
-
-    def say(line: str) -> None:
-        # A disk without room for a line must not take the place of what the line says, nor start the gang anew.
-        with suppress(OSError), open(run_dir / LOG_FILE, "a", encoding="utf-8") as sink:
-            sink.write(line + "\n")
-
-    if is_first:
-        say(f"{os.environ.get('WORLD_SIZE', '1')} ranks are there")
-    try:
-        hooks = Hooks(
-            stop_requested=lambda: is_first and stop_file.exists(),
-            say=say,
-            log_file=str((run_dir / LOG_FILE).absolute()),
-            command_id=str(job["command_id"]),
-            score=_score(config, job["reward_actors"]),
-            observe=_observer(run_dir) if is_first and job["work"] == "training" else _unseen,
-        )
-        outcome = work(config, hooks)
-    except ValueError as error:
-        return {"error": str(error), "code": 2}
-    except TrainingError as error:
-        return {"error": str(error), "code": 1}
-    return {"outcome": outcome}
-
-
-def _observer(run_dir: Path) -> Callable[[Mapping[str, float]], None]:
-    from qwenimg_dist.commands.train_metrics import TrainGauges
-
-    return TrainGauges(run_dir.name).set
-
-
-def _unseen(_: Mapping[str, float]) -> None:
-    return None
-
-
-def _score(config: Config, actors: Sequence[Any]) -> Score | None:
-    """By the reward actors; None where there are none, and the rank judges itself."""
-    if not actors:
-        return None
-    from qwenimg_dist.commands.reward_actors import RewardClient
-
-    return RewardClient(actors, config.reward, rank=int(os.environ.get("RANK", "0"))).score

@@ -151,6 +151,27 @@ def test_pods_are_valid_kubernetes_with_shared_memory(name: str) -> None:
             assert [list(variable) for variable in keys] == [["name", "valueFrom"]] * 2, "keys come from a secret"
 
 
+@pytest.mark.parametrize("name", KUBERAY)
+def test_a_pod_that_ends_has_time_to_tell_ray_and_to_be_left(name: str) -> None:
+    from ray.scripts.scripts import drain_node
+
+    spec = _cluster_spec(name)
+    stop_wait_s = int(_load("runtime_env.yaml")["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"])
+    assert spec["headGroupSpec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= stop_wait_s
+    for group in spec["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        shell = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert shell[:2] == ["/bin/sh", "-c"]
+        told, _, waited = shell[2].partition(" && sleep ")  # a head that is gone must not hold the GPUs
+        words = shlex.split(told)
+        assert words[:4] == ["timeout", "60", "ray", "drain-node"]
+        given = drain_node.make_context("drain-node", words[4:]).params  # refuses what Ray does not know
+        assert given["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+        assert 600 <= given["deadline_remaining_seconds"] <= int(waited), "a large save takes minutes"
+        assert int(words[1]) + int(waited) < pod["terminationGracePeriodSeconds"]
+
+
 def test_the_job_has_the_clusters_pods_and_the_runtime_envs_variables() -> None:
     job = _load("kuberay/rayjob.yaml")["spec"]
     assert set(job) == _JOB_FIELDS

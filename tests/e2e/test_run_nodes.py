@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,36 @@ def test_a_machine_is_lost_and_another_one_joins(tmp_path: Path, cluster: Cluste
         cluster.add_node(num_cpus=2, **HERE)
         out, err = process.communicate(timeout=900)
     assert process.returncode == 0, out + err
+    assert_whole(tmp_path)
+
+
+def drain(cluster: Cluster, node: Any, deadline_s: int) -> None:
+    """As the pods of launch/kuberay do when they are told to end."""
+    command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", cluster.address]
+    command += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    command += ["--reason-message", "taken away", "--deadline-remaining-seconds", str(deadline_s)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+
+def test_a_machine_that_is_announced_to_go_costs_no_step(tmp_path: Path, cluster: Cluster) -> None:
+    """It is drained, not killed: the ranks save at once, and go on elsewhere long before the deadline."""
+    write_source(tmp_path / "source", 5 * UNITS, 5 * UNITS)
+    log = tmp_path / "run" / "train.log"
+    with ending(start("run", *command(tmp_path, cluster), "checkpoint.every=1000")) as process:
+        until(lambda: num_steps(tmp_path, "run") >= 3, process)
+        leaving = with_a_rank(cluster)
+        drain(cluster, leaving, 600)
+        until(lambda: "saved step" in log.read_text(), process)
+        cluster.add_node(num_cpus=2, **HERE)
+        raylet = leaving.all_processes["raylet"][0].process
+        until(lambda: not ray_processes(raylet.pid, "TrainWorker"), process)
+        out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, out + err
+    assert "a machine is taken away (Ray drains it): the ranks have saved, 2 start on what stays" in err
+    assert "the gang failed" not in log.read_text()
+    (first, again) = lines(tmp_path / "run" / "starts.jsonl")
+    assert (first["ranks"], first["step"], again["ranks"]) == (2, 0, 2)
+    assert 3 <= int(str(again["step"])) < STEPS
     assert_whole(tmp_path)
 
 
