@@ -33,7 +33,7 @@ def listening(processes: list[psutil.Process]) -> set[tuple[str, str]]:
     for process in processes:
         for one in process.net_connections(kind="tcp"):
             if one.status == psutil.CONN_LISTEN:
-                found.add((process.name(), one.laddr.ip))
+                found.add((process.name(), one.laddr.ip.removeprefix("::ffff:")))
     return found
 
 
