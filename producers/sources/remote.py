@@ -1,7 +1,7 @@
 """Sources on `s3://`: which tars there are, a file brought here while it is gone through, single pictures by range.
 
 Place in the flow: `webdataset.py` and `manifest.py` list through this, workers read pictures (`base.read_bytes`). A tar
-is streamed to a temporary once per listing, since its headers lie all over it; a picture in it is then one request of
+is streamed to a temporary once per process, since its headers lie all over it; a picture in it is then one request of
 just its bytes. A bucket that cannot be reached is the source that is gone (`SourceGoneError` in `base.py`), not a fault
 of any row; one object that a bucket refuses is the fault of its row. Refused: what `storage.check_url` refuses, and a
 tar that was written anew since it was listed.
@@ -13,12 +13,12 @@ import errno
 import fnmatch
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from producers.sources import tars
-from qwenimg_dist.storage import Storage, StorageError, cause_of
+from qwenimg_dist.storage import Object, Storage, StorageError, cause_of
 
 _OF_ONE_OBJECT: Final = frozenset(
     {"InvalidObjectState", "KeyTooLongError", "MethodNotAllowed", "InvalidBucketName", "ParamValidationError"}
@@ -36,15 +36,14 @@ def split(url: str) -> tuple[str, str]:
     return folder, name
 
 
-def matching(pattern: str, folder: str) -> dict[str, float]:
-    """URL -> when it was written (seconds since 1970) of the tars that a folder's URL, or a glob below `folder`, names;
-    sorted."""
+def matching(pattern: str, folder: str) -> dict[str, Object]:
+    """URL -> object of the tars that a folder's URL, or a glob below `folder`, names; sorted."""
     whole = pattern == folder
     wanted = f"{folder}/*.tar" if whole else pattern
-    found = {f"{folder}/{name}": one.modified_s for name, one in Storage(folder).list().items()}
+    found = {f"{folder}/{name}": one for name, one in Storage(folder).list().items()}
     return {
-        url: modified
-        for url, modified in sorted(found.items())
+        url: one
+        for url, one in sorted(found.items())
         if url.count("/") == wanted.count("/") and fnmatch.fnmatchcase(url, wanted)
     }
 
@@ -57,6 +56,28 @@ def brought_here(url: str) -> Iterator[Path]:
         file = Path(here) / name
         Storage(folder).fetch(name, file)
         yield file
+
+
+class Brought:
+    """The object that was brought here last, for as long as no other is, so that a first look into a tar and the walk
+    through it need it once."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._what: tuple[str, Any] | None = None
+        self._file = Path()
+
+    def get(self, url: str, state: Any) -> Path:
+        """A file of this machine; the one that is here if it is of this URL in this state."""
+        if self._what != (url, state):
+            self.let_go()
+            self._file = self._stack.enter_context(brought_here(url))
+            self._what = (url, state)
+        return self._file
+
+    def let_go(self) -> None:
+        self._what = None
+        self._stack.close()
 
 
 def read(url: str) -> bytes:

@@ -17,9 +17,8 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, BinaryIO, Final
 
@@ -38,11 +37,20 @@ from producers.sources.metadata import Captions
 from producers.sources.tars import Member, TornTarError, member_uri, walk
 from qwenimg_dist.config import WebdatasetSource
 from qwenimg_dist.schema import RAW
-from qwenimg_dist.storage import StorageError, check_url, is_remote
+from qwenimg_dist.storage import Object, StorageError, check_url, is_remote
 
 _CAPTION_BYTES: Final = 1024**2
 _BRACES: Final = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _NOT_A_FILE: Final = "links and devices"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """A tar as it was found."""
+
+    modified_s: float
+    mark: tuple[int | str, ...]
+    """Changes when the tar does."""
 
 
 class Webdataset:
@@ -66,6 +74,11 @@ class Webdataset:
         self._captions, self._kinds = config.captions, config.caption_columns
         self._labels = config.label_columns
         self._columns = config.caption_columns or {RAW: config.caption_column}
+        self._is_usable = False
+        """A look has found a caption."""
+        self._walked: dict[str, tuple[_State, str | None]] = {}
+        """Tars that were walked to their end, and what is wrong with them."""
+        self._brought = remote.Brought()
         if self._is_remote:
             self._root = _common_url([_fixed_part(pattern.rstrip("/")) for pattern in self._patterns])
             return
@@ -77,13 +90,22 @@ class Webdataset:
         return self._root
 
     def find(self, *, min_age_s: float = 0.0) -> Found:
-        """See `Source.find`. Looks for tars, and into them up to the first caption; the rows walk them once."""
-        written = self._remote_tars() if self._is_remote else {tar: os.stat(tar).st_mtime for tar in self._tars()}
+        """See `Source.find`. Looks for tars, at the first time into them up to the first caption; the rows walk them.
+        A further look gives rows only of tars that are new, or other than when an earlier look walked them to the end:
+        what was listed stays listed."""
         newest = time.time() - min_age_s if min_age_s > 0 else math.inf
-        tars = [tar for tar, modified in written.items() if modified <= newest]
+        tars = {tar: one for tar, one in self._there().items() if one.modified_s <= newest}
+        if not self._is_usable:
+            self._check(tars)
+            self._is_usable = True
+        found = Found(rows=())
+        return replace(found, rows=self._rows(tars, found))
+
+    def _check(self, tars: Mapping[str, _State]) -> None:
+        """Raises ValueError if there is no picture, or no caption at all."""
         first = Found(rows=())
         last: SourceRow | None = None
-        for last in self._rows(tars, first):
+        for last in self._walk(tars, first, {}):
             if last.captions:
                 break
         if last is None:
@@ -96,8 +118,16 @@ class Webdataset:
                 f"{', '.join(map(repr, self._columns.values()))} "
                 "(source.caption_column)"
             )
-        found = Found(rows=())
-        return replace(found, rows=self._rows(tars, found))
+
+    def _there(self) -> dict[str, _State]:
+        if self._is_remote:
+            objects = self._remote_tars().items()
+            return {url: _State(modified_s=one.modified_s, mark=(one.size_bytes, one.etag)) for url, one in objects}
+        states = {tar: os.stat(tar) for tar in self._tars()}
+        return {
+            tar: _State(modified_s=one.st_mtime, mark=(one.st_size, one.st_mtime_ns, one.st_ino))
+            for tar, one in states.items()
+        }
 
     def _tars(self) -> list[str]:
         """All tars, once each, sorted within a pattern. Raises ValueError for a pattern without any."""
@@ -115,9 +145,9 @@ class Webdataset:
                 found[tar] = None
         return list(found)
 
-    def _remote_tars(self) -> dict[str, float]:
-        """URL -> when it was written, of all tars. Raises ValueError for a pattern without any."""
-        found: dict[str, float] = {}
+    def _remote_tars(self) -> dict[str, Object]:
+        """URL -> object of all tars. Raises ValueError for a pattern without any."""
+        found: dict[str, Object] = {}
         for pattern in self._patterns:
             for one in _ranges(pattern.rstrip("/")):
                 here = remote.matching(one, _fixed_part(one))
@@ -126,28 +156,37 @@ class Webdataset:
                 found |= here
         return found
 
-    def _rows(self, tars: Iterable[str], found: Found) -> Iterator[SourceRow]:
-        for tar in tars:
-            here = tar
+    def _rows(self, tars: Mapping[str, _State], found: Found) -> Iterator[SourceRow]:
+        walked: dict[str, tuple[_State, str | None]] = {}
+        yield from self._walk(tars, found, walked)
+        # Only now: where the rows break off, nobody knows which of them were taken.
+        self._walked = walked
+
+    def _walk(
+        self, tars: Mapping[str, _State], found: Found, walked: dict[str, tuple[_State, str | None]]
+    ) -> Iterator[SourceRow]:
+        for tar, state in tars.items():
+            here, problem = tar, None
+            before, told = self._walked.get(tar, (None, None))
+            if before == state:
+                walked[tar] = state, told
+                found.problems.extend([told] if told is not None else [])
+                continue
             try:
-                with self._here(tar) as here, open(here, "rb") as file:
+                here = str(self._brought.get(tar, state)) if self._is_remote else tar
+                with open(here, "rb") as file:
                     for _, members in groupby(walk(here), key=lambda member: _sample_of(member.name)):
                         yield from self._sample(self._name(tar), file, list(members), found)
             except StorageError:  # no verdict on any tar
                 raise
             except TornTarError as error:
-                told = str(error).replace(here, tar)
-                found.problems.append(f"{told}: its samples before the fault are used; replace it and run again")
+                problem = f"{error}: its samples before the fault are used; replace it and run again".replace(here, tar)
+                found.problems.append(problem)
             except OSError as error:
                 found.problems.append(f"{tar} cannot be read ({error.strerror}): its samples so far are used")
-
-    @contextmanager
-    def _here(self, tar: str) -> Iterator[str]:
-        if not self._is_remote:
-            yield tar
-            return
-        with remote.brought_here(tar) as file:
-            yield str(file)
+                continue
+            self._brought.let_go()
+            walked[tar] = state, problem
 
     def _name(self, tar: str) -> str:
         return tar.removeprefix(f"{self._root}/") if self._is_remote else os.path.relpath(tar, self._root)

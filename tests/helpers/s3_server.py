@@ -65,6 +65,7 @@ class Faults:
     def heal(self) -> None:
         self.refuse = self.refuse_every = self.stall = self.lose_answer = 0
         self.late_s = 0.0
+        self.match = lambda method, path: True
         self.overwrite = self.deny_lists = False
         self.deny = ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,40 @@ def test_tars_of_a_bucket_give_the_rows_and_bytes_of_those_on_a_disk(url: str, t
         read_bytes(f"{url}/a", uri)
     with pytest.raises(StorageError):
         find(f"{url}/a")
+
+
+def test_each_tar_is_fetched_once_and_again_only_when_it_was_written_anew(
+    url: str, tmp_path: Path, server: Server
+) -> None:
+    def put(name: str, first: int, last: int) -> None:
+        Storage(url).upload(write_tar(tmp_path / name, samples(first, last)), name)
+
+    source = open_source(WebdatasetSource(kind="webdataset", path=url))
+
+    def look(*, rows: bool = True) -> tuple[list[str], dict[str, int]]:
+        """Captions of the rows given, and tar -> GETs for it."""
+        server.faults.paths.clear()
+        found = source.find()
+        captions = [row.captions[0] for row in found.rows] if rows else []
+        gets = Counter(Path(path).name for method, path in server.faults.paths if method == "GET")
+        return captions, {name: count for name, count in gets.items() if name.endswith(".tar")}
+
+    put("000.tar", 0, 2)
+    put("001.tar", 2, 4)
+    assert look(rows=False)[1] == {"000.tar": 1}
+    assert look() == ([f"words {n}" for n in range(4)], {"001.tar": 1})
+    assert look() == ([], {})
+    put("002.tar", 4, 5)
+    put("000.tar", 0, 3)
+    assert look() == (["words 0", "words 1", "words 2", "words 4"], {"000.tar": 1, "002.tar": 1})
+    # A look that breaks off has perhaps not listed what it walked through.
+    put("000.tar", 0, 1)
+    server.faults.refuse, server.faults.match = 1000, lambda method, path: method == "GET" and path.endswith("001.tar")
+    put("001.tar", 2, 5)
+    with pytest.raises(StorageError):
+        look()
+    server.faults.heal()
+    assert look()[0] == ["words 0", "words 2", "words 3", "words 4"]
 
 
 def test_a_manifest_and_its_pictures_may_lie_in_a_bucket(url: str) -> None:

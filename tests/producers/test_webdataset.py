@@ -16,6 +16,7 @@ from tar_samples import Members, samples, write_tar
 
 from producers.driver import Driver
 from producers.sources import open_source, tars
+from producers.sources import webdataset as webdataset_source
 from producers.sources.base import Found, can_be_read, encode_uri, read_bytes
 from producers.workers import InlineWorkers
 from qwenimg_dist.config import WebdatasetSource
@@ -145,6 +146,33 @@ def test_globs_ranges_and_lists(tmp_path: Path) -> None:
     one = find([f"{tmp_path}/d1/{{009..009}}.tar", f"{tmp_path}/d0", f"{tmp_path}/d0/000.tar"])
     assert [row.uri.split("#")[0] for row in one.rows][:2] == ["tar:d1/009.tar", "tar:d0/000.tar"]
     assert len(one.rows) == 7
+
+
+def test_a_further_look_walks_only_what_changed_and_keeps_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", samples(number, number + 1))
+    os.truncate(tmp_path / "1.tar", 700)
+    walked: list[str] = []
+    walk = tars.walk
+    monkeypatch.setattr(webdataset_source, "walk", lambda path: walked.append(Path(path).name) or walk(path))
+    source = open_source(WebdatasetSource(kind="webdataset", path=str(tmp_path)))
+
+    def look() -> tuple[list[str], int, set[str]]:
+        """Captions of the rows given, how much is wrong, and what was walked through."""
+        walked.clear()
+        found = source.find()
+        return [row.captions[0] for row in found.rows], len(found.problems), set(walked)
+
+    assert look() == (["words 0", "words 2"], 1, {"0.tar", "1.tar", "2.tar"})
+    assert look() == ([], 1, set())
+    write_tar(tmp_path / "1.tar", samples(1, 3))
+    assert look() == (["words 1", "words 2"], 0, {"1.tar"})
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="names no tar"):
+        look()
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
