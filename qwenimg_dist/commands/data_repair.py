@@ -54,7 +54,7 @@ def repair(dataset: Dataset, console: Console) -> int:
         console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
     with dataset.lock(), fence.alone(dataset.root, timeout_s=_WORKERS_GONE_S):
-        found = list(problems(dataset, Tally()))
+        found = list(problems(dataset, Tally(), say))
         parts = {facet: dataset.parts_by_unit(facet) for facet in dataset.facets()}
         damages = _by_unit(found, parts)
         broken = {part for damage in damages.values() for part in damage.parts}

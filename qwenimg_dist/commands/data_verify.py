@@ -1,14 +1,16 @@
 """`data verify`: is what was committed still there, whole, and consistent?
 
-Reads every part and every tar once, streaming; memory is that of one unit and of 8 bytes per row (keys must be unique
-over the data set). Changes nothing. What a killed `produce` left behind (temporaries, tars that no part names) and
-units that are not finished are listed but are no damage: the next `produce` deals with both.
+Reads every part and every tar once, streaming, several parts at a time; memory is that of their tables and of 8 bytes
+per row (keys must be unique over the data set). Says now and then how far it is. Changes nothing. What a killed
+`produce` left behind (temporaries, tars that no part names) and units that are not finished are listed but are no
+damage: the next `produce` deals with both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from rich.console import Console
 
+from qwenimg_dist.commands.data_reading import Reading, in_turn
 from qwenimg_dist.commands.data_tar import Place, check_tar
 from qwenimg_dist.commands.data_verify_units import (
     REMAKE,
@@ -27,6 +30,7 @@ from qwenimg_dist.commands.data_verify_units import (
     repeated_keys,
 )
 from qwenimg_dist.data.facets import DataError, Dataset, Part
+from qwenimg_dist.data.pins import parallel
 from qwenimg_dist.report.funnel import LATENTS_PREFIX, TEXT_PREFIX
 from qwenimg_dist.report.stats import size_of
 from qwenimg_dist.report.table import show_bytes
@@ -67,27 +71,33 @@ def verify(dataset: Dataset, console: Console) -> int:
     """Print problems and notes; 0 if there is no problem, else 1."""
     tally = Tally()
     found = 0
-    for problem in problems(dataset, tally):
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    for problem in problems(dataset, tally, say):
         console.print(f"problem: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
         found += 1
     for note in notes(dataset):
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        say(f"note: {note}")
     read = f"{tally.parts:,} parts, {tally.tars:,} tars, {show_bytes(tally.bytes)}, {tally.rows:,} rows"
     verdict = f"{found} problem{'s' if found > 1 else ''}" if found else "sound"
-    console.print(f"{dataset.root}: {verdict} ({read} read)", markup=False, highlight=False, soft_wrap=True)
+    say(f"{dataset.root}: {verdict} ({read} read)")
     return 1 if found else 0
 
 
-def problems(dataset: Dataset, tally: Tally) -> Iterator[Problem]:
-    """Every problem there is, as it is found."""
+def problems(dataset: Dataset, tally: Tally, say: Callable[[str], None] | None = None) -> Iterator[Problem]:
+    """Every problem there is, as it is found. `say` hears now and then how far it is."""
     broken: set[Part] = set()
-    for facet in dataset.facets():
-        for part in dataset.parts(facet):
-            tally.parts += 1
-            for problem in _check_part(dataset, part, tally):
-                broken.add(part)
-                yield problem
-    yield from _check_units(dataset, broken, tally)
+    parts = [part for facet in dataset.facets() for part in dataset.parts(facet)]
+    reading = Reading(say, sum(parallel(partial(_tar_bytes, dataset), parts)) if say is not None else 0)
+    for part, found in zip(parts, in_turn(partial(_check_part, dataset, reading), parts, reading.tick)):
+        tally.parts += 1
+        tally.tars += found.tars
+        tally.bytes += found.bytes
+        broken |= {part} if found.problems else set()
+        yield from found.problems
+    yield from _check_units(dataset, broken, tally, reading)
 
 
 def notes(dataset: Dataset) -> Iterator[str]:
@@ -116,7 +126,29 @@ def _waits(dataset: Dataset, newest: Part) -> bool:
         return False  # reported as a problem
 
 
-def _check_part(dataset: Dataset, part: Part, tally: Tally) -> Iterator[Problem]:
+def _tar_bytes(dataset: Dataset, part: Part) -> int:
+    try:
+        return sum(tar.size_bytes for tar in dataset.tars(part))
+    except (DataError, TypeError):
+        return 0  # reported as a problem
+
+
+@dataclass(kw_only=True)
+class _Checked:
+    """A part, and what was read for it."""
+
+    problems: list[Problem] = field(default_factory=list)
+    tars: int = 0
+    bytes: int = 0
+
+
+def _check_part(dataset: Dataset, reading: Reading, part: Part) -> _Checked:
+    checked = _Checked()
+    checked.problems.extend(_problems_of_part(dataset, reading, part, checked))
+    return checked
+
+
+def _problems_of_part(dataset: Dataset, reading: Reading, part: Part, checked: _Checked) -> Iterator[Problem]:
     """The part by itself: readable, of this schema, its columns, its keys, its tars."""
     name = part_name(dataset, part)
     remedy = RESTORE if part.facet == LISTING else REMAKE
@@ -145,20 +177,23 @@ def _check_part(dataset: Dataset, part: Part, tally: Tally) -> Iterator[Problem]
             what = f"has index rows in {stranger}, which its commit record does not name"
             yield Problem(file=name, unit=part.unit, what=what, remedy=remedy, part=part)
         for tar in tars:
-            tally.tars += 1
-            tally.bytes += tar.size_bytes
+            checked.tars += 1
+            checked.bytes += tar.size_bytes
             with dataset.held_tar(part.facet, tar) as file:
                 for what in check_tar(file, tar, indices.get(tar.name, {})):
                     yield Problem(file=f"{part.facet}/{tar.name}", unit=part.unit, what=what, remedy=remedy, part=part)
+            reading.add(tar.size_bytes)
 
 
-def _check_units(dataset: Dataset, broken: set[Part], tally: Tally) -> Iterator[Problem]:
+def _check_units(dataset: Dataset, broken: set[Part], tally: Tally, reading: Reading) -> Iterator[Problem]:
     """The facets against each other, unit by unit; units with a broken part are passed over."""
     facets = {facet: dataset.parts_by_unit(facet) for facet in dataset.facets()}
     broken_units = {part.unit for part in broken}
     keys: list[npt.NDArray[np.int64]] = []
     listing = facets.get(LISTING, {})
-    for unit in sorted({unit for by_unit in facets.values() for unit in by_unit}):
+    units = sorted({unit for by_unit in facets.values() for unit in by_unit})
+    for number, unit in enumerate(units):
+        reading.tick(f"{number:,} of {len(units):,} units compared with what they say of each other")
         if unit in broken_units:
             continue
         if unit not in listing:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from qwenimg_dist.commands import data_reading
 from qwenimg_dist.commands.data_verify import Tally, problems, verify
 from qwenimg_dist.data.facets import Dataset, Part
 from qwenimg_dist.schema import DEDUP, LISTING, ROWS, SCAN
@@ -175,6 +178,45 @@ def test_a_sound_data_set_passes(made: PictureDataset) -> None:
     code, text = told(made.dataset)
     assert code == 0
     assert "sound" in text
+
+
+def test_it_says_how_far_it_is(made: PictureDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_reading, "_LINE_EVERY_S", 0.0)
+    code, text = told(made.dataset)
+    assert code == 0
+    lines = re.findall(r"^read ([\d.]+) (\w+) of ([\d.]+) (\w+), .*/s, about \d+ s left$", text, re.MULTILINE)
+    assert lines
+    assert lines[-1][:2] == lines[-1][2:]  # all of it
+    assert "1 of 2 units compared" in text
+
+
+def test_parts_are_read_several_at_a_time_and_reported_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair of items waits for the other: one at a time would wait for ever."""
+    both = threading.Barrier(2, timeout=10)
+    monkeypatch.setattr(data_reading, "_POLL_S", 0.01)
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        both.wait()
+        return item
+
+    ticks: list[int] = []
+    taken = []
+    for item in data_reading.in_turn(work, range(40), lambda: ticks.append(0), threads=2):
+        taken.append(item)
+        assert len(begun) <= item + 6  # results do not pile up
+    assert taken == list(range(40))
+    assert len(ticks) >= 40
+
+
+def test_an_error_while_reading_is_not_swallowed() -> None:
+    with pytest.raises(TimeoutError, match="of the storage"):
+        list(data_reading.in_turn(_fails, range(9), lambda: None))
+
+
+def _fails(item: int) -> int:
+    raise TimeoutError("of the storage")
 
 
 @pytest.mark.parametrize("name", DAMAGES)
