@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -25,16 +24,16 @@ from producers.actor import Job
 from producers.commit import UnitConflictError
 from producers.driver import Driver
 from producers.hold import Hold
-from producers.listing import ListingChange, check_kind
+from producers.listing import check_kind
 from producers.plan import Plan, make_plan
 from producers.progress import ProduceProgress
 from producers.sources import open_source, sample_kind
-from producers.sources.base import Found, Source, SourceError, SourceRow
-from producers.sources.folder import describe
+from producers.sources.base import Found, Source
 from producers.tracking import WandbGauges
 from producers.workers import ProduceError, Workers
 from qwenimg_dist.commands.data import look_closer
 from qwenimg_dist.commands.inputs import required
+from qwenimg_dist.commands.produce_rounds import rounds
 from qwenimg_dist.commands.stopping import catch_signals, stop_signals
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config, EditsSource, ManifestSource, PairsSource, SourceConfig
@@ -42,7 +41,6 @@ from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.mirror import data_root
 from qwenimg_dist.data.origin import Origin, remember_origin
 from qwenimg_dist.report.funnel import funnel
-from qwenimg_dist.storage import StorageError
 from qwenimg_dist.wandb_key import check_key
 
 SUMMARY: Final = "a source of pictures and captions -> filtered, encoded shards and their index; resumable"
@@ -51,15 +49,12 @@ _WORKERS_GONE_S: Final = 150.0
 """Those on other machines outlive a Ray head that was killed by the minute that Ray looks for it."""
 _TRACKING: Final = ".tracking"
 """Of W&B, in the data set: hidden, since every other folder is a facet."""
-_FOLLOW_POLL_S: Final = 2.0
-_SETTLED_S: Final = 2.0
-"""While following, a file counts as written once it was not touched for this long."""
 
 
 def run(args: list[str]) -> int:
     """Bring the data set up to date with source and config. Returns 1 if that failed or was stopped halfway."""
     config = load_config(args)
-    production = prepare(config)
+    production = prepare(config, args)
     console = Console(soft_wrap=True)
     stop = threading.Event()
     try:
@@ -84,20 +79,39 @@ class Production:
     """The first look at the source."""
     pipeline_dir: Path
     plan: Plan
+    told: tuple[str, ...] = ()
+    """What it is about to do, in lines for the user."""
 
     @property
     def data_path(self) -> Path:
         return data_root(required(self.config.data.path, "data.path"), self.config.data)
 
 
-def prepare(config: Config) -> Production:
-    """Look at source and config. Raises ValueError for anything unusable in either."""
+def prepare(config: Config, args: Sequence[str] = ()) -> Production:
+    """Look at source and config. Raises ValueError for anything unusable in either. `args` are the command's own words:
+    what they do not say may have been forgotten."""
     required(config.data.path, "data.path")
     check_key(config.logger)
     source = open_source(config.source)
     found = source.find()
     pipeline_dir, plan = _plan(config)
-    return Production(config=config, source=source, found=found, pipeline_dir=pipeline_dir, plan=plan)
+    told = tuple(_intent(config, args))
+    return Production(config=config, source=source, found=found, pipeline_dir=pipeline_dir, plan=plan, told=told)
+
+
+def _intent(config: Config, args: Sequence[str]) -> Iterator[str]:
+    model, cluster = config.model, config.cluster
+    is_toy = model.name == "tiny" and model.path is None
+    classes = " and ".join(str(resolution) for resolution in config.resolutions)
+    device = cluster.device if cluster.gpus_per_producer > 0 else "cpu"
+    producers = f"{cluster.producers} producer{'s' if cluster.producers != 1 else ''}"
+    yield f"model {model.name}{' (a toy, for demos)' if is_toy else ''}, {classes} px, {producers} on {device}"
+    is_meant = config.stage == "demo" or any(word.lstrip("+").startswith(("model=", "model.")) for word in args)
+    if is_toy and not is_meant:
+        yield (
+            "warning: no model=... was given, so the features are made by the toy model, and are of use to no other: "
+            "add model=qwen_image_2512 (or model=tiny, if the toy is meant)"
+        )
 
 
 def drive(
@@ -142,6 +156,8 @@ def drive(
         remember_origin(dataset, Origin(kind=config.source.kind, root=_absolute(source.root)))
         stack.callback(_sweep_after, dataset)  # runs after the workers' end
         stack.enter_context(progress)
+        for line in production.told:
+            progress.say(line)
 
         def make_workers() -> Workers:
             from producers.pool import RayWorkers
@@ -167,7 +183,7 @@ def drive(
         )
         with stop_signals(stop):
             try:
-                return _rounds(driver, production, stop, progress, on_listed)
+                return rounds(driver, source, production.found, progress, stop, config.follow, on_listed)
             except UnitConflictError as error:  # workers try again; what the driver commits is the driver's alone
                 raise ProduceError(f"another `produce` works on this data set: {error}; end one of them") from error
 
@@ -204,78 +220,6 @@ def show_funnel(production: Production, console: Console) -> None:
         console.print(table.rich() if console.is_terminal else table.text(), highlight=False)
     if counted.reasons:
         console.print(look_closer(production.config.data.path, counted), highlight=False, markup=False)
-
-
-def _rounds(
-    driver: Driver,
-    production: Production,
-    stop: threading.Event,
-    progress: ProduceProgress,
-    on_listed: Callable[[int], None],
-) -> bool:
-    """One round, or with `follow` rounds until a stop; False if the last one did not reach its end."""
-    said: set[str] = set()
-    found = production.found
-    finished = _round(driver, found, progress, said, every_unit=True, on_listed=on_listed)
-    for what, number in sorted(found.dropped.items()):
-        progress.say(f"dropped {number} {what}")
-    told = ""
-    while production.config.follow and not stop.is_set():
-        began = time.monotonic()
-        try:
-            finished = _round(driver, _look(production.source), progress, said, every_unit=False)
-            told = ""
-        except SourceError as error:  # a line half written, a folder emptied: what is there next time counts
-            if str(error) != told:
-                told = str(error)
-                progress.say(f"looking again: {told.encode('utf-8', 'backslashreplace').decode()}")
-        stop.wait(max(_FOLLOW_POLL_S, 5 * (time.monotonic() - began)))
-    return finished
-
-
-def _look(source: Source) -> Found:
-    """A further look. Raises `SourceError`, then or from the rows, for what is the source's own: errors of the data set
-    end the command, these may pass."""
-
-    def rows(given: Iterable[SourceRow]) -> Iterator[SourceRow]:
-        try:
-            yield from given
-        except (ValueError, StorageError) as error:
-            raise SourceError(str(error)) from error
-
-    try:
-        found = source.find(min_age_s=_SETTLED_S)
-    except (ValueError, StorageError) as error:
-        raise SourceError(str(error)) from error
-    return replace(found, rows=rows(found.rows))
-
-
-def _round(
-    driver: Driver,
-    found: Found,
-    progress: ProduceProgress,
-    said: set[str],
-    *,
-    every_unit: bool,
-    on_listed: Callable[[int], None] = lambda num_pending: None,
-) -> bool:
-    change = driver.list_source(found)
-    if every_unit and found.ignored.total():
-        progress.say(f"no rows for {describe(found.ignored)}")
-    for problem in found.problems:
-        if problem not in said:  # once, though `follow` meets it again and again
-            said.add(problem)
-            progress.say(f"warning: {problem.encode('utf-8', 'backslashreplace').decode()}")  # names may be no text
-    pending = driver.pending(None if every_unit else change.units)
-    if pending or every_unit:
-        progress.say(_announce(change, len(pending)))
-    on_listed(len(pending))
-    return driver.produce(pending, change.num_rows)
-
-
-def _announce(change: ListingChange, num_pending: int) -> str:
-    listed = f"{change.num_rows} rows listed ({change.added} new, {change.recaptioned} changed)"
-    return f"{listed}; {num_pending} units to do" if num_pending else f"{listed}; nothing to do"
 
 
 def _plan(config: Config) -> tuple[Path, Plan]:

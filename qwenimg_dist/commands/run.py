@@ -46,7 +46,7 @@ def run(args: list[str]) -> int:
     config = load_config(args)
     run_dir = Path(required(config.run.path, "run.path"))
     training_config = check_config(config)
-    production = produce.prepare(config)
+    production = produce.prepare(config, args)
     from consumers.run_directory import preflight  # imports torch
 
     preflight(training_config)

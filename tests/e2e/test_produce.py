@@ -48,6 +48,7 @@ def made(folder: PhotoFolder, words: list[str]) -> Dataset:
     for stage in ("listed", "readable", "unique", "admitted", "encoded 64 px", "encoded 128 px", "truncated"):
         assert stage in done.stdout
     assert "images/s" in done.stdout
+    assert done.stdout.startswith("model tiny (a toy, for demos), 64 and 128 px, 1 producer on cpu\nwarning: no model=")
     assert "look closer: qwenimg-dist data inspect" in done.stdout
     dataset = Dataset.open(folder.root.parent / "data")
     assert read_origin(dataset) == Origin(kind="folder", root=str(folder.root))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from producer_world import SCORERS, FakeEncoders, draw, make_plan_for, rows_of
@@ -17,7 +17,7 @@ from producers.progress import ProduceProgress
 from producers.sources.base import Found
 from producers.sources.folder import Folder
 from producers.workers import InlineWorkers, Outcome, Task
-from qwenimg_dist.commands import produce
+from qwenimg_dist.commands import produce_rounds
 from qwenimg_dist.config import FolderSource
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.schema import LISTING, ROWS, SOURCE_COMPLETE
@@ -51,7 +51,7 @@ class Script:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    monkeypatch.setattr(produce, "_FOLLOW_POLL_S", 0.0)
+    monkeypatch.setattr(produce_rounds, "_FOLLOW_POLL_S", 0.0)
     for number in range(2):
         draw(tmp_path / "source" / f"{number}.png", number, caption=f"caption {number}")
     dataset, plan, root = Dataset.create(tmp_path / "data", 4), make_plan_for(), tmp_path / "source"
@@ -62,8 +62,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def follow(world: SimpleNamespace, *looks: Callable[[Found], Found]) -> list[str]:
     source, told = Script(world.root, world.stop, *looks), Told()
-    production = SimpleNamespace(source=source, found=source.real.find(), config=SimpleNamespace(follow=True))
-    produce._rounds(world.driver, cast(Any, production), world.stop, told, lambda num: None)
+    produce_rounds.rounds(world.driver, source, source.real.find(), told, world.stop, True, lambda num: None)
     return told.lines
 
 
