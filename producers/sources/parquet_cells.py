@@ -1,8 +1,9 @@
 """Pictures that lie inside a parquet file, read one at a time by the uri of their cell.
 
 Place in the flow: sources name such a picture with `uri_of`, `base.read_bytes` reads it where it is wanted; nothing is
-unpacked to disk. Parquet gives a column of a row group only as a whole, so the last few of these are kept: rows are
-worked on in the order of the file. Refuses row groups that no worker could hold (`check_size`).
+unpacked to disk. Parquet gives a column of a row group only as a whole (within it, a page may well be all of it), so
+what was read last is kept, up to 2 GiB in all: rows are worked on in the order of the file. Refuses row groups whose
+pictures together are more, as their columns would push each other out at every row (`check_size`).
 """
 
 from __future__ import annotations
@@ -18,11 +19,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 SCHEME: Final = "cell:"
-MAX_CHUNK_BYTES: Final = 2 * 1024**3
-_KEPT_CHUNKS: Final = 4  # chosen and rejected come from two columns, in any turn
+MAX_BYTES: Final = 2 * 1024**3
+"""Held in memory by one process, and the most that one row group may have."""
+
+
+class _Chunk:
+    """A column of a row group, in memory once it was read. `lock` is of its reading: others need not wait for that."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.values: pa.ChunkedArray | None = None
+        self.num_bytes = 0
+
 
 _lock = threading.Lock()
-_chunks: OrderedDict[tuple[Any, ...], pa.ChunkedArray] = OrderedDict()
+_chunks: OrderedDict[tuple[Any, ...], _Chunk] = OrderedDict()
 
 
 def uri_of(file_uri: str, row_group: int, row: int, column: str, index: int | None = None) -> str:
@@ -56,29 +67,49 @@ def read(place: str, uri: str) -> bytes:
 
 
 def check_size(file: pq.ParquetFile, name: str, columns: list[str]) -> None:
-    """Raises ValueError for a row group of which a column of pictures cannot be held in memory."""
+    """Raises ValueError for a row group of which the columns of pictures cannot be held in memory together."""
     for group in range(file.metadata.num_row_groups):
-        meta = file.metadata.row_group(group)
-        for number in range(meta.num_columns):
-            chunk = meta.column(number)
-            if chunk.path_in_schema.split(".")[0] in columns and chunk.total_uncompressed_size > MAX_CHUNK_BYTES:
-                raise ValueError(
-                    f"{name}: column {chunk.path_in_schema} of row group {group} has "
-                    f"{chunk.total_uncompressed_size / 1024**3:.1f} GiB, and is read as a whole; write the file again "
-                    "with smaller row groups (pyarrow: row_group_size=256)"
-                )
+        num_bytes = _size(file, group, columns)
+        if num_bytes > MAX_BYTES:
+            raise ValueError(
+                f"{name}: the pictures of row group {group} ({', '.join(columns)}) have {num_bytes / 1024**3:.1f} GiB, "
+                "and are read as a whole; write the file again with smaller row groups (pyarrow: row_group_size=256)"
+            )
+
+
+def _size(file: pq.ParquetFile, group: int, columns: list[str]) -> int:
+    meta = file.metadata.row_group(group)
+    chunks = (meta.column(number) for number in range(meta.num_columns))
+    return sum(int(one.total_uncompressed_size) for one in chunks if one.path_in_schema.split(".")[0] in columns)
 
 
 def _chunk(place: str, group: int, column: str) -> pa.ChunkedArray:
     key = (place, group, column, _state(place))
     with _lock:
-        if key in _chunks:
-            _chunks.move_to_end(key)
-            return _chunks[key]
-        while len(_chunks) >= _KEPT_CHUNKS:
-            _chunks.popitem(last=False)
-        _chunks[key] = _read_chunk(place, group, column)
-        return _chunks[key]
+        chunk = _chunks.setdefault(key, _Chunk())
+        _chunks.move_to_end(key)
+    with chunk.lock:
+        if chunk.values is None:
+            try:
+                chunk.values = _read_chunk(place, group, column, chunk)
+            except BaseException:
+                with _lock:
+                    _chunks.pop(key, None)
+                raise
+        return chunk.values
+
+
+def _make_room(chunk: _Chunk, num_bytes: int) -> None:
+    """Let go of what was not read for longest, before `chunk` gets so many bytes."""
+    with _lock:
+        chunk.num_bytes = num_bytes
+        held = sum(one.num_bytes for one in _chunks.values())
+        for key, one in list(_chunks.items()):
+            if held <= MAX_BYTES:
+                break
+            if one.values is not None:  # what is being read is not given back by forgetting it
+                held -= one.num_bytes
+                del _chunks[key]
 
 
 def _state(place: str) -> tuple[int, ...]:
@@ -89,20 +120,22 @@ def _state(place: str) -> tuple[int, ...]:
     return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _read_chunk(place: str, group: int, column: str) -> pa.ChunkedArray:
+def _read_chunk(place: str, group: int, column: str, chunk: _Chunk) -> pa.ChunkedArray:
     try:
         if "://" in place:
             import fsspec  # only remote sources pay for it
 
             with fsspec.open(place, "rb") as remote, pq.ParquetFile(remote) as file:
-                return _column(file, place, group, column)
-        with pq.ParquetFile(place, memory_map=True) as file:
-            return _column(file, place, group, column)
+                return _column(file, place, group, column, chunk)
+        # Buffered ahead (the default), the raw bytes would be held a second time.
+        with pq.ParquetFile(place, memory_map=True, pre_buffer=False) as file:
+            return _column(file, place, group, column, chunk)
     except pa.ArrowException as error:
         raise OSError(errno.EIO, f"cannot be read as parquet ({error})", place) from error
 
 
-def _column(file: pq.ParquetFile, place: str, group: int, column: str) -> pa.ChunkedArray:
+def _column(file: pq.ParquetFile, place: str, group: int, column: str, chunk: _Chunk) -> pa.ChunkedArray:
     if group >= file.num_row_groups or column not in file.schema_arrow.names:
         raise OSError(errno.EINVAL, f"has no row group {group} with a column {column}: the file was changed", place)
+    _make_room(chunk, _size(file, group, [column]))
     return file.read_row_group(group, columns=[column])[column]

@@ -212,10 +212,10 @@ def test_a_table_that_was_written_anew_gives_its_new_bytes_and_a_shorter_one_is_
 
 
 def test_row_groups_that_no_worker_could_hold_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet_cells, "MAX_CHUNK_BYTES", 1000)
-    table = pa.table({"caption": ["a"], "chosen": [b"x" * 2000], "rejected": [b"y"]})
+    monkeypatch.setattr(parquet_cells, "MAX_BYTES", 3000)
+    table = pa.table({"caption": ["a"], "chosen": [b"x" * 2000], "rejected": [b"y" * 2000]})
     pq.write_table(table, tmp_path / "t.parquet", use_dictionary=False)
-    with pytest.raises(ValueError, match=r"column chosen of row group 0 has .* with smaller row groups"):
+    with pytest.raises(ValueError, match=r"row group 0 \(chosen, rejected\) have .* with smaller row groups"):
         pairs(tmp_path / "t.parquet")
 
 
