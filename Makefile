@@ -39,8 +39,9 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Two workers, file by file (tests/conftest.py).
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 15
 
 test-all: lint
 	$(BIN)/python -m pytest -m "not gpu and not bench"

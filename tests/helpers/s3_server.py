@@ -125,6 +125,7 @@ class Server:
 def s3_server() -> Iterator[Server]:
     """An emulator with one empty bucket; clients of this process find it."""
     import boto3
+    from moto.s3.models import s3_backends
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -150,6 +151,9 @@ def s3_server() -> Iterator[Server]:
     os.environ.update(env)
     _forget_clients()
     try:
+        # The emulator's state is its process's, not its server's.
+        for backend in [one for regions in s3_backends.values() for one in regions.values()]:
+            backend.reset()
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         yield Server(url=endpoint, faults=faults, env=env)
     finally:
