@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Final
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from producers.poison import POISON, Watch
 from producers.sources.base import BAD_ROW, OUTSIDE_ROOT, SourceGoneError, locate, read_bytes
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.debug import picture_point
+from qwenimg_dist.in_turn import in_turn
 from qwenimg_dist.schema import IMAGE, LISTING, PROMPT, SCAN, SCAN_COLUMNS, role_of
 
 MISSING_FILE = "missing_file"
@@ -27,6 +29,8 @@ UNREADABLE = "unreadable"
 PASSING = frozenset({MISSING_FILE, UNREADABLE})
 """Faults of the moment: the file may be there the next time, so a later `produce` looks again. Of remote ones that is
 UNREADABLE alone (`Driver._may_be_read`)."""
+_REMOTE_THREADS: Final = 16
+"""A picture's way takes tens of milliseconds, whatever the CPUs; as many pictures are held in memory."""
 _NOTHING: Final[Mapping[str, Any]] = {"bytes": 0, "width": 0, "height": 0, "orientation": 1}
 
 
@@ -103,18 +107,24 @@ def scan_unit(
     again: Sequence[int] = (),
     config_hash: str,
     watch: Watch | None = None,
+    num_threads: int = 1,
 ) -> int:
     """Scan what is listed and not yet scanned, and the rows in `again`; commit one part. Returns the rows scanned.
 
-    With `watch`, rows that killed earlier tries get the fault `poison` unopened.
+    Remote files are waited for together, whatever `num_threads`. With `watch`, one row is open at a time, and rows that
+    killed earlier tries get the fault `poison` unopened.
     """
     listing = dataset.read_unit(LISTING, unit, ["row", "uri", "caption_fault", "kind", "others", "fault_detail"])
     assert listing is not None  # units come from the listing
     scanned = dataset.read_unit(SCAN, unit, ["row"])
     known = set(scanned["row"].to_pylist()) - set(again) if scanned is not None else set()
     todo = [entry for entry in listing.to_pylist() if entry["row"] not in known]
+    if watch is not None:
+        num_threads = 1
+    elif any("://" in locate(root, entry["uri"]) for entry in todo):
+        num_threads = max(num_threads, _REMOTE_THREADS)
     with watch or nullcontext():
-        rows = [_scan_watched(root, entry, watch) for entry in todo]
+        rows = list(in_turn(partial(_scan_watched, root, watch), todo, threads=num_threads))
     if rows:
         table = pa.Table.from_pylist(rows, schema=SCAN_COLUMNS)
         commit_part(dataset, dataset.next_part(SCAN, unit), table, config_hash=config_hash)
@@ -123,7 +133,7 @@ def scan_unit(
     return len(rows)
 
 
-def _scan_watched(root: str, listed: Mapping[str, Any], watch: Watch | None) -> dict[str, Any]:
+def _scan_watched(root: str, watch: Watch | None, listed: Mapping[str, Any]) -> dict[str, Any]:
     row = listed["row"]
     if watch is not None and row in watch.poison:
         facts = {"row": row, "bytes": 0, "width": 0, "height": 0, "orientation": 1}

@@ -11,10 +11,10 @@ class or a filter is added keeps what it has; what it lacks stands in its detail
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
 import pyarrow as pa
@@ -32,6 +32,7 @@ from producers.state import Decision, Row, UnitState, read_state
 from producers.write import Encoders, LatentsWriter, TextWriter
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.debug import fault_point
+from qwenimg_dist.in_turn import in_turn
 from qwenimg_dist.schema import EDIT, LABEL_PREFIX, LISTING, ROWS, ROWS_COLUMNS, SCORE_PREFIX
 
 _BATCH_ROWS: Final = 16
@@ -121,18 +122,7 @@ def opened_rows(
 
 def _open_all(to_open: Sequence[Assessment], plan: Plan, root: str, num_threads: int) -> Iterator[Opened]:
     """Open pictures in row order; with several threads, a few ahead of the encoder (Pillow lets threads run)."""
-    if num_threads <= 1:
-        for one in to_open:
-            yield open_row(one, plan, root)
-        return
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
-        ahead: deque[Future[Opened]] = deque()
-        for one in to_open:
-            ahead.append(pool.submit(open_row, one, plan, root))
-            if len(ahead) > num_threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+    return in_turn(partial(open_row, plan=plan, root=root), to_open, threads=num_threads)
 
 
 def open_row(one: Assessment, plan: Plan, root: str) -> Opened:

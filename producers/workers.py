@@ -97,7 +97,15 @@ def run_task(
     if task.careful:
         watch = Watch(dataset.root, task.kind, task.unit, why=task.why, limit=max_poison_rows)
     if task.kind == "scan":
-        scan_unit(dataset, task.unit, root=root, again=task.again, config_hash=plan.config_hash, watch=watch)
+        scan_unit(
+            dataset,
+            task.unit,
+            root=root,
+            again=task.again,
+            config_hash=plan.config_hash,
+            watch=watch,
+            num_threads=num_threads,
+        )
         judge_unit(dataset, task.unit, plan=plan, scorers=scorers)
         return Outcome(task=task)
     if watch is not None:

@@ -1,28 +1,18 @@
-"""Reading all of a data set: a few files at a time, in order, and with a word now and then of how far it is.
+"""Reading all of a data set, with a word now and then of how far it is.
 
-Place in the flow: `data verify` and `data repair` go through every committed byte by this, which for terabytes takes
-hours. Threads are enough: reading waits for the storage, and hashing lets the others run.
+Place in the flow: `data verify` and `data repair` go through every committed byte, which for terabytes takes hours.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Final, TypeVar
+from collections.abc import Callable
+from typing import Final
 
 from qwenimg_dist.report.table import show_bytes, show_time
 
-THREADS: Final = 8
-_AHEAD: Final = 2
-"""Items begun per thread before the first of them is taken."""
-_POLL_S: Final = 1.0
 _LINE_EVERY_S: Final = 15.0
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 class Reading:
@@ -52,28 +42,3 @@ class Reading:
         rate = self._read / (now - self._began)
         left = f"about {show_time((self._total - self._read) / rate)} left" if rate else "nothing whole yet"
         self._say(f"read {show_bytes(self._read)} of {show_bytes(self._total)}, {show_bytes(int(rate))}/s, {left}")
-
-
-def in_turn(
-    action: Callable[[_Item], _Result], items: Iterable[_Item], tick: Callable[[], None], *, threads: int = THREADS
-) -> Iterator[_Result]:
-    """`map` over threads, in order, with a bounded number of results waiting. `tick` is called about once a second."""
-    waiting: deque[Future[_Result]] = deque()
-
-    def first() -> _Result:
-        while not waiting[0].done():
-            tick()
-            wait([waiting[0]], timeout=_POLL_S)
-        tick()
-        return waiting.popleft().result()
-
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
-    try:
-        for item in items:
-            waiting.append(pool.submit(action, item))
-            if len(waiting) >= _AHEAD * threads:
-                yield first()
-        while waiting:
-            yield first()
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from rich.console import Console
 
-from qwenimg_dist.commands.data_reading import Reading, in_turn
+from qwenimg_dist.commands.data_reading import Reading
 from qwenimg_dist.commands.data_tar import Place, check_tar
 from qwenimg_dist.commands.data_verify_units import (
     REMAKE,
@@ -31,6 +31,7 @@ from qwenimg_dist.commands.data_verify_units import (
 )
 from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.data.pins import parallel
+from qwenimg_dist.in_turn import in_turn
 from qwenimg_dist.report.funnel import LATENTS_PREFIX, TEXT_PREFIX
 from qwenimg_dist.report.stats import size_of
 from qwenimg_dist.report.table import show_bytes
@@ -54,6 +55,8 @@ from qwenimg_dist.schema import (
     is_dedup,
 )
 
+_THREADS: Final = 8
+"""Reading waits for the storage, and hashing lets other threads run."""
 _COLUMNS: Final = {LISTING: LISTING_COLUMNS, SCAN: SCAN_COLUMNS, ROWS: ROWS_COLUMNS}
 
 
@@ -91,7 +94,8 @@ def problems(dataset: Dataset, tally: Tally, say: Callable[[str], None] | None =
     broken: set[Part] = set()
     parts = [part for facet in dataset.facets() for part in dataset.parts(facet)]
     reading = Reading(say, sum(parallel(partial(_tar_bytes, dataset), parts)) if say is not None else 0)
-    for part, found in zip(parts, in_turn(partial(_check_part, dataset, reading), parts, reading.tick)):
+    check = partial(_check_part, dataset, reading)
+    for part, found in zip(parts, in_turn(check, parts, threads=_THREADS, ahead=2 * _THREADS, tick=reading.tick)):
         tally.parts += 1
         tally.tars += found.tars
         tally.bytes += found.bytes

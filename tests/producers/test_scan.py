@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,9 @@ from producer_world import SCORERS, FakeEncoders, draw, make_plan_for, produce_h
 
 from producers import pictures, scan
 from producers.actor import describe_failure
+from producers.listing import sync_listing
+from producers.poison import Watch, read_trail, trail_file
+from producers.sources.base import SourceRow
 from producers.unit import produce_unit
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.schema import ROWS, SCAN
@@ -25,6 +30,48 @@ def source(tmp_path: Path) -> Path:
     for number in range(2):
         draw(tmp_path / "source" / f"{number}.png", number, caption=f"caption {number}")
     return tmp_path / "source"
+
+
+@pytest.mark.parametrize(("root", "num_threads", "together"), [("http://host", 1, 8), ("/local", 3, 3)])
+def test_files_are_read_together_and_rows_stay_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str, num_threads: int, together: int
+) -> None:
+    """Each waits until so many are open: fewer at a time would wait for ever."""
+    dataset = Dataset.create(tmp_path / "data", 24)
+    rows = [SourceRow(uri=f"{number}.png", captions=("words",)) for number in range(24)]
+    sync_listing(dataset, rows, config_hash="x", before_commit=lambda: None)
+    open_now = threading.Barrier(together, timeout=20)
+
+    def read(given_root: str, uri: str) -> bytes:
+        open_now.wait()
+        raise FileNotFoundError(uri)
+
+    monkeypatch.setattr(scan, "read_bytes", read)
+    assert scan.scan_unit(dataset, 0, root=root, config_hash="x", num_threads=num_threads) == 24
+    (part,) = dataset.parts(SCAN)
+    table = dataset.read(part)
+    assert table["row"].to_pylist() == list(range(24))
+    assert set(table["fault"].to_pylist()) == {"missing_file"}
+
+
+def test_a_careful_scan_opens_one_file_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = Dataset.create(tmp_path / "data", 24)
+    rows = [SourceRow(uri=f"{number}.png", captions=("words",)) for number in range(24)]
+    sync_listing(dataset, rows, config_hash="x", before_commit=lambda: None)
+    alone = threading.Lock()
+
+    def read(root: str, uri: str) -> bytes:
+        assert alone.acquire(blocking=False), "another is open"
+        time.sleep(0.001)
+        trail = read_trail(trail_file(dataset.root, "scan", 0))
+        assert trail is not None
+        assert uri == f"{trail.opening}.png"
+        alone.release()
+        raise FileNotFoundError(uri)
+
+    monkeypatch.setattr(scan, "read_bytes", read)
+    watch = Watch(dataset.root, "scan", 0, why="", limit=4)
+    assert scan.scan_unit(dataset, 0, root="http://host", config_hash="x", num_threads=8, watch=watch) == 24
 
 
 def test_what_nobody_foresaw_names_row_and_file(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import tarfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,35 +187,6 @@ def test_it_says_how_far_it_is(made: PictureDataset, monkeypatch: pytest.MonkeyP
     assert lines
     assert lines[-1][:2] == lines[-1][2:]  # all of it
     assert "1 of 2 units compared" in text
-
-
-def test_parts_are_read_several_at_a_time_and_reported_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each pair of items waits for the other: one at a time would wait for ever."""
-    both = threading.Barrier(2, timeout=10)
-    monkeypatch.setattr(data_reading, "_POLL_S", 0.01)
-    begun: list[int] = []
-
-    def work(item: int) -> int:
-        begun.append(item)
-        both.wait()
-        return item
-
-    ticks: list[int] = []
-    taken = []
-    for item in data_reading.in_turn(work, range(40), lambda: ticks.append(0), threads=2):
-        taken.append(item)
-        assert len(begun) <= item + 6  # results do not pile up
-    assert taken == list(range(40))
-    assert len(ticks) >= 40
-
-
-def test_an_error_while_reading_is_not_swallowed() -> None:
-    with pytest.raises(TimeoutError, match="of the storage"):
-        list(data_reading.in_turn(_fails, range(9), lambda: None))
-
-
-def _fails(item: int) -> int:
-    raise TimeoutError("of the storage")
 
 
 @pytest.mark.parametrize("name", DAMAGES)
