@@ -76,15 +76,15 @@ class Deaths(WorkerGroupCallback):  # type: ignore[misc]
         missing = self._missing(int(worker_group_context.num_workers))
         if limit_s is not None and waited_s >= limit_s:
             line = (
-                f"{missing}; waited {waited_s / 60:.0f} min (cluster.rank_wait_s={limit_s:g}). The same command goes "
+                f"{missing}; waited {_span(waited_s)} (cluster.rank_wait_s={limit_s:g}). The same command goes "
                 "on from the newest valid checkpoint, also with fewer ranks"
             )
             self._say(f"not waiting for ranks any longer: {line}")
             raise GangLostError(line)
         if missing != self._missed or now - self._missed_at >= _TELL_EVERY_S:
             self._missed, self._missed_at = missing, now
-            until = "for ever (cluster.rank_wait_s)" if limit_s is None else f"up to {limit_s / 60:.0f} min"
-            self._say(f"waiting for ranks, {waited_s / 60:.0f} min so far, {until}: {missing}")
+            until = "for ever (cluster.rank_wait_s)" if limit_s is None else f"up to {_span(limit_s)}"
+            self._say(f"waiting for ranks, {_span(waited_s)} so far, {until}: {missing}")
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Every rank's process is there."""
@@ -132,6 +132,10 @@ class Deaths(WorkerGroupCallback):  # type: ignore[misc]
     def _say(self, line: str) -> None:
         with contextlib.suppress(OSError), open(self._log, "a", encoding="utf-8") as sink:
             sink.write(line + "\n")
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _names() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 from run_command import BOUND, ending, kept_keys, num_ready, num_steps, ray_processes, real_keys, start, until, words
-from small_run import lines
+from small_run import lines, overrides, write_input
 from undisturbed import write_source
 
 from qwenimg_dist.data.facets import Dataset
@@ -115,6 +115,30 @@ def test_a_machine_that_is_announced_to_go_costs_no_step(tmp_path: Path, cluster
     assert (first["ranks"], first["step"], again["ranks"]) == (2, 0, 2)
     assert 3 <= int(str(again["step"])) < STEPS
     assert_whole(tmp_path)
+
+
+def test_a_machine_is_lost_and_none_takes_its_place(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would place the gang again and again, for ever; the others' processors are given back."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+    write_input(tmp_path)
+    steps = ("train.steps=400", "checkpoint.every=2")
+    where = ("cluster.ranks=2", "cluster.cpus_per_rank=2", f"cluster.address={cluster.address}")
+    command = [*overrides(tmp_path, "run", *steps), *where, "cluster.rank_wait_s=12"]
+    with ending(start("train", *command)) as process:
+        until(lambda: num_steps(tmp_path, "run") >= 3, process)
+        lost = with_a_rank(cluster)
+        cluster.remove_node(lost, allow_graceful=False)
+        out, err = process.communicate(timeout=400)
+    assert process.returncode == 1, out + err
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "restart 1 of 3, from the newest valid checkpoint (step " in log
+    missing = "there is room for 1 of 2 ranks on the 2 machines that Ray has; gone: "
+    assert f" s so far, up to 12 s: {missing}" in log
+    assert f"({lost.node_ip_address})" in log.partition(missing)[2]
+    assert f"error: training failed: {missing}" in err
+    assert "The same command goes on from the newest valid checkpoint" in err
 
 
 def test_the_head_is_killed_and_the_same_command_goes_on_on_a_new_one(tmp_path: Path, cluster: Cluster) -> None:

@@ -83,6 +83,7 @@ def test_a_stopped_rank_under_torchrun(root: Path, reference: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_nodes_under_torchrun(root: Path, reference: Path) -> None:
     """As section 6 of `launch/README.md` has it, with two agents here for two machines; a rank of one is stopped."""
     env = environment(root / "tokens-nodes", train_step__6="stop")
@@ -102,7 +103,7 @@ def test_two_nodes_under_torchrun(root: Path, reference: Path) -> None:
             with open(log, "wb") as sink:
                 agents.append(subprocess.Popen(torchrun, env={**env, **more}, stdout=sink, stderr=sink))
         try:
-            codes = [agent.wait(timeout=280) for agent in agents]
+            codes = [agent.wait(timeout=400) for agent in agents]
         finally:
             for agent in agents:
                 agent.kill()

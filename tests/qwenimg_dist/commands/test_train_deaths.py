@@ -151,7 +151,7 @@ def test_a_lost_machine_is_missed_by_name_and_the_wait_ends(tmp_path: Path, monk
     assert str(ended.value).startswith(f"{missing}; waited 60 min (cluster.rank_wait_s=3600). The same command goes on")
     first, *lines, last = run.lines()[1:]
     assert last == f"not waiting for ranks any longer: {ended.value}"
-    assert first == f"waiting for ranks, 1 min so far, up to 60 min: {missing}"
+    assert first == f"waiting for ranks, 60 s so far, up to 60 min: {missing}"
     assert len(lines) == 5  # every ten minutes
 
 
@@ -209,3 +209,49 @@ def test_what_the_controller_ended_with_is_how_the_run_ended(
     ended: Ended = training.ended()
     assert (ended.outcome, ended.code) == (outcome, code)
     assert ended.message.startswith(words)
+
+
+@pytest.mark.slow
+def test_ray_train_ends_with_what_is_raised_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real controller: a gang that fails at once, one that there is no room for, one that is told to stop."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from producers.pool import ray_session
+    from qwenimg_dist.commands.train import prepare_environment
+
+    def fail_at_once() -> None:  # in here, so that it is pickled by value
+        raise RuntimeError("a bug")
+
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
+    prepare_environment()
+    ended: dict[str, BaseException] = {}
+    with ray_session(ClusterConfig(), cpus=1):
+        for name, cpus in (("fails", 1), ("has no room", 1000), ("is stopped", 1)):
+            folder = tmp_path / name
+            folder.mkdir()
+            cluster = ClusterConfig(max_restarts=1, rank_wait_s=5, cpus_per_rank=cpus)
+            if name == "is stopped":
+                (folder / ".stop-1").touch()
+            trainer = DataParallelTrainer(
+                fail_at_once,
+                scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": cpus}),
+                run_config=RunConfig(
+                    storage_path=str(folder),
+                    callbacks=[Deaths(folder, folder / "train.log", folder / ".stop-1", cluster)],
+                    failure_config=FailureConfig(max_failures=-1),
+                ),
+            )
+            with pytest.raises(ControllerError) as told:
+                trainer.fit()
+            ended[name] = told.value.controller_failure
+    assert isinstance(ended["fails"], GangLostError), ended
+    first, second = (tmp_path / "fails" / "train.log").read_text().splitlines()
+    assert first == "the gang failed: rank 0: RuntimeError: a bug; restart 1 of 1, from the newest valid checkpoint"
+    assert second.endswith("no restart is left (cluster.max_restarts=1 without a new checkpoint)")
+    assert str(ended["fails"]).startswith(second)
+    assert "in fail_at_once" in str(ended["fails"])  # the traceback
+    assert isinstance(ended["has no room"], GangLostError)
+    assert str(ended["has no room"]).startswith("there is room for 0 of 1 ranks on the 1 machines that Ray has; waited")
+    assert "so far, up to 5 s" in (tmp_path / "has no room" / "train.log").read_text()
+    assert isinstance(ended["is stopped"], GangStoppedError)
