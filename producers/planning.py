@@ -47,7 +47,8 @@ _WAITING_BYTES: Final = 64 * 1024**2 * 3
 """Decoded pictures that wait for a filter's model (`unit.py`)."""
 _OPEN_PICTURE_BYTES: Final = 30e6
 """Of each decoding thread: a picture of 10 Mpx."""
-_OWN_STORE_BYTES: Final = 128 * 1024**2
+_LOADER_BYTES: Final = 0.5e9
+"""A loader's process, which has no models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +160,10 @@ def producers_plan(
     text = encoders.text_parameters + (encoders.vision_parameters if kind == EDIT else 0)
     weights = float(size * (text + (0 if kind == PROMPT else encoders.vae_parameters)))
     activations = size * max(_vae_values(config, encoders, kind), _text_values(config, encoders))
-    threads = max(1, int(cluster.cpus_per_producer))
-    host = _PROCESS_BYTES + (0 if kind == PROMPT else _WAITING_BYTES + (threads + 1) * _OPEN_PICTURE_BYTES)
+    loaders = cluster.loaders_per_producer
+    threads = max(1, int(cluster.cpus_per_loader if loaders else cluster.cpus_per_producer))
+    opened = 0 if kind == PROMPT else _WAITING_BYTES + (threads + 1) * _OPEN_PICTURE_BYTES
+    host = _PROCESS_BYTES + (loaders * (_LOADER_BYTES + opened) if loaders else opened)
     rate, told = _rate(config, work, kind, on_gpu=on_gpu)
     return ProducersPlan(
         config=config,
@@ -203,14 +206,13 @@ def encoder_facts(pipeline: Path | None) -> EncoderFacts:
 def table(plan: ProducersPlan, drawn_per_s: float | None) -> Table:
     """For a person. `drawn_per_s` pictures are what training takes where it is fastest."""
     cluster = plan.config.cluster
-    places = f"{cluster.cpus_per_producer:g} CPUs and {cluster.gpus_per_producer:g} GPUs"
+    places = f"{cluster.producer_cpus:g} CPUs and {cluster.gpus_per_producer:g} GPUs"
     rows: list[tuple[str, str]] = [("encoders' weights", show_bytes(plan.weights))]
     rows.append(("activations of the largest batch", show_bytes(plan.activations)))
     if plan.on_gpu:
         rows.append(("a producer on its GPU", show_bytes(plan.gpu_bytes)))
     rows.append(("a producer in host memory", show_bytes(plan.host)))
-    own = cluster.address is None
-    rows.append(("Ray's object store", show_bytes(_OWN_STORE_BYTES) if own else "the cluster's; messages only"))
+    rows.append(("Ray's object store, of all", show_bytes(cluster.object_store_bytes)))
     rows.append(("TFLOP per row, VAE and text encoder", f"{plan.work.vae_flops / 1e12:.2f} and "
                  f"{plan.work.text_flops / 1e12:.2f}"))  # fmt: skip
     rows.append(("images/s of a producer", _or_dash(plan.images_per_s)))
@@ -243,7 +245,7 @@ def to_json(plan: ProducersPlan) -> dict[str, Any]:
         "activations_bytes": plan.activations,
         "gpu_bytes": plan.gpu_bytes if plan.on_gpu else None,
         "host_bytes": plan.host,
-        "object_store_bytes": _OWN_STORE_BYTES if plan.config.cluster.address is None else None,
+        "object_store_bytes": plan.config.cluster.object_store_bytes,
         "vae_flops_per_row": plan.work.vae_flops,
         "text_flops_per_row": plan.work.text_flops,
         "images_per_s": plan.all_images_per_s,
@@ -298,9 +300,10 @@ def _text_values(config: Config, encoders: EncoderFacts) -> float:
 
 
 def _rate(config: Config, work: Work, kind: Kind, *, on_gpu: bool) -> tuple[float | None, str]:
-    """Rows per second of one producer: it decodes, then encodes; and how that was found."""
+    """Rows per second of one producer, and how that was found. It decodes, then encodes; with loaders both at once."""
     cluster, given = config.cluster, config.plan
-    decode_s = 0.0 if kind == PROMPT else 1 / (given.decoded_per_cpu_s * cluster.cpus_per_producer)
+    loading_cpus = cluster.loaders_per_producer * cluster.cpus_per_loader
+    decode_s = 0.0 if kind == PROMPT else 1 / (given.decoded_per_cpu_s * (loading_cpus or cluster.cpus_per_producer))
     if on_gpu:
         peak = cluster.peak_tflops * 1e12 if cluster.peak_tflops else PEAK_FLOPS[_ASSUMED_GPU]
         name = "cluster.peak_tflops" if cluster.peak_tflops else f"an {_ASSUMED_GPU}'s"
@@ -310,7 +313,9 @@ def _rate(config: Config, work: Work, kind: Kind, *, on_gpu: bool) -> tuple[floa
         reached = given.cpu_gflops * 1e9 * cluster.cpus_per_producer
         told = f"{given.cpu_gflops:g} GFLOP/s per CPU (plan.cpu_gflops)"
     told += f", {given.decoded_per_cpu_s:g} pictures decoded, judged and resized per CPU and second"
-    return 1 / (decode_s + work.flops / reached), f"{told} (plan.decoded_per_cpu_s), all assumed"
+    encode_s = work.flops / reached
+    row_s = max(decode_s, encode_s) if loading_cpus else decode_s + encode_s
+    return 1 / row_s, f"{told} (plan.decoded_per_cpu_s), all assumed"
 
 
 def _or_dash(value: float | None) -> str:

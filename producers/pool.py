@@ -38,11 +38,6 @@ from producers.poison import Trail, read_trail, trail_file
 from producers.workers import Outcome, ProduceError, Task
 from qwenimg_dist.config import ClusterConfig
 
-_OBJECT_STORE_BYTES: Final = 128 * 1024**2
-"""Enough for control messages; nothing large goes through Ray."""
-_LOADER_BYTES: Final = 160 * 1024**2
-"""What a loader and its encoder may have in the object store: two batches of pictures and one of text features, at the
-defaults of `encode` and the 20 B model's width. With larger batches Ray puts some of it on disk, for a moment."""
 _PLACED_S: Final = 600.0
 """After this long without a single actor running, waiting for one is of no use. Not about loading models: an actor
 answers before it does."""
@@ -76,8 +71,7 @@ def ray_session(cluster: ClusterConfig, *, cpus: float | None = None) -> Iterato
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
-                object_store_memory=_OBJECT_STORE_BYTES
-                + cluster.producers * cluster.loaders_per_producer * _LOADER_BYTES,
+                object_store_memory=cluster.object_store_bytes,  # with larger batches Ray puts some of it on disk
                 _node_ip_address=own_ray.ADDRESS,
                 **quiet,
             )

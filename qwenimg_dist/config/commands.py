@@ -96,6 +96,12 @@ class ClusterConfig(Section):
         return self.cpus_per_producer + self.loaders_per_producer * self.cpus_per_loader
 
     @property
+    def object_store_bytes(self) -> int:
+        """What all actors may have in Ray's object store: messages, and of each loader and its encoder two batches
+        of pictures and one of text features (at the defaults of `encode` and the 20 B model's width)."""
+        return (128 + 160 * self.producers * self.loaders_per_producer) * 1024**2
+
+    @property
     def reward_cpus(self) -> float:
         """What all reward actors reserve."""
         return self.reward_actors * self.cpus_per_reward_actor

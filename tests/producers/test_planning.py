@@ -106,11 +106,23 @@ def test_kinds_differ_in_what_is_encoded() -> None:
     assert prompt.activations < image.activations
 
 
+def test_loaders_decode_while_their_producer_encodes() -> None:
+    alone = planned("cluster=nodes_8x8_both")
+    few, many, more = (planned("cluster=nodes_8x8_both", f"cluster.loaders_per_producer={n}") for n in (1, 4, 8))
+    assert few.images_per_s == pytest.approx(12)  # its one CPU decodes so many
+    assert many.images_per_s is not None
+    assert alone.images_per_s is not None
+    assert many.images_per_s == more.images_per_s > 1.4 * alone.images_per_s  # the GPU's own rate
+    assert more.host > many.host > alone.host
+    assert "5.5 GB" in table(many, None).text()  # 8 x 4 x 160 MiB for pixels, and messages
+    assert "8 with 8 CPUs and 1 GPUs" in table(many, None).text()
+
+
 def test_the_table_tells_all_of_it() -> None:
     text = table(planned("cluster=nodes_8x8_both"), 601.0).text()
     for words in ("8 with 4 CPUs and 1 GPUs", "hours for 1,000,000 rows", "training draws at most", "object store"):
         assert words in text
-    assert "134.2 MB" in table(planned("cluster=node_8gpu_both"), None).text()  # a Ray of its own
+    assert "134.2 MB" in text  # nothing but messages
 
 
 def test_the_pipeline_that_is_here_is_counted(tmp_path: Path) -> None:
