@@ -123,7 +123,8 @@ class PlanConfig(Section):
     encode_mfu: float = Field(default=0.25, gt=0, le=1)
     """Share of the peak that producers' encoders reach on GPUs; an assumption."""
     cpu_gflops: PositiveFloat = 40
-    """GFLOP/s of one CPU in the encoders, for producers without GPUs; an assumption."""
+    """GFLOP/s of one CPU in the encoders, for producers without GPUs; an assumption (the VAE in fp32 reached 86 on one
+    core of a server; bf16 is slower on CPUs without instructions for it)."""
     decoded_per_cpu_s: PositiveFloat = 12
     """Pictures that one CPU decodes, judges and resizes per second, all classes together; an assumption (photographs of
     two million pixels or so; larger ones take longer)."""
