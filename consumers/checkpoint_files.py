@@ -1,10 +1,11 @@
 """A checkpoint on disk: `step-NNNNNNNN/` with a safetensors file per rank, `state.json`, `certificate.json` and
 `manifest.json`.
 
-Place in the flow: `checkpoint.py` writes through this on the ranks, `checkpoint_reader.py` reads it, with or without
-ranks. A rank's file holds, for each parameter NAME, the fp32 tensors `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`
-and `ema/NAME` of that rank's elements (of a frozen parameter `master/NAME` alone), and in its metadata the range
-[start, stop) of them in the flattened parameter. So any number of ranks can read what it needs by byte ranges.
+Place in the flow: `checkpoint_save.py` writes through this on the ranks, `checkpoint_reader.py` reads it, with or
+without ranks. A rank's file holds, for each parameter NAME, the fp32 tensors `master/NAME`, `exp_avg/NAME`,
+`exp_avg_sq/NAME` and `ema/NAME` of that rank's elements (of a frozen parameter `master/NAME` alone), and in its
+metadata the range [start, stop) of them in the flattened parameter. So any number of ranks can read what it needs by
+byte ranges.
 
 **A checkpoint is valid if and only if its manifest is there and every file has the size (and, when read, the sha256)
 that stands in it.** Refuses pickles, and to return anything of a checkpoint that is not whole.
@@ -17,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -116,8 +117,15 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def write_rank_file(file: Path, pieces: Sequence[Piece]) -> FileRecord:
-    """Write one rank's tensors as safetensors, one at a time, fsynced. Host memory: the largest piece."""
+class GivenUp(Exception):
+    """A file was left half written, as asked."""
+
+
+def write_rank_file(file: Path, pieces: Sequence[Piece], given_up: Callable[[], bool] = lambda: False) -> FileRecord:
+    """Write one rank's tensors as safetensors, one at a time, fsynced. Host memory: the largest piece.
+
+    Raises `GivenUp` between two tensors when `given_up` says so.
+    """
     header: dict[str, Any] = {
         "__metadata__": {"ranges": json.dumps({piece.name: [piece.start, piece.stop] for piece in pieces})}
     }
@@ -138,6 +146,8 @@ def write_rank_file(file: Path, pieces: Sequence[Piece]) -> FileRecord:
             digest.update(data)
             sink.write(data)
         for index, piece in enumerate(pieces):
+            if given_up():
+                raise GivenUp
             if index == len(pieces) // 2:
                 sink.flush()
                 fault_point("checkpoint_write")

@@ -39,6 +39,7 @@ from consumers.reporting import ReportWriter
 from consumers.rollout import Rollouts, open_rollouts
 from consumers.run_directory import Prepared, check_tracking, move_aside, preflight, run_lock, write_descriptions
 from consumers.run_plan import make_plan, write_plan
+from consumers.saver import Saver
 from consumers.start_from import StartWeights, agree
 from consumers.stream import Stream, pictures_of
 from consumers.throughput import Throughput
@@ -128,6 +129,7 @@ class Session:
     """Of an objective that trains on pictures of the model's own."""
     throughput: Throughput
     certifier: Certifier
+    saver: Saver
     remote: RemoteCheckpoints | None
     """Where copies of the checkpoints go, besides."""
     log: RunLog | None
@@ -197,6 +199,14 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         if loaded is None and weights:
             _check_start(weights, ranks)
         progress = _progress(loaded, prepared, ranks, hooks)
+        saver = Saver(engine, ema, prepared.run_dir, config.checkpoint)
+        stack.callback(saver.close)
+        if config.checkpoint.background:
+            _say(
+                ranks,
+                hooks,
+                f"each rank keeps {saver.copy_bytes / 1e9:.3f} GB of host memory for saving beside training",
+            )
         certifier = Certifier(engine, config, model, prepared, loaded.step if loaded else None)
         if config.checkpoint.certify != "off":
             certifier.measure(progress.step)
@@ -260,6 +270,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
                 peak_tflops=config.cluster.peak_tflops,
             ),
             certifier=certifier,
+            saver=saver,
             remote=remote,
             log=log,
             report=ReportWriter(prepared.run_dir, hooks.say)

@@ -23,7 +23,6 @@ import torch
 
 from consumers.bad_samples import next_batch
 from consumers.batch import RankBatch
-from consumers.checkpoint import save_checkpoint
 from consumers.curriculum import lr_at
 from consumers.engine import start_distributed, stop_distributed
 from consumers.errors import DegradedError, TrainingError
@@ -64,7 +63,8 @@ def train(config: Config, hooks: Hooks | None = None) -> Outcome:
             with open_session(config, ranks, hooks) as session:
                 if session.report:
                     afterwards.push(session.report.left)  # when no rank waits for this one any more
-                return _loop(session)
+                with _settled(session):
+                    return _loop(session)
         except Stopped:
             return "stopped"
         finally:
@@ -82,8 +82,10 @@ def _loop(session: Session) -> Outcome:
         draw_grids(session)
 
     while progress.step < last_step:
-        # ---- Stop if any rank was asked to; saved below the loop.
-        if ranks.any(session.hooks.stop_requested()):
+        # ---- Commit a save that all ranks have written; stop if any rank was asked to, saved below the loop.
+        stop, *written = ranks.max([float(session.hooks.stop_requested()), *session.saver.flags()])
+        _take_in(session, *written)
+        if stop:
             break
 
         # ---- Step -> phase -> this rank's cut of the global batch.
@@ -117,7 +119,7 @@ def _loop(session: Session) -> Outcome:
         extra = {**updates.norms, **({**played.metrics, "train/update_s": update_s} if played else {})}
         _log(session, batch, updates, lr, extra, last=progress.step == last_step)
 
-        # ---- Checkpoint if due.
+        # ---- Checkpoint if due, at once or in the background.
         if progress.step % config.checkpoint.every == 0:
             _save(session)
             saved_step = progress.step
@@ -126,11 +128,11 @@ def _loop(session: Session) -> Outcome:
         # ---- Degradation guard: saved, then the end.
         if session.guard.verdict:
             if saved_step < progress.step:
-                _save(session)
+                _save(session, wait=True)
             raise DegradedError(session.guard.verdict)
 
     if saved_step < progress.step:
-        _save(session)
+        _save(session, wait=True)
     return "complete" if progress.step >= last_step else "stopped"
 
 
@@ -245,7 +247,26 @@ def _check_log(session: Session) -> None:
         raise TrainingError(f"{what}. Make room; the same command goes on from the last checkpoint")
 
 
-def _save(session: Session) -> None:
+@contextlib.contextmanager
+def _settled(session: Session) -> Iterator[None]:
+    """Whatever all ranks end with together, the save under way is finished first."""
+    try:
+        yield
+    except TrainingError:
+        with contextlib.suppress(TrainingError):  # the first one is the one to tell
+            _finish_save(session)
+        raise
+    _finish_save(session)
+
+
+def _take_in(session: Session, failed: float, writing: float) -> None:
+    if session.saver.under_way and (failed or not writing):
+        _finish_save(session, failed=bool(failed))
+
+
+def _save(session: Session, *, wait: bool = False) -> None:
+    """Save the present step: written and committed on return with `wait`, or without `checkpoint.background`."""
+    _finish_save(session)
     session.hooks.stage("saving")
     if session.log:
         if session.throughput.by_rank:
@@ -255,28 +276,34 @@ def _save(session: Session) -> None:
     if session.config.checkpoint.certify == "save":
         session.certifier.measure(session.progress.step)
     certifier, progress = session.certifier, session.progress
-    save_checkpoint(
-        session.engine,
-        session.ema,
-        session.run_dir,
-        step=session.progress.step,
+    session.saver.begin(
+        step=progress.step,
         state=session.state(),
-        keep=session.config.checkpoint.keep,
         certificate=lambda: certifier.record(progress.step, progress.images),
-        keep_every=session.config.checkpoint.keep_every,
+        wait=wait,
     )
+    if wait or not session.config.checkpoint.background:
+        _finish_save(session)
+
+
+def _finish_save(session: Session, *, failed: bool = False) -> None:
+    """Commit the save under way, if there is one, and what follows from it."""
+    if not session.saver.under_way:
+        return
+    session.hooks.stage("finishing a save")
+    step = session.saver.finish(failed=failed)
     if session.ranks.is_first:
-        session.hooks.say(f"saved step {session.progress.step}")
-        session.hooks.observe({"checkpoint/step": session.progress.step})
+        session.hooks.say(f"saved step {step}")
+        session.hooks.observe({"checkpoint/step": step})
     if session.remote:
-        _copy(session, session.remote)
+        _copy(session, session.remote, step)
     if session.report and session.config.train.report == "checkpoints":
         session.report.begin()
 
 
-def _copy(session: Session, remote: RemoteCheckpoints) -> None:
+def _copy(session: Session, remote: RemoteCheckpoints, step: int) -> None:
     session.hooks.stage("copying the checkpoint")
-    keep, step, begin = session.config.checkpoint, session.progress.step, time.perf_counter()
+    keep, begin = session.config.checkpoint, time.perf_counter()
     stall_s = session.config.train.stall_timeout_s
     problem = remote.push(step, session.ranks, keep=keep.keep, keep_every=keep.keep_every, stall_s=stall_s)
     if problem and session.ranks.is_first:

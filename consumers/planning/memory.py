@@ -55,7 +55,7 @@ class HostMemory:
     offloaded: float
     """Masters, moments, gradients and EMA with `engine.offload_optimizer=cpu`."""
     saving: float
-    """The largest piece of a checkpoint, on its way to disk."""
+    """The largest piece of a checkpoint on its way to disk, or with `checkpoint.background` a copy of all of them."""
 
     @property
     def total(self) -> float:
@@ -155,8 +155,15 @@ def host_memory(config: Config, model: ModelFacts, data: DataFacts, *, world_siz
         batches=batches,
         held_out=held_out if config.evaluate.every else 0.0,
         offloaded=offloaded,
-        saving=4.0 * model.largest / world_size if on_gpu else 0.0,
+        saving=_saving(config, model, world_size),
     )
+
+
+def _saving(config: Config, model: ModelFacts, world_size: int) -> float:
+    if config.checkpoint.background:
+        of_trained = 4.0 * model.num_trained * (2 + (config.optim.ema_decay > 0))
+        return (4.0 * model.num_parameters + of_trained) / world_size
+    return 4.0 * model.largest / world_size if config.cluster.device == "cuda" else 0.0
 
 
 def _largest_micro_batch(data: DataFacts, stream: StreamFacts, bucket: Bucket, text: int, world_size: int) -> int:

@@ -33,7 +33,7 @@ _HOST_PARTS: Final[Mapping[str, str]] = {
     "batches": "batches ahead",
     "held_out": "held-out samples",
     "offloaded": "offloaded states",
-    "saving": "a piece of a checkpoint",
+    "saving": "a checkpoint on its way to disk",
 }
 
 

@@ -23,10 +23,18 @@ from qwenimg_dist.config.sources import (
     SyntheticTextSource,
     WebdatasetSource,
 )
-from qwenimg_dist.config.training import EvaluateConfig, FlowConfig, FlowMatchingConfig, OptimConfig, Phase
+from qwenimg_dist.config.training import (
+    CheckpointConfig,
+    EvaluateConfig,
+    FlowConfig,
+    FlowMatchingConfig,
+    OptimConfig,
+    Phase,
+)
 from qwenimg_dist.config.tree import Config, ModelConfig
 
 __all__ = [
+    "CheckpointConfig",
     "ClusterConfig",
     "Config",
     "DpoConfig",

@@ -299,7 +299,13 @@ class EngineConfig(Section):
 
 class CheckpointConfig(Section):
     every: PositiveInt = 500
-    """Steps between checkpoints: what a fault can cost at most. Training waits while one is written."""
+    """Steps between checkpoints: what a fault can cost at most (with `background`, those since it was written too).
+    Training waits while one is written, unless `background` is on."""
+    background: bool = False
+    """Write checkpoints while training goes on: it waits for a copy into host memory only, and a checkpoint exists a
+    little later. A save under way is waited for before the next one, and when the run ends or is told to stop. Costs
+    another copy of a rank's part in host memory for the whole run (16 bytes per parameter over all ranks, 12 without
+    EMA: 5 GB per rank of 64 for 20 B), and disk and a core per rank while it writes."""
     keep: PositiveInt = 3
     """Newest checkpoints kept; older ones are removed after a new one is committed. Each takes 16 bytes per parameter
     on disk (12 without EMA), and while one is written there is one more than this."""

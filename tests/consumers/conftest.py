@@ -26,7 +26,7 @@ CHECKS = (
     "save",
     "damage",
 )
-DAMAGE_CHECKS = ("each_damage", "retention", "full_disk")
+DAMAGE_CHECKS = ("each_damage", "retention", "background", "full_disk")
 OPTION_CHECKS = ("groups", "frozen_save", "offload", "hpz")
 """hpz last: DeepSpeed makes its process groups once per process."""
 Results = Callable[[str], dict[str, Any]]

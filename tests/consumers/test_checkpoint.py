@@ -92,6 +92,8 @@ def test_a_full_disk_is_survived(damage_results: Results, damage_out: Path) -> N
     assert found["unchanged"]
     assert found["loaded"] == [1]
     assert found["room_again"] is None
+    assert "step 4 was not committed" in found["filled_in_background"]
+    assert "No space left on device" in found["filled_in_background"]
     assert found["left"] == [[3, None]]
 
 

@@ -160,15 +160,15 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(
         assert words in message
 
 
-def test_killed_inside_a_checkpoint_and_resumed_is_the_same_run(root: Path, reference: Path) -> None:
+def test_killed_inside_a_checkpoint_beside_training_and_resumed_is_the_same_run(root: Path, reference: Path) -> None:
     faults = root / "faults"
     faults.mkdir()
     (faults / "checkpoint_write@2").touch()  # one of the two ranks dies in the middle of the second checkpoint
-    command = ["-m", "consumers", *fp32(root, "killed")]
+    command = ["-m", "consumers", *fp32(root, "killed", "checkpoint.background=true")]
     ended = run_gang(command, 2, root / "logs-killed", env={"QWENIMG_DIST_FAULT_DIR": str(faults)})
     assert -signal.SIGKILL in [end.code for end in ended]
     assert [info.step for info in list_checkpoints(root / "killed")] == [4]
-    assert lines(root / "killed" / "metrics.jsonl")[-1]["step"] == 8  # logged, but never saved
+    assert lines(root / "killed" / "metrics.jsonl")[-1]["step"] >= 8  # type: ignore[operator]  # logged, never saved
     ended = run_gang(command, 2, root / "logs-resumed")
     assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
     assert "resuming from step 4" in ended[0].output
@@ -178,7 +178,8 @@ def test_killed_inside_a_checkpoint_and_resumed_is_the_same_run(root: Path, refe
 
 def test_stopped_by_sigterm_and_resumed_on_one_rank(root: Path, reference: Path) -> None:
     run_dir = root / "stopped"
-    process = subprocess.Popen([sys.executable, "-m", "consumers", *fp32(root, "stopped")], stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "consumers", *fp32(root, "stopped", "checkpoint.background=true")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
     wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len(lines(run_dir / "metrics.jsonl")) >= 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0

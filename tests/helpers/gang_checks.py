@@ -14,6 +14,7 @@ import os
 import resource
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from fake_dataset import WIDTH
 from torch.distributed import distributed_c10d
 
 import consumers.checkpoint as checkpoint
+import consumers.checkpoint_files as checkpoint_files
 import consumers.engine as engine_module
+import consumers.saver as saver_module
 from consumers.batch import MicroBatch
 from consumers.certificate import Certifier
 from consumers.ema import Ema
@@ -38,6 +41,7 @@ from consumers.objectives.base import LossOutput
 from consumers.parameter_groups import parameter_groups
 from consumers.ranks import Ranks
 from consumers.run_directory import Prepared
+from consumers.saver import Saver
 from consumers.session import Hooks
 from consumers.updates import Updates, make_updates
 from qwenimg_dist.compose import load_config
@@ -788,9 +792,105 @@ def check_full_disk(world: World) -> dict[str, Any]:
         filler.unlink()
     ranks.any(False)
     found["room_again"] = save_refusal(engine, run_dir, step=3, keep=1)
+    # And while training goes on: one rank's thread fills the disk.
+    if ranks.is_first:
+        (faults / "checkpoint_write@next").write_text(f"fill {filler}")
+    os.environ[FAULT_DIR_VARIABLE] = str(faults)
+    ranks.any(False)
+    saver = Saver(engine, None, run_dir, BACKGROUND)
+    found["filled_in_background"] = background_refusal(saver, step=4)
+    del os.environ[FAULT_DIR_VARIABLE]
+    saver.close()
     found["left"] = [[info.step, info.fault] for info in checkpoint.list_checkpoints(run_dir)]
     engine.close()
     return found
+
+
+def check_background(world: World) -> dict[str, Any]:
+    """A save beside training is of the step at which it began, and nothing before all ranks have written."""
+    run_dir, ranks = world.out / "background", world.ranks
+    engine, _ = world.engine(*FREEZE)
+    ema = Ema(engine, EMA_DECAY)
+    saver = Saver(engine, ema, run_dir, BACKGROUND)
+    numel = sum(3 * (share.stop - share.start) for share in engine.shares)
+    numel += sum(share.stop - share.start for share in (*engine.shares, *engine.frozen))
+    found: dict[str, Any] = {"copy": saver.copy_bytes == 4 * numel}
+    engine_step(engine, ema, 0, 1e-3)
+    before, gate = snapshot(engine, ema), threading.Event()
+    in_the_middle = checkpoint_files.fault_point
+    checkpoint_files.fault_point = lambda _: gate.wait()
+    begin_background(saver, step=1)
+    after = [engine_step(engine, ema, step, 1e-3) for step in (1, 2, 3)]
+    found["writing"] = ranks.max(saver.flags()) == [0.0, 1.0]
+    found["nothing_yet"] = checkpoint.list_checkpoints(run_dir) == []
+    gate.set()
+    found["finished"] = [saver.finish(), saver.under_way]
+
+    other, _ = world.engine(*FREEZE)
+    other_ema = Ema(other, EMA_DECAY)
+    loaded = checkpoint.load_newest(other, other_ema, run_dir)
+    assert loaded is not None
+    found["note"] = [loaded.step, loaded.state["note"], loaded.state["optimizer_steps"]]
+    found["same"] = equal(before, snapshot(other, other_ema))
+    found["same_later"] = after == [engine_step(other, other_ema, step, 1e-3) for step in (1, 2, 3)]
+    found["same_later"] &= equal(snapshot(engine, ema), snapshot(other, other_ema))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    gate.clear()
+    if ranks.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        checkpoint_files.fault_point = in_the_middle
+    found["one_failed"] = background_refusal(saver, step=4, gate=gate)  # rank 0 is still in the middle of it
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    found["visible"] = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    checkpoint_files.fault_point = lambda _: gate.wait(1)
+    gate.clear()
+    begin_background(saver, step=5)
+    saver.close()  # as when the run ends by an error: nobody agrees on anything any more
+    found["given_up"] = sorted(path.name.rpartition("-")[0] for path in (run_dir / "checkpoints").iterdir())
+    checkpoint_files.fault_point = in_the_middle
+
+    saver = Saver(engine, ema, run_dir, BACKGROUND)
+    for step, wait in ((6, False), (7, True), (8, False)):
+        begin_background(saver, step=step, wait=wait)
+        saver.finish()
+    saver.close()
+    found["kept"] = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    if ranks.rank == 1:
+        saver_module._MEMINFO = world.out / "meminfo"
+        saver_module._MEMINFO.write_text("MemTotal: 99 kB\nMemAvailable: 1 kB\n")
+    try:
+        Saver(engine, ema, run_dir, BACKGROUND)
+    except ValueError as error:
+        found["no_memory"] = str(error)
+    engine.close()
+    other.close()
+    return found
+
+
+BACKGROUND = load_config(["checkpoint.background=true", "checkpoint.keep=2"]).checkpoint
+
+
+def begin_background(saver: Saver, *, step: int, wait: bool = False) -> None:
+    saver.begin(step=step, state={"note": "then"}, certificate=dict, wait=wait)
+
+
+def background_refusal(saver: Saver, *, step: int, gate: threading.Event | None = None) -> str | None:
+    """What a save beside training refuses with, asked as the trainer does."""
+    ranks = saver._engine.ranks
+    begin_background(saver, step=step)
+    while True:
+        failed, writing = ranks.max(saver.flags())
+        if failed or not writing:
+            break
+        time.sleep(0.01)
+    if gate:
+        gate.set()
+    try:
+        saver.finish(failed=bool(failed))
+    except TrainingError as error:
+        return str(error)
+    return None
 
 
 def check_retention(world: World) -> dict[str, Any]:

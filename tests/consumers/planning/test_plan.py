@@ -138,6 +138,13 @@ def test_changes_are_joined_where_none_suffices_alone() -> None:
     assert changes_that_fit(planned(*tiny), [*FULL, *tiny], load_config) == []
 
 
+def test_a_save_beside_training_is_a_copy_of_a_rank_s_part_in_host_memory() -> None:
+    waiting, beside = (planned("cluster=nodes_8x8", f"checkpoint.background={on}") for on in ("false", "true"))
+    assert waiting.host.saving < 0.01 * beside.host.saving
+    assert beside.host.saving == pytest.approx(16 * PARAMETERS / 64)
+    assert beside.host.total - waiting.host.total == pytest.approx(beside.host.saving - waiting.host.saving)
+
+
 def test_host_memory_is_held_against_the_node() -> None:
     little = planned("cluster=node_8gpu", "engine.offload_optimizer=cpu", "cluster.host_memory_gib=256")
     assert any("host memory" in fault for fault in little.faults)
