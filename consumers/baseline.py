@@ -17,6 +17,7 @@ from consumers.held_out import (
     differences,
     find_other_classes,
     make_held_out,
+    not_validated,
     read_start,
     start_from_json,
 )
@@ -57,11 +58,8 @@ def baseline(
     budgets = {r: phase.micro_batch_tokens for phase in prepared.ledger.phases for r in phase.weights}
     others = ranks.on_first(lambda: find_other_classes(config, measured, start, set(budgets)))
     classes = ranks.together(lambda: make_held_out(config, measured, stream, start, budgets, others))
-    if not any(one.keys for one in classes.values()):
-        say(
-            "warning: none of the selected rows is held out, so nothing is validated and nothing guards against "
-            "degradation: raise data.held_out, or give a data set as evaluate.data_path"
-        )
+    if note := not_validated(list(measured.datasets), classes):
+        say(f"warning: {note}")
     held_out = HeldOut(config, classes, start)
     if start is None and step == 0:
         start = held_out.start_of(held_out.measure(engine, None, lambda: stage("the starting model's held-out losses")))

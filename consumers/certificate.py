@@ -9,7 +9,9 @@ it along. Measured are differences of one forward of the run's own path (`Engine
 
 and, where the run trains on edits, each with condition pictures too, from the stock edit pipeline's call.
 
-A difference beyond rounding stops the run on all ranks: it would train a model that stock diffusers does not know.
+A difference beyond rounding stops the run on all ranks: it would train a model that stock diffusers does not know. But
+what bf16 rounds to over 60 blocks was never measured with the real weights: there, only a difference that no rounding
+explains (the same inputs through the same engine) stops it, another one is a warning (`checkpoint.certify_strict`).
 """
 
 from __future__ import annotations
@@ -65,8 +67,11 @@ class Certifier:
         # Rank 0's; here, since what cannot be read must be told before the first step and on all ranks.
         self._facts = engine.ranks.together(lambda: self._constant_facts() if engine.ranks.is_first else {})
 
-    def measure(self, step: int) -> None:
-        """Compare and remember. Collective. Raises `TrainingError` on all ranks if a difference is beyond rounding."""
+    def measure(self, step: int) -> str:
+        """Compare and remember; what to warn of, the same on all ranks, or nothing. Collective.
+
+        Raises `TrainingError` on all ranks if a difference is beyond rounding.
+        """
         engine, ranks = self._engine, self._engine.ranks
         dtype = torch.bfloat16 if self._config.engine.precision == "bf16" else torch.float32
         edits = EDIT in kinds_of(self._config).values()
@@ -83,13 +88,9 @@ class Certifier:
             alone = self._independent(cases, dtype)
             if alone is not None:  # rank 0's
                 found["independent"] = parity.differences(ours, alone, dtype=dtype, same_module=False)
-        faults = [
-            f"{side}, {one.case}: {one.max_difference:g} where velocities reach {one.max_velocity:g} "
-            f"(allowed: {one.tolerance:g} of that)"
-            for side, some in found.items()
-            for one in some
-            if not one.within
-        ]
+        beyond = [(side, one) for side, some in found.items() for one in some if not one.within]
+        lenient = dtype == torch.bfloat16 and not self._config.checkpoint.certify_strict
+        faults = [_told(side, one) for side, one in beyond if not (lenient and one.may_be_rounding)]
         if told := ranks.first_problem("; ".join(faults)):
             raise TrainingError(
                 f"step {step}: the transformer is not called as stock diffusers calls it, so what is trained would not "
@@ -97,6 +98,11 @@ class Certifier:
                 "attention backend; checkpoint.certify=off trains nevertheless"
             )
         self._parity = self._described(step, found)
+        told = ranks.first_problem("; ".join(_told(side, one) for side, one in beyond))
+        return told and (
+            f"step {step}: one forward differs from stock diffusers' by more than bf16 is expected to round: {told}. "
+            "It stands in the certificate; checkpoint.certify_strict=true would stop here"
+        )
 
     def record(self, step: int, images: int) -> dict[str, Any]:
         """The content of `certificate.json`."""
@@ -193,6 +199,13 @@ def data_facts(run_dir: Path) -> dict[str, Any]:
         "rows": sum(line.num_rows for line in lines if line.phase in (None, 0) and line.epoch == 0),
         "facets": {line.dataset: line.facets for line in lines} if any(one.dataset for one in lines) else facets,
     }
+
+
+def _told(side: str, one: parity.Difference) -> str:
+    return (
+        f"{side}, {one.case}: {one.max_difference:g} where velocities reach {one.max_velocity:g} "
+        f"(allowed: {one.tolerance:g} of that)"
+    )
 
 
 def _sigma_facts(config: Config, pipeline: Path) -> dict[str, Any]:

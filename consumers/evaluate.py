@@ -135,7 +135,8 @@ class HeldOut:
         self, now: Errors, resolutions: Sequence[int], start: Errors | None, *, prefix: str = "eval/"
     ) -> dict[str, float]:
         """`loss`, `loss_q0.5`, ... and `text/65-128` over the classes of the present phase; `loss_512` and
-        `bucket/1024x576` of every class; and where the starting model's are known, `start_loss...` beside the losses.
+        `bucket/1024x576` of every class, `dataset/photos` of each of several data sets; and where the starting model's
+        are known, `start_loss...` beside the losses.
         """
         found: dict[str, float] = {}
         trained = [r for r in resolutions if r in now]
@@ -152,7 +153,9 @@ class HeldOut:
             found[f"loss_{resolution}"] = float(errors.mean())
             if start is not None and resolution in start:
                 found[f"start_loss_{resolution}"] = float(start[resolution].mean())
-        found |= self._by_bucket(now)
+        found |= self._by_word("bucket", now, {r: one.buckets for r, one in self.classes.items()})
+        if any(name for one in self.classes.values() for name in one.datasets):
+            found |= self._by_word("dataset", now, {r: one.datasets for r, one in self.classes.items()})
         return {prefix + name: value for name, value in found.items()}
 
     def pairs(
@@ -169,11 +172,12 @@ class HeldOut:
         by_quantile = {f"loss_q{q:g}": float(v) for q, v in zip(self.quantiles, errors.mean(axis=0), strict=True)}
         return {"loss": float(errors.mean()), **by_quantile}
 
-    def _by_bucket(self, now: Errors) -> dict[str, float]:
+    def _by_word(self, kind: str, now: Errors, words: Mapping[int, Sequence[str]]) -> dict[str, float]:
+        """Means over the samples of each word, of all classes."""
         values: dict[str, list[float]] = {}
         for resolution, errors in now.items():
-            for bucket, value in zip(self.classes[resolution].buckets, errors.mean(axis=1).tolist(), strict=True):
-                values.setdefault(f"bucket/{bucket}", []).append(value)
+            for word, value in zip(words[resolution], errors.mean(axis=1).tolist(), strict=True):
+                values.setdefault(f"{kind}/{word}", []).append(value)
         return {name: float(np.mean(found)) for name, found in sorted(values.items())}
 
     def worst(self, now: Errors, start: Errors | None) -> list[list[str | float | None]]:

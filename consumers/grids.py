@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from consumers.ema import Ema
 from consumers.engine import Engine
@@ -23,6 +25,16 @@ from qwenimg_dist.config import Config
 from qwenimg_dist.models.generate import generate_latents, load_scheduler_config, save_grid, seeded_noise, to_pictures
 from qwenimg_dist.models.text_encoder import TextEncoder
 from qwenimg_dist.models.vae import LatentCodec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A grid of the fixed prompts, on rank 0."""
+
+    file: Path
+    prompts: tuple[str, ...]
+    pictures: tuple[Image.Image, ...]
+    """One per prompt."""
 
 
 class Grids:
@@ -46,8 +58,8 @@ class Grids:
     @torch.no_grad()
     def draw(
         self, engine: Engine, ema: Ema | None, *, step: int, resolution: int, batch_size: int, suffix: str = ""
-    ) -> Path | None:
-        """One picture per prompt, by the EMA's weights if given; returns the file on rank 0. Collective."""
+    ) -> Drawn | None:
+        """One picture per prompt, by the EMA's weights if given; the grid on rank 0. Collective."""
         if not self._text:
             return None
         evaluate, ranks = self._config.evaluate, self._ranks
@@ -77,7 +89,8 @@ class Grids:
             return None
         pictures = [picture for one in latents for picture in to_pictures(self.codec.decode(one[None]))]
         file = Path(self._config.run.path or ".") / "samples" / f"step-{step:08d}{suffix}.png"
-        return saved_or_said(lambda: save_grid(pictures, list(evaluate.prompts), file, columns=4))
+        saved = saved_or_said(lambda: save_grid(pictures, list(evaluate.prompts), file, columns=4))
+        return Drawn(file=saved, prompts=tuple(evaluate.prompts), pictures=tuple(pictures)) if saved else None
 
 
 def saved_or_said(save: Callable[[], Path]) -> Path | None:

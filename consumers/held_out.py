@@ -43,6 +43,8 @@ class HeldOutClass:
     buckets: tuple[str, ...]
     tokens: tuple[int, ...]
     """Valid text tokens."""
+    datasets: tuple[str, ...]
+    """Which of several data sets each is of; empty words in a run with one."""
     batches: tuple[MicroBatch, ...]
     """This rank's share; as many forwards on every rank."""
     pairs: bool = False
@@ -184,6 +186,22 @@ def make_held_out(
     return made
 
 
+def not_validated(datasets: Sequence[str], classes: Mapping[int, HeldOutClass]) -> str:
+    """What to warn of: nothing is held out, or nothing of one of the data sets of a mix; else empty."""
+    held_out = {name for one in classes.values() for name in one.datasets}
+    if not held_out:
+        return (
+            "none of the selected rows is held out, so nothing is validated and nothing guards against degradation: "
+            "raise data.held_out, or give a data set as evaluate.data_path"
+        )
+    if missing := sorted(set(datasets) - held_out):
+        return (
+            f"no row of data.mix.{', data.mix.'.join(missing)} is held out, so nothing is validated on it: raise "
+            "data.held_out, of which each data set holds out its own share"
+        )
+    return ""
+
+
 def _check_frozen(config: Config, made: Mapping[int, HeldOutClass], start: Start) -> None:
     for resolution, keys in start.keys.items():
         if not _wanted(config, resolution):
@@ -210,17 +228,18 @@ def _described(
     *,
     pairs: bool,
 ) -> HeldOutClass:
-    by_slot: dict[int, tuple[str, str, int]] = {}
+    by_slot: dict[int, tuple[str, str, int, str]] = {}
     for group in groups:
         columns = (group.slots.tolist(), catalogs.keys(group.rows), catalogs.text_tokens(group.texts).tolist())
         for slot, key, tokens in zip(*columns, strict=True):
-            by_slot[slot] = (key, str(group.bucket), tokens)
+            by_slot[slot] = (key, str(group.bucket), tokens, group.dataset)
     entries = [by_slot[slot] for slot in sorted(by_slot)]
     return HeldOutClass(
         resolution=resolution,
-        keys=tuple(key for key, _, _ in entries),
-        buckets=tuple(bucket for _, bucket, _ in entries),
-        tokens=tuple(tokens for _, _, tokens in entries),
+        keys=tuple(key for key, _, _, _ in entries),
+        buckets=tuple(bucket for _, bucket, _, _ in entries),
+        tokens=tuple(tokens for _, _, tokens, _ in entries),
+        datasets=tuple(dataset for _, _, _, dataset in entries),
         batches=tuple(batches),
         pairs=pairs,
     )

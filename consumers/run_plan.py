@@ -120,7 +120,24 @@ class RunPlan:
                 )
             for stream in plan.streams:
                 found += _stream_warnings(plan.phase, stream)
-        return found
+        return found + self._weights_without_rows()
+
+    def _weights_without_rows(self) -> list[str]:
+        """Weights that change nothing: of a phase, where they hold for no row of it; of the run, for no row of any."""
+        there = "" if self.complete else " so far"
+        at_work = [plan for plan in self.phases if plan.phase.num_steps and plan.streams]
+        of_phases = [frozenset.intersection(*(one.tally.unmatched for one in plan.streams)) for plan in at_work]
+        found = [
+            f"{plan.phase}: weights={expression!r} holds for no row that it trains on{there}"
+            for plan, unmatched in zip(at_work, of_phases, strict=True)
+            for expression in sorted(unmatched & plan.phase.row_weights.keys())
+        ]
+        of_run = frozenset.intersection(*of_phases) if of_phases else frozenset()
+        own = {expression for plan in at_work for expression in plan.phase.row_weights}
+        return found + [
+            f"data.weights={expression!r} holds for no row that is trained on{there}: `data stats` shows what is there"
+            for expression in sorted(of_run - own)
+        ]
 
     def text(self) -> str:
         """For a log."""

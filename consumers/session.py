@@ -208,8 +208,8 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
                 f"each rank keeps {saver.copy_bytes / 1e9:.3f} GB of host memory for saving beside training",
             )
         certifier = Certifier(engine, config, model, prepared, loaded.step if loaded else None)
-        if config.checkpoint.certify != "off":
-            certifier.measure(progress.step)
+        if config.checkpoint.certify != "off" and (note := certifier.measure(progress.step)):
+            _say(ranks, hooks, f"warning: {note}")
 
         _on_first(ranks, lambda: truncate_logs(prepared.run_dir, progress.step))
         _on_first(ranks, lambda: _describe(prepared.run_dir, config, ranks, loaded))

@@ -274,7 +274,9 @@ def _save(session: Session, *, wait: bool = False) -> None:
         session.log.sync()
     _check_log(session)
     if session.config.checkpoint.certify == "save":
-        session.certifier.measure(session.progress.step)
+        note = session.certifier.measure(session.progress.step)
+        if note and session.ranks.is_first:
+            _warn(session, note)
     certifier, progress = session.certifier, session.progress
     session.saver.begin(
         step=progress.step,

@@ -73,11 +73,12 @@ def draw_grids(session: Session) -> None:
     for index, (name, ema) in enumerate(weights[: 1 if step == 0 else None]):  # at the start they are the same
         session.hooks.stage(f"sample grid, {name} weights")
         label = "samples" if index == 0 else f"samples-{name}"
-        file = session.grids.draw(
+        drawn = session.grids.draw(
             session.engine, ema, step=step, suffix=label[7:], resolution=resolution, batch_size=batch_size
         )
-        if session.log and file:
-            session.log.picture(step, label, file)
+        if session.log and drawn:
+            session.log.picture(step, label, drawn.file)
+            session.log.prompts(step, f"{label}_by_prompt", drawn.prompts, drawn.pictures)
         file = draw_edits(session, ema, resolution=resolution, suffix=label[7:])
         if session.log and file:
             session.log.picture(step, f"edits{label[7:]}", file)

@@ -1,6 +1,7 @@
 """Hydra's compose API -> plain YAML -> the frozen `Config`; every error says what was meant and what there is.
 
-Place in the flow: the first thing each command does. Refuses `_target_` keys and anything the models do not name.
+Place in the flow: the first thing each command does. Refuses `_target_` keys, anything the models do not name, and
+values taken from the environment: the resolved config is written into run directories and shown, a secret with it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from qwenimg_dist.config import Config, flatten
 
+_FROM_ENVIRONMENT: Final = re.compile(r"\$\{[^}]*\boc\.env\b")
 _PATHS_FOR_SHORT: Final = ("start_from", "eval.against")
 """Sections whose path alone may be given."""
 
@@ -72,6 +74,7 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
             composed = compose(config_name="config", overrides=given)
+        _refuse_environment(OmegaConf.to_container(composed))
         tree = OmegaConf.to_container(composed, resolve=True)
     except MissingConfigException as error:
         raise ConfigError(_missing_group(error)) from error
@@ -80,6 +83,22 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError("the composed config is not a mapping")
     return {str(key): value for key, value in tree.items()}
+
+
+def _refuse_environment(node: Any, key: str = "") -> None:
+    """Raise `ConfigError` where a value of the unresolved tree, from a file or an override, is the environment's."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            _refuse_environment(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(node, list):
+        for value in node:
+            _refuse_environment(value, key)
+    elif isinstance(node, str) and _FROM_ENVIRONMENT.search(node):
+        raise ConfigError(
+            f"{key}: ${{oc.env:...}} is refused, since its value would be written into the run's config.yaml and be "
+            "shown. No key holds a secret: clients of W&B, Hugging Face and S3 find theirs in the environment by "
+            f"themselves. For a path, let the shell fill it in: {key}=$VARIABLE"
+        )
 
 
 def _with_path(override: str) -> str:

@@ -15,10 +15,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from qwenimg_dist.config import LoggerConfig
 from qwenimg_dist.patience import is_away
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 STEP_KEY: Final = "train/global_step"
 PRODUCE_STEP_KEY: Final = "produce/units"
@@ -182,6 +185,10 @@ class Wandb:
     def log_picture(self, step: int, name: str, file: Path) -> None:
         self._run.log({f"eval/{name}": self._image(str(file)), self._step_key: step})
 
+    def log_prompts(self, step: int, name: str, prompts: Sequence[str], pictures: Sequence[Image]) -> None:
+        rows = [[prompt, self._image(picture)] for prompt, picture in zip(prompts, pictures, strict=True)]
+        self._run.log({f"eval/{name}": self._table(columns=["prompt", "picture"], data=rows), self._step_key: step})
+
     def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         table = self._table(columns=list(columns), data=[[_plain(value) for value in row] for row in rows])
         self._run.log({name: table, self._step_key: step})
@@ -234,6 +241,10 @@ class RunLog:
 
     def picture(self, step: int, name: str, file: Path) -> None:
         self._guard(lambda wandb: wandb.log_picture(step, name, file))
+
+    def prompts(self, step: int, name: str, prompts: Sequence[str], pictures: Sequence[Image]) -> None:
+        """A table of W&B with one row per prompt, which may be searched and followed by prompt; not in the files."""
+        self._guard(lambda wandb: wandb.log_prompts(step, name, prompts, pictures))
 
     def table(
         self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, group: str = "eval"

@@ -1,7 +1,7 @@
 """Draws prompts with fixed seeds into one grid.
 
-    qwenimg-dist sample sample.path=PIPELINE 'sample.prompts=["a red circle"]' sample.out=grid.png
-    qwenimg-dist sample run.path=RUN sample.prompts_file=prompts.txt        newest valid checkpoint, EMA weights
+    qwenimg-dist sample sample.path=PIPELINE 'sample.prompts=["a red circle"]'           PIPELINE-grid.png beside it
+    qwenimg-dist sample run.path=RUN sample.prompts_file=prompts.txt    newest valid checkpoint, EMA: RUN/grid.png
     qwenimg-dist sample run.path=RUN 'sample.prompts=["make it red"]' 'sample.images=[photo.png]'          an edit
 
 Noise belongs to (prompt, seed), not to the batch, so a grid can be compared cell by cell with another one.
@@ -12,6 +12,7 @@ prompts first. Runs in one process on one device: a model that does not fit ther
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -46,9 +47,20 @@ def run(args: list[str]) -> int:
         cells.mkdir(parents=True, exist_ok=True)
         for index, picture in enumerate(pictures):
             picture.save(cells / f"{index:04d}.png")
-    out = save_grid(pictures, labels, config.sample.out, columns=config.sample.columns)
+    out = save_grid(pictures, labels, grid_file(config), columns=config.sample.columns)
     print(f"{len(pictures)} pictures of {pictures[0].width}x{pictures[0].height} in {out}")
     return 0
+
+
+def grid_file(config: Config) -> Path:
+    """`sample.out`, or the file beside what is drawn from."""
+    if config.sample.out is not None:
+        return Path(config.sample.out)
+    given = config.sample.path or config.export.path
+    if given is not None and Path(given).is_dir():
+        folder = Path(os.path.abspath(given))  # of a link, what it is called here
+        return folder.with_name(f"{folder.name}-grid.png")
+    return Path(config.run.path if given is None and config.run.path else ".") / "grid.png"
 
 
 def read_prompts(config: Config) -> list[str]:

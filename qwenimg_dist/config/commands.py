@@ -163,8 +163,9 @@ class SampleConfig(Section):
     prompts_file: str | None = None
     """One prompt per line, or a `.jsonl` with the key `prompt` and what rewards need besides; after `prompts`. `text`
     is a set that comes with the package: prompts that quote what is to be written, English and Chinese."""
-    out: str
-    """The grid, a PNG file."""
+    out: str | None = None
+    """The grid, a PNG file. `None` is `grid.png` in the run directory that is drawn from, `NAME-grid.png` beside an
+    export NAME, and `grid.png` in the current folder where the model is none of both. What is there is replaced."""
     images: tuple[str, ...] = ()
     """Condition pictures: every prompt is an instruction about all of them, in this order, for a model that was trained
     on edits. An empty prompt reconstructs. `encode.edit` says at which sizes text encoder and VAE see them."""

@@ -24,8 +24,8 @@ from typing import IO, Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qwenimg_dist.data.errors import MENDING, LockedError
 from qwenimg_dist.data.errors import DataError as DataError
-from qwenimg_dist.data.errors import LockedError
 from qwenimg_dist.data.mirror import Mirror
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir, temporary_name, write_json
@@ -220,7 +220,7 @@ class Dataset:
             wanted = list(columns) if columns is not None else None
             return patiently(lambda: pq.read_table(file, columns=wanted, memory_map=True), str(file))
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{file} cannot be read ({error}); check it with `qwenimg-dist data verify`") from error
+            raise DataError(f"{file} cannot be read ({error}): {MENDING}") from error
 
     def meta(self, part: Part) -> dict[str, Any]:
         """What was committed with the part: schema_version, config_hash, tars, and the writer's own entries."""

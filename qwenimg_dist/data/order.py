@@ -246,6 +246,14 @@ class Stream:
         """(first batch, end) of each segment of a growing epoch."""
         return list(zip([0, *self._ends], self._ends, strict=False))
 
+    def unmatched(self) -> set[str]:
+        """Expressions of weights that hold for no row of any data set."""
+        found = [set(sampler.unmatched(self._catalogs_of(name))) for name, sampler in self._samplers.items()]
+        return set.intersection(*found) if found else set()
+
+    def _catalogs_of(self, dataset: str) -> list[int]:
+        return sorted({s.catalog for s in self._segments if s.dataset == dataset and s.catalog is not None})
+
     def why_exhausted(self) -> str:
         """What to tell the user when a batch is asked for that there is none of."""
         name = f"{self.phase} at {self.resolution} px"
@@ -268,8 +276,7 @@ class Stream:
     def _what_is_there(self, dataset: str) -> str:
         """How many rows of a data set are left after each condition."""
         sampler = self._samplers[dataset]
-        catalogs = {s.catalog for s in self._segments if s.dataset == dataset and s.catalog is not None}
-        kept, encoded, selected = sampler.totals(sorted(catalogs))
+        kept, encoded, selected = sampler.totals(self._catalogs_of(dataset))
         where = " and ".join(w.expression for w in sampler.wheres)
         return (
             f"{f'{dataset}: ' if dataset else ''}{kept} rows were kept, {encoded} of them have latents at "

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qwenimg_dist.data.catalog import ITEM_BYTES, Ints
+from qwenimg_dist.data.errors import MENDING
 from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.data.pins import Pin, UnitPins, parallel, read_part_bytes
 from qwenimg_dist.schema import (
@@ -94,7 +95,7 @@ def _read(dataset: Dataset, part: Part, further: bool, kind: Kind) -> tuple[str,
         table = parquet.read(columns=wanted, use_threads=False)
         meta = json.loads((parquet.schema_arrow.metadata or {})[b"qwenimg_dist"])
     except (pa.ArrowException, KeyError, ValueError) as error:
-        raise DataError(f"{file} cannot be read ({error}): restore it, `data verify` lists all") from error
+        raise DataError(f"{file} cannot be read ({error}): {MENDING}") from error
     table = _without_limits(table.replace_schema_metadata(None), kind)
     table = table.append_column("unit", pa.array(np.full(len(table), part.unit, dtype=np.int32)))
     return hashlib.sha256(raw).hexdigest(), meta, table

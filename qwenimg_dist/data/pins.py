@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from qwenimg_dist.data.catalog import RunFacets
+from qwenimg_dist.data.errors import MENDING
 from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.patience import patiently
 from qwenimg_dist.schema import LISTING, ROWS, SCAN
@@ -161,9 +162,9 @@ def check_tar(dataset: Dataset, facet: str, name: str, size_bytes: int) -> None:
     try:
         size = patiently(lambda: dataset.tar_bytes(facet, name), str(path))
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): restore it, `data verify` lists all") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}): {MENDING}") from error
     if size != size_bytes:
-        raise DataError(f"{path} has {size} bytes, {size_bytes} were committed: restore it, `data verify` lists all")
+        raise DataError(f"{path} has {size} bytes, {size_bytes} were committed: {MENDING}")
 
 
 def pin_to_json(pin: Pin) -> list[Any]:

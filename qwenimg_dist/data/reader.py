@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwenimg_dist.data.catalog import Places, TarFile
+from qwenimg_dist.data.errors import MENDING
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.mirror import tar_cache_of
 from qwenimg_dist.data.tar_cache import TarCache
@@ -224,9 +225,8 @@ class TarReader:
 
     def _failed(self, tar: TarFile, key: np.bytes_, offset: int, what: str) -> DataError:
         return DataError(
-            f"{tar.path} {what} (reading sample {key.decode()} at byte {offset}): restore the file from a backup, or "
-            "have it made anew: `qwenimg-dist data verify` lists all damage, `data repair` mends it. To train without "
-            "such samples, set data.max_bad_samples"
+            f"{tar.path} {what} (reading sample {key.decode()} at byte {offset}): {MENDING}. To train without such "
+            "samples, set data.max_bad_samples"
         )
 
 

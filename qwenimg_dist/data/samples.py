@@ -154,6 +154,17 @@ class Sampler:
             selected += len(local)
         return kept, encoded, selected
 
+    def unmatched(self, catalog_indices: Iterable[int]) -> list[str]:
+        """Expressions of weights that hold for none of the rows that are trained on."""
+        left = {where.expression: where for where, _ in self._rules}
+        for index in catalog_indices if left else ():
+            catalog = self._catalogs[index]
+            local = self._selected(catalog)
+            for expression, where in list(left.items()):
+                if where.mask(catalog.columns, catalog.num_rows)[local].any():
+                    del left[expression]
+        return list(left)
+
     def shuffled(self, catalog_index: int, epoch: int) -> dict[Bucket, Samples]:
         """Samples of a catalog per bucket, blocks of units in random order and rows shuffled within a block."""
         catalog = self._catalogs[catalog_index]

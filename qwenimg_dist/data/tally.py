@@ -42,6 +42,8 @@ class Tally:
     epochs_by_dataset: Mapping[str, float]
     """The same of each of several data sets; empty with one."""
     buckets: Mapping[Bucket, BucketTally]
+    unmatched: frozenset[str] = frozenset()
+    """Expressions of weights that hold for no row of the stream."""
 
     @property
     def batches(self) -> int:
@@ -105,7 +107,8 @@ def tally(stream: Stream, num: int) -> Tally:
     if not stream.repeats:  # a segment of an epoch that still grows: by what is there
         epochs = sum(bucket.images for bucket in buckets.values()) / total if total else 0.0
     by_dataset = {name: times * epochs for name, times in stream.times_by_dataset.items()}
-    return Tally(asked=num, epochs=epochs, epochs_by_dataset=by_dataset, buckets=buckets)
+    unmatched = frozenset(stream.unmatched())
+    return Tally(asked=num, epochs=epochs, epochs_by_dataset=by_dataset, buckets=buckets, unmatched=unmatched)
 
 
 def _of_an_epoch(stream: Stream) -> tuple[dict[Bucket, int], dict[Bucket, int]]:

@@ -26,6 +26,7 @@ are given with the differences.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -83,11 +84,18 @@ class Difference:
     """Of the stock answer; differences are judged by their share of it."""
     tolerance: float
     """Of `max_velocity`."""
+    exact: bool
+    """Whether both sides computed the same from the same inputs, so that no rounding explains a difference."""
 
     @property
     def within(self) -> bool:
         """Whether it is small enough; not a number is not."""
         return self.max_difference <= self.tolerance * self.max_velocity
+
+    @property
+    def may_be_rounding(self) -> bool:
+        """Whether rounding is thinkable; of what is not a number it is not."""
+        return not self.exact and math.isfinite(self.max_difference)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what is not finite becomes a string, since JSON has no word for it."""
@@ -161,13 +169,14 @@ def differences(ours: Answers, stock: Answers, *, dtype: torch.dtype, same_modul
     """Case by case. `same_module`: both sides called one module, so that equal inputs must give equal numbers."""
     found = []
     for case, answer in stock.items():
-        strict = same_module and case not in _TRIMMED
+        exact = same_module and case not in _TRIMMED
         found.append(
             Difference(
                 case=case,
                 max_difference=float((ours[case] - answer).abs().max()),
                 max_velocity=float(answer.abs().max()),
-                tolerance=(_SAME if strict else _ROUNDED)[dtype],
+                tolerance=(_SAME if exact else _ROUNDED)[dtype],
+                exact=exact,
             )
         )
     return found

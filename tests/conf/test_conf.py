@@ -131,6 +131,16 @@ def test_keys_of_a_command_line_may_be_expressions() -> None:
     assert config.curriculum.phases[1].resolutions[64] == 2
 
 
+@pytest.mark.parametrize(
+    "value", ["${oc.env:A_SECRET}", "s3://${oc.env:A_SECRET,b}/x", "${oc.decode:${oc.env:A_SECRET}}"]
+)
+def test_what_is_in_the_environment_gets_into_no_config(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_SECRET", "hf_1234")
+    with pytest.raises(ConfigError, match=r"logger\.project: \$\{oc\.env:\.\.\.\} is refused") as refused:
+        load_config([f"logger.project={value}"])
+    assert "hf_1234" not in str(refused.value)
+
+
 def test_identity_holds_what_moves_the_numbers_and_nothing_else() -> None:
     base = training_identity(load_config([]))
     assert training_identity(load_config(["cluster.ranks=7", "checkpoint.every=3", "logger=offline"])) == base

@@ -6,19 +6,27 @@ import numpy as np
 import pytest
 
 from consumers.evaluate import WORST_COLUMNS, HeldOut, Measured
-from consumers.held_out import HeldOutClass, start_from_json
+from consumers.held_out import HeldOutClass, not_validated, start_from_json
 from qwenimg_dist.compose import load_config
 
 
-def classes() -> dict[int, HeldOutClass]:
+def classes(*, mix: bool = False) -> dict[int, HeldOutClass]:
     small = HeldOutClass(
         resolution=64,
         keys=("a", "b", "c"),
         buckets=("64x64", "64x32", "64x64"),
         tokens=(64, 65, 600),
+        datasets=("photos", "text", "photos") if mix else ("",) * 3,
         batches=(),
     )
-    large = HeldOutClass(resolution=128, keys=("a",), buckets=("128x128",), tokens=(64,), batches=())
+    large = HeldOutClass(
+        resolution=128,
+        keys=("a",),
+        buckets=("128x128",),
+        tokens=(64,),
+        datasets=("photos",) if mix else ("",),
+        batches=(),
+    )
     return {64: small, 128: large}
 
 
@@ -59,6 +67,21 @@ def test_classes_of_the_phase_are_pooled_by_sample() -> None:
     assert found["eval/raw/loss"] == pytest.approx((12 + 15) / 4)
     assert found["eval/raw/text/1-64"] == pytest.approx((2 + 15) / 2)
     assert not [name for name in found if "start" in name]
+
+
+def test_several_data_sets_have_a_loss_each() -> None:
+    held_out = HeldOut(load_config(["evaluate.sigma_quantiles=[0.1,0.9]"]), classes(mix=True), None)
+    found = held_out.metrics(NOW, [64], None)
+    assert found["eval/dataset/photos"] == pytest.approx((2 + 7 + 15) / 3)
+    assert found["eval/dataset/text"] == pytest.approx(3.0)
+
+
+def test_a_data_set_without_a_held_out_row_is_said() -> None:
+    assert not_validated(["photos", "text"], classes(mix=True)) == ""
+    found = not_validated(["drawn", "photos", "text"], classes(mix=True))
+    assert "no row of data.mix.drawn is held out" in found
+    assert not_validated([""], classes()) == ""
+    assert "none of the selected rows is held out" in not_validated([""], {})
 
 
 def test_worst_by_loss_and_by_change() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from fake_catalog import MemoryCatalogs, memory_catalog
 
@@ -14,6 +15,7 @@ from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.ledger import Ledger
 from qwenimg_dist.data.order import Segment
 from qwenimg_dist.data.samples import Selection
+from qwenimg_dist.data.where import compile_where
 
 
 def planned(*overrides: str, buckets: tuple[int, ...] = (0,) * 40, world_size: int = 3) -> RunPlan:
@@ -21,12 +23,19 @@ def planned(*overrides: str, buckets: tuple[int, ...] = (0,) * 40, world_size: i
     short = ["optim.ema_decay=0.5", "optim.warmup_steps=1"]
     batches = ["curriculum.phases.low.global_batch=8", "curriculum.phases.high.global_batch=8"]
     config = load_config([*batches, *short, *overrides])
+    columns = {"row": np.arange(len(buckets))}
     ledger = Ledger(
         phases=plan(config),
         seed=0,
         caption_dropout=0.1,
-        catalogs=MemoryCatalogs([memory_catalog(buckets, [[4, 40]] * len(buckets), resolutions=(64, 128))]),
-        selection=Selection(where=None, held_out_below=0),
+        catalogs=MemoryCatalogs(
+            [memory_catalog(buckets, [[4, 40]] * len(buckets), resolutions=(64, 128), columns=columns)]
+        ),
+        selection=Selection(
+            where=None,
+            held_out_below=0,
+            weights=tuple((compile_where(text), weight) for text, weight in config.data.weights.items()),
+        ),
     )
     ledger.append(Segment(catalog=0, phase=None, epoch=0, last=True))
     return make_plan(ledger, config.optim, world_size=world_size)
@@ -69,6 +78,21 @@ def test_what_is_rarely_meant_is_said(overrides: list[str], buckets: tuple[int, 
     assert any(words in warning for warning in found), found
     half_full = (0,) * 36 + (1,) * 4
     assert planned("train.steps=10", buckets=half_full).warnings() == []
+
+
+def test_weights_that_hold_for_no_row_are_said() -> None:
+    """Of the run, where no phase has such a row; of a phase, where that one has none."""
+
+    def told(*overrides: str) -> list[str]:
+        return planned("train.steps=10", *overrides).warnings()
+
+    assert told("data.weights={'row < 5': 2, 'row > 30': 0.5}", "curriculum.phases.low.weights={'row < 3': 2}") == []
+    (found,) = told("data.weights={'row < 5': 2, 'row > 99': 3}")
+    assert "data.weights='row > 99' holds for no row that is trained on" in found
+    first = "curriculum.phases.low.where='row < 20'"
+    (found,) = told(first, "curriculum.phases.low.weights={'row > 30': 3}")
+    assert "phase 0 (low): weights='row > 30' holds for no row that it trains on" in found
+    assert told(first, "data.weights={'row > 30': 3}") == []  # the other phase has such rows
 
 
 def test_micro_batches_are_those_of_the_stream() -> None:

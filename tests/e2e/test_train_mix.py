@@ -47,7 +47,9 @@ def test_a_mix_trains_the_same_in_pieces_and_counts_each_data_set(root: Path) ->
         assert "train/loss" in both
         assert {key: a[key] for key in both} == pytest.approx({key: b[key] for key in both}, rel=1e-4, abs=1e-6)
     assert [line["dataset"] for line in lines(root / "whole" / "generations.jsonl")] == ["photos", "text"]
-    assert lines(root / "whole" / "metrics.jsonl")[-1]["eval/num_samples"] == 4
+    last = lines(root / "whole" / "metrics.jsonl")[-1]
+    assert last["eval/num_samples"] == 4
+    assert {"eval/dataset/photos", "eval/dataset/text"} <= last.keys()
 
     steps = lines(root / "whole" / "samples.jsonl")
     low = Counter(key.partition("/")[0] for line in steps[:8] for key in line["keys"])  # type: ignore[attr-defined]

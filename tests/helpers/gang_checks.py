@@ -497,7 +497,7 @@ def check_certificate(world: World) -> dict[str, Any]:
     found: dict[str, Any] = {}
     prepared = prepared_for(world)
     for precision in ("fp32", "bf16"):
-        engine, config = world.engine(f"engine.precision={precision}")
+        engine, config = world.engine(f"engine.precision={precision}", "checkpoint.certify_strict=true")
         for step in range(2):
             engine_step(engine, None, step, 1e-2)
         before = snapshot(engine, None)
@@ -517,6 +517,11 @@ def check_certificate(world: World) -> dict[str, Any]:
         if precision == "bf16":  # forwards gather stale weights: only the independent stock module tells
             engine.flat("master", 0).mul_(1.5)
             found["stale"] = refusal(certifier, wrong_on=None)
+            lenient = config.checkpoint.model_copy(update={"certify_strict": False})
+            warner = Certifier(engine, config.model_copy(update={"checkpoint": lenient}), model, prepared, None)
+            found["stale_warned"] = warner.measure(3)
+            found["stale_within"] = [one["within"] for one in warner.record(3, 16)["parity"]["comparisons"]]
+            found["wrong_call_lenient"] = refusal(warner, wrong_on=1)
             small = config.checkpoint.model_copy(update={"certify_independent": 0})
             alone = Certifier(engine, config.model_copy(update={"checkpoint": small}), model, prepared, None)
             found["stale_contract_only"] = refusal(alone, wrong_on=None)

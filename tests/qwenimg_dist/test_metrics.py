@@ -123,6 +123,7 @@ def test_offline_files_hold_metrics_pictures_and_tables_and_no_secret(
     log.metrics(7, {"train/loss": 1.0} | {f"train/metric_{n}": n / 7 for n in range(2000)})  # longer than a block
     log.picture(7, "samples", grid)
     log.table(7, "worst_held_out", ("key", "loss"), [["row-a", 1.5], ["row-b", float("nan")]])
+    log.prompts(7, "samples_by_prompt", ["a red circle"], [Image.new("RGB", (8, 8), "red")])
     log.samples(1, "64x64", ["a", "b"])
     assert log.wandb_id == "of-an-online-attempt"  # which a later one goes on with; this one cannot be continued
     log.close()
@@ -137,7 +138,7 @@ def test_offline_files_hold_metrics_pictures_and_tables_and_no_secret(
     found = finished(file)
     assert (found.run.project, found.run.run_group) == ("test", "run-a")
     assert {key: value for key, value in found.config.items() if key != "_wandb"} == {"optim.lr": "0.001"}
-    assert [line["train/global_step"] for line in found.history] == [1, 1, 7, 7, 7]
+    assert [line["train/global_step"] for line in found.history] == [1, 1, 7, 7, 7, 7]
     assert found.history[0]["eval/bucket/64x32"] == 0.5
     assert found.history[2]["train/metric_1999"] == pytest.approx(1999 / 7)
     kinds = ("train/*", "eval/*", "norms/*", "reward/*")
@@ -148,6 +149,10 @@ def test_offline_files_hold_metrics_pictures_and_tables_and_no_secret(
     written = json.loads((file.parent / "files" / table["eval/worst_held_out/path"]).read_text())
     assert written["columns"] == ["key", "loss"]
     assert written["data"] == [["row-a", 1.5], ["row-b", None]]
+    by_prompt = found.history[5]["eval/samples_by_prompt/path"]
+    ((prompt, drawn),) = json.loads((file.parent / "files" / by_prompt).read_text())["data"]
+    assert (prompt, drawn["width"], drawn["height"]) == ("a red circle", 8, 8)
+    assert Image.open(file.parent / "files" / drawn["path"]).getpixel((0, 0)) == (255, 0, 0)
     assert {picture["eval/samples/path"], table["eval/worst_held_out/path"]} <= found.files
     for path in (run_dir / "wandb").rglob("*"):
         if path.is_file():

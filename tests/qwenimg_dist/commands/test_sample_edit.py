@@ -106,12 +106,9 @@ def test_pictures_that_cannot_be_opened_are_named(
 
 def test_without_words_it_is_a_reconstruction(folder: Path, tmp_path: Path) -> None:
     picture("square").save(tmp_path / "a.png")
-    words = [f"sample.path={folder}", "sample.prompts=['']", f"sample.images=[{tmp_path / 'a.png'}]"]
-    sizes = [
-        "encode.resolutions=[64]",
-        "sample.num_steps=1",
-        f"sample.cells={tmp_path}",
-        f"sample.out={tmp_path}/g.png",
-    ]
+    (tmp_path / "export").symlink_to(folder)
+    words = [f"sample.path={tmp_path / 'export'}", "sample.prompts=['']", f"sample.images=[{tmp_path / 'a.png'}]"]
+    sizes = ["encode.resolutions=[64]", "sample.num_steps=1", f"sample.cells={tmp_path}"]
     assert main(["sample", *words, *sizes]) == 0
+    assert (tmp_path / "export-grid.png").is_file()
     assert Image.open(tmp_path / "0000.png").size == (64, 64)

@@ -110,7 +110,13 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
         os.truncate(tars[0].path, 900 if damage == "cut" else 1100)
     with pytest.raises(DataError) as caught:
         read(TarReader(), make_places(tars, [(0, 0, 10)]))
-    for part in ("0.tar", "key-0", "data verify", "cannot be opened" if damage == "gone" else "1000 were committed"):
+    for part in (
+        "0.tar",
+        "key-0",
+        "data verify",
+        "data repair",
+        "cannot be opened" if damage == "gone" else "1000 were committed",
+    ):
         assert part in str(caught.value)
 
 
