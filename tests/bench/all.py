@@ -30,6 +30,7 @@ BENCHMARKS: Final = (
     "consumer_step",
     "traffic",
     "memory",
+    "saving",
     "post_training",
     "plan",
     "gpu",

@@ -157,15 +157,19 @@ class Clock:
     wall_s: float = 0.0
     cpu_s: float = 0.0
     """User and system time of this process and of the children that ended within the block."""
+    kernel_s: float = 0.0
+    """The system time of it: what the kernel copies and waits for."""
 
 
 @contextmanager
 def timed() -> Iterator[Clock]:
     """Wall and CPU time of a block."""
     clock = Clock()
-    wall, cpu = time.perf_counter(), _cpu_s()
+    wall, (user, kernel) = time.perf_counter(), _cpu_s()
     yield clock
-    clock.wall_s, clock.cpu_s = time.perf_counter() - wall, _cpu_s() - cpu
+    user_after, kernel_after = _cpu_s()
+    clock.wall_s, clock.kernel_s = time.perf_counter() - wall, kernel_after - kernel
+    clock.cpu_s = user_after - user + clock.kernel_s
 
 
 @contextmanager
@@ -260,12 +264,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _cpu_s() -> float:
-    total = 0.0
-    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
-        usage = resource.getrusage(who)
-        total += usage.ru_utime + usage.ru_stime
-    return total
+def _cpu_s() -> tuple[float, float]:
+    """(user, system)."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime for usage in usages), sum(usage.ru_stime for usage in usages)
 
 
 def _short(value: float) -> str:

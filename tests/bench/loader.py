@@ -220,6 +220,7 @@ def _figures(made: Made, clock: Clock) -> Figures:
         "samples/s": made.num_samples / clock.wall_s,
         "MB/s": made.nbytes / 1e6 / clock.wall_s,
         "CPU s per 1000": 1000 * clock.cpu_s / made.num_samples,
+        "of it kernel": 1000 * clock.kernel_s / made.num_samples,
     }
 
 
