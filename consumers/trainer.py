@@ -28,17 +28,15 @@ from consumers.engine import start_distributed, stop_distributed
 from consumers.errors import DegradedError, TrainingError
 from consumers.fault_dump import dump_keys
 from consumers.rank_log import rank_logged
-from consumers.remote_checkpoints import RemoteCheckpoints
 from consumers.rollout import Round
+from consumers.run_saves import check_log, save, settled, take_in
 from consumers.session import Hooks, Session, Stopped, await_batch, open_session
-from consumers.throughput import RANK_COLUMNS
 from consumers.updates import Updates, make_updates
 from consumers.watch import draw_grids, evaluate
 from consumers.watchdog import watched
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.phases import phase_at
 from qwenimg_dist.debug import fault_point
-from qwenimg_dist.patience import StorageAwayError
 
 Outcome = Literal["complete", "stopped"]
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -63,7 +61,7 @@ def train(config: Config, hooks: Hooks | None = None) -> Outcome:
             with open_session(config, ranks, hooks) as session:
                 if session.report:
                     afterwards.push(session.report.left)  # when no rank waits for this one any more
-                with _settled(session):
+                with settled(session):
                     return _loop(session)
         except Stopped:
             return "stopped"
@@ -84,7 +82,7 @@ def _loop(session: Session) -> Outcome:
     while progress.step < last_step:
         # ---- Commit a save that all ranks have written; stop if any rank was asked to, saved below the loop.
         stop, *written = ranks.max([float(session.hooks.stop_requested()), *session.saver.flags()])
-        _take_in(session, *written)
+        take_in(session, *written)
         if stop:
             break
 
@@ -121,18 +119,18 @@ def _loop(session: Session) -> Outcome:
 
         # ---- Checkpoint if due, at once or in the background.
         if progress.step % config.checkpoint.every == 0:
-            _save(session)
+            save(session)
             saved_step = progress.step
         session.hooks.heartbeat(progress.step)
 
         # ---- Degradation guard: saved, then the end.
         if session.guard.verdict:
             if saved_step < progress.step:
-                _save(session, wait=True)
+                save(session, wait=True)
             raise DegradedError(session.guard.verdict)
 
     if saved_step < progress.step:
-        _save(session, wait=True)
+        save(session, wait=True)
     return "complete" if progress.step >= last_step else "stopped"
 
 
@@ -196,7 +194,7 @@ def _log(
     extra = {**extra, **updates.metrics, **evaluated}
     if not due:
         return
-    _check_log(session)
+    check_log(session)
     names = sorted(losses or ["loss"])
     totals = session.ranks.sum([float(losses[name]) if losses else float("nan") for name in names])
     rates = session.throughput.metrics()
@@ -234,84 +232,6 @@ def _log(
         + (f"  reward {extra['reward/total']:.4f}" if "reward/total" in extra else "")
         + (f"  held-out {evaluated['eval/loss']:.4f}" if "eval/loss" in evaluated else "")
     )
-
-
-def _check_log(session: Session) -> None:
-    """Raise on all ranks what kept rank 0 from writing: going on, the run would have a gap in its logs."""
-    log = session.log
-    met = (StorageAwayError if log.is_away else ValueError)(log.problem) if log and log.problem else None
-    if (told := session.ranks.first_error(met)) is not None:
-        what = f"the run cannot write its logs any more, noticed at step {session.progress.step}: {told}"
-        if isinstance(told, StorageAwayError):
-            raise StorageAwayError(what)
-        raise TrainingError(f"{what}. Make room; the same command goes on from the last checkpoint")
-
-
-@contextlib.contextmanager
-def _settled(session: Session) -> Iterator[None]:
-    """Whatever all ranks end with together, the save under way is finished first."""
-    try:
-        yield
-    except TrainingError:
-        with contextlib.suppress(TrainingError):  # the first one is the one to tell
-            _finish_save(session)
-        raise
-    _finish_save(session)
-
-
-def _take_in(session: Session, failed: float, writing: float) -> None:
-    if session.saver.under_way and (failed or not writing):
-        _finish_save(session, failed=bool(failed))
-
-
-def _save(session: Session, *, wait: bool = False) -> None:
-    """Save the present step: written and committed on return with `wait`, or without `checkpoint.background`."""
-    _finish_save(session)
-    session.hooks.stage("saving")
-    if session.log:
-        if session.throughput.by_rank:
-            session.log.table(session.progress.step, "ranks", RANK_COLUMNS, session.throughput.by_rank, group="train")
-        session.log.sync()
-    _check_log(session)
-    if session.config.checkpoint.certify == "save":
-        note = session.certifier.measure(session.progress.step)
-        if note and session.ranks.is_first:
-            _warn(session, note)
-    certifier, progress = session.certifier, session.progress
-    session.saver.begin(
-        step=progress.step,
-        state=session.state(),
-        certificate=lambda: certifier.record(progress.step, progress.images),
-        wait=wait,
-    )
-    if wait or not session.config.checkpoint.background:
-        _finish_save(session)
-
-
-def _finish_save(session: Session, *, failed: bool = False) -> None:
-    """Commit the save under way, if there is one, and what follows from it."""
-    if not session.saver.under_way:
-        return
-    session.hooks.stage("finishing a save")
-    step = session.saver.finish(failed=failed)
-    if session.ranks.is_first:
-        session.hooks.say(f"saved step {step}")
-        session.hooks.observe({"checkpoint/step": step})
-    if session.remote:
-        _copy(session, session.remote, step)
-    if session.report and session.config.train.report == "checkpoints":
-        session.report.begin()
-
-
-def _copy(session: Session, remote: RemoteCheckpoints, step: int) -> None:
-    session.hooks.stage("copying the checkpoint")
-    keep, begin = session.config.checkpoint, time.perf_counter()
-    stall_s = session.config.train.stall_timeout_s
-    problem = remote.push(step, session.ranks, keep=keep.keep, keep_every=keep.keep_every, stall_s=stall_s)
-    if problem and session.ranks.is_first:
-        _warn(session, f"step {step} is saved, but not copied to {remote.storage.url}: {problem}")
-    elif session.ranks.is_first:
-        session.hooks.say(f"copied step {step} to {remote.storage.url} in {time.perf_counter() - begin:.1f} s")
 
 
 @contextlib.contextmanager
