@@ -79,6 +79,8 @@ def _candidates(plan: JobPlan) -> Iterator[tuple[list[tuple[str, ...]], str]]:
     config, room = plan.config, plan.room
     over = [peak for peak in plan.peaks if room is None or peak.memory.total > room]
     phases = {peak.stream.phase.name: peak for peak in over if peak.stream.phase.name}
+    if config.checkpoint.background:
+        yield [("checkpoint.background=false",)], "training waits while a checkpoint is written"
     if config.engine.hpz_partition > 1:
         yield [("engine.hpz_partition=1",)], "all gathering over all ranks again"
     budgets = [

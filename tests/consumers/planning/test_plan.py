@@ -143,6 +143,11 @@ def test_a_save_beside_training_is_a_copy_of_a_rank_s_part_in_host_memory() -> N
     assert waiting.host.saving < 0.01 * beside.host.saving
     assert beside.host.saving == pytest.approx(16 * PARAMETERS / 64)
     assert beside.host.total - waiting.host.total == pytest.approx(beside.host.saving - waiting.host.saving)
+    given = ["cluster=node_8gpu", "checkpoint.background=true", "cluster.host_memory_gib=256"]
+    little = planned(*given)
+    assert any("host memory" in fault for fault in little.faults)
+    offered = changes_that_fit(little, [*FULL, *given], load_config)
+    assert ("checkpoint.background=false",) in [change.overrides for change in offered]
 
 
 def test_host_memory_is_held_against_the_node() -> None:
