@@ -48,7 +48,8 @@ class TarReader:
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
         self._open: OrderedDict[str, int] = OrderedDict()
-        self._caches: dict[Path, TarCache | None] = {}
+        self._caches: dict[str, TarCache | None] = {}
+        self._cache_of_folder: dict[Path, TarCache | None] = {}
         self._held: dict[str, int] = {}
         """Open tars of buckets, which are closed as soon as they were read."""
         self._lock = threading.Lock()
@@ -110,10 +111,13 @@ class TarReader:
             yield wave
 
     def _cache_of(self, tar: TarFile) -> TarCache | None:
-        folder = tar.path.parent
-        if folder not in self._caches:
-            self._caches[folder] = tar_cache_of(folder)
-        return self._caches[folder]
+        name = str(tar.path)  # which a path remembers, unlike its parent: this is asked twice per run of tensors
+        if name not in self._caches:
+            folder = tar.path.parent
+            if folder not in self._cache_of_folder:
+                self._cache_of_folder[folder] = tar_cache_of(folder)
+            self._caches[name] = self._cache_of_folder[folder]
+        return self._caches[name]
 
     def _let_go(self) -> None:
         """Close the tars that came from a bucket: the cache may remove them now."""

@@ -150,9 +150,8 @@ def test_offline_files_hold_metrics_pictures_and_tables_and_no_secret(
     assert written["columns"] == ["key", "loss"]
     assert written["data"] == [["row-a", 1.5], ["row-b", None]]
     by_prompt = found.history[5]["eval/samples_by_prompt/path"]
-    ((prompt, drawn),) = json.loads((file.parent / "files" / by_prompt).read_text())["data"]
-    assert (prompt, drawn["width"], drawn["height"]) == ("a red circle", 8, 8)
-    assert Image.open(file.parent / "files" / drawn["path"]).getpixel((0, 0)) == (255, 0, 0)
+    # The pictures themselves travel in an artifact of W&B's own; here stands what kind of value each cell has.
+    assert json.loads((file.parent / "files" / by_prompt).read_text())["data"] == [["a red circle", "Image"]]
     assert {picture["eval/samples/path"], table["eval/worst_held_out/path"]} <= found.files
     for path in (run_dir / "wandb").rglob("*"):
         if path.is_file():
