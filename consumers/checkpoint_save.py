@@ -40,6 +40,7 @@ from consumers.errors import TrainingError
 from consumers.ranks import Ranks
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir
+from qwenimg_dist.patience import StorageAwayError
 
 _TEMPORARY: Final = ".tmp-"
 _SHA_HEX_DIGITS: Final = 64
@@ -226,7 +227,10 @@ def retire(run_dir: Path, step: int, keep: int, keep_every: int) -> list[Path]:
     Checkpoints above the step just committed were found unusable, else the run would have gone on from them: they are
     of an abandoned future and go too, or a later start would try them first.
     """
-    found = list_checkpoints(run_dir)
+    try:
+        found = list_checkpoints(run_dir)
+    except StorageAwayError:
+        return []  # the checkpoint is committed; what is old is looked for by the next save
     valid = [info.step for info in found if info.fault is None and info.step <= step]
     oldest_kept = min(valid[-keep:], default=0)
     put_aside: list[Path] = []
