@@ -861,6 +861,7 @@ def check_background(world: World) -> dict[str, Any]:
         saver.finish()
     saver.close()
     found["kept"] = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    meminfo = saver_module._MEMINFO
     if ranks.rank == 1:
         saver_module._MEMINFO = world.out / "meminfo"
         saver_module._MEMINFO.write_text("MemTotal: 99 kB\nMemAvailable: 1 kB\n")
@@ -868,6 +869,7 @@ def check_background(world: World) -> dict[str, Any]:
         Saver(engine, ema, run_dir, BACKGROUND)
     except ValueError as error:
         found["no_memory"] = str(error)
+    saver_module._MEMINFO = meminfo
     engine.close()
     other.close()
     return found
