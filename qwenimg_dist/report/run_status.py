@@ -119,7 +119,9 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
     now = time.time() if now is None else now
     file = run_dir / "config.yaml"
     if not file.is_file():
-        raise ValueError(f"{run_dir} is not a run directory (no config.yaml)")
+        begun = run_dir.is_dir()  # by `train` or `run`, before there are units to train on and ranks
+        told = ": its ranks have not begun yet, see the job's log" if begun else ", and no folder: is run.path right?"
+        raise ValueError(f"{run_dir} is not a run directory (no config.yaml){told}")
     config = OmegaConf.load(file)
     recent = last_entries(run_dir / "metrics.jsonl", _RECENT)
     last: Mapping[str, Any] = recent[-1] if recent else {}

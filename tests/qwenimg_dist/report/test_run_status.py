@@ -74,8 +74,11 @@ def test_a_run_that_has_just_started_has_little_to_say(tmp_path: Path) -> None:
     found = run_status(tmp_path, NOW)
     assert (found.step, found.loss, found.left_s, found.last_checkpoint, found.silent_s) == (0, None, None, None, None)
     assert "none yet" in found.table().text()
-    with pytest.raises(ValueError, match="not a run directory"):
+    with pytest.raises(ValueError, match=r"not a run directory .*is run\.path right"):
         run_status(tmp_path / "elsewhere")
+    (tmp_path / "produced_for").mkdir()
+    with pytest.raises(ValueError, match="its ranks have not begun yet"):
+        run_status(tmp_path / "produced_for")
 
 
 def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
