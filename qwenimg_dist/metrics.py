@@ -176,7 +176,7 @@ class Wandb:
         self._run.define_metric(step_key)
         for kind in _KINDS[step_key]:
             self._run.define_metric(kind, step_metric=step_key)
-        self._image, self._table = wandb.Image, wandb.Table
+        self._image, self._table, self._teardown = wandb.Image, wandb.Table, wandb.teardown
         self.run_id: str | None = self._run.id if online else None
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -194,7 +194,12 @@ class Wandb:
         self._run.log({name: table, self._step_key: step})
 
     def close(self) -> None:
-        self._run.finish()
+        """End the run, and W&B's process beside this one: left to the end of this process, it may be gone by then (a
+        stopped job signals all of its processes), and the last words would be a traceback."""
+        try:
+            self._run.finish()
+        finally:
+            self._teardown()
 
 
 class RunLog:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 from wandb_file import finished, offline_files
@@ -126,7 +127,9 @@ def test_offline_files_hold_metrics_pictures_and_tables_and_no_secret(
     log.prompts(7, "samples_by_prompt", ["a red circle"], [Image.new("RGB", (8, 8), "red")])
     log.samples(1, "64x64", ["a", "b"])
     assert log.wandb_id == "of-an-online-attempt"  # which a later one goes on with; this one cannot be continued
+    assert [one for one in psutil.Process().children() if "wandb" in one.name()]
     log.close()
+    assert [one for one in psutil.Process().children() if "wandb" in one.name()] == []
     assert json.loads((run_dir / "samples.jsonl").read_text()) == {"step": 1, "bucket": "64x64", "keys": ["a", "b"]}
     assert json.loads((run_dir / "tables.jsonl").read_text()) == {
         "step": 7,
