@@ -40,7 +40,7 @@ from consumers.errors import TrainingError
 from consumers.ranks import Ranks
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir
-from qwenimg_dist.patience import StorageAwayError
+from qwenimg_dist.patience import StorageAwayError, is_away
 
 _TEMPORARY: Final = ".tmp-"
 _SHA_HEX_DIGITS: Final = 64
@@ -76,8 +76,8 @@ def save_checkpoint(
     `keep_every`.
 
     Collective; `certificate` is asked on rank 0 alone. Host memory: the largest share of a tensor on a GPU, nothing on
-    a CPU. Raises `TrainingError` on every rank if the disk has no room or one of them could not write; nothing is
-    visible then, and what was there stays.
+    a CPU. Raises `TrainingError` on every rank if the disk has no room or one of them could not write, or
+    `StorageAwayError` if that was storage that did not answer; nothing is visible then, and what was there stays.
     """
     begun = begin_save(engine, ema, run_dir, step=step, state=state, certificate=certificate)
     record: FileRecord | None = None
@@ -148,7 +148,8 @@ def begin_save(
 def commit_save(begun: Begun, record: FileRecord | None, error: Exception | None, ranks: Ranks) -> None:
     """Make what the ranks wrote a checkpoint: `record` is of this rank's file, None where it could not be written.
 
-    Collective. Raises `TrainingError` on every rank if one of them could not write; nothing is visible then.
+    Collective. Raises `TrainingError` or `StorageAwayError` on every rank if one of them could not write; nothing is
+    visible then.
     """
     temporary, step = begun.temporary, begun.step
     _agree(error, ranks, temporary, step, begun.needed_bytes)
@@ -166,15 +167,21 @@ def commit_save(begun: Begun, record: FileRecord | None, error: Exception | None
 
 
 def _agree(error: Exception | None, ranks: Ranks, temporary: Path, step: int, needed: int) -> None:
-    """Raise on every rank if one of them failed; a rank that went on alone would wait for ever."""
-    told = ranks.first_problem(f"rank {ranks.rank}: {error}" if error is not None else "")
-    if not told:
+    """Raise on every rank if one of them failed; a rank that went on alone would wait for ever. Storage that was away
+    starts the gang anew, from the checkpoint before; a disk without room ends the run."""
+    met: Exception | None = None
+    if error is not None:
+        met = (StorageAwayError if is_away(error) else ValueError)(f"rank {ranks.rank}: {error}")
+    if (told := ranks.first_error(met)) is None:
         return
     if ranks.is_first:
         shutil.rmtree(temporary, ignore_errors=True)
+    what = f"checkpoint of step {step} was not committed: {told}"
+    if isinstance(told, StorageAwayError):
+        raise StorageAwayError(f"{what}; the one before is untouched") from error
     free = free_bytes(temporary.parent)
     raise TrainingError(
-        f"checkpoint of step {step} was not committed: {told}. It needs {needed / 1e9:.3f} GB in {temporary.parent}, "
+        f"{what}. It needs {needed / 1e9:.3f} GB in {temporary.parent}, "
         f"{free / 1e9:.3f} GB are free without it. Make room; the same command goes on from the one before"
     ) from error
 

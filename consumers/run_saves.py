@@ -35,7 +35,7 @@ def settled(session: Session) -> Iterator[None]:
     try:
         yield
     except TrainingError:
-        with contextlib.suppress(TrainingError):  # the first one is the one to tell
+        with contextlib.suppress(TrainingError, StorageAwayError):  # the first one is the one to tell
             _finish_save(session)
         raise
     _finish_save(session)

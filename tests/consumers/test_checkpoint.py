@@ -47,6 +47,15 @@ def test_a_rank_that_cannot_write_fails_all_and_shows_nothing(results: Results) 
     assert found["visible"] == [f"step-{step:08d}" for step in (1, 2, 3, 4)]
 
 
+def test_storage_that_is_away_from_one_rank_in_a_save_is_raised_by_all_for_a_new_start(results: Results) -> None:
+    found = results("damage")
+    told, other = found["away_error"]
+    assert told == other
+    assert told.startswith("checkpoint of step 5 was not committed: rank 1: [Errno 116] Stale file handle")
+    assert "free" not in told  # nobody needs to make room
+    assert all(not name.startswith("step-00000005") for name in found["visible"])
+
+
 def test_what_one_rank_alone_cannot_read_is_refused_by_all(results: Results) -> None:
     assert results("damage")["read_errors"] == ["the mount is gone"] * 2  # as rank 0 is told
 

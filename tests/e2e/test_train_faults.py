@@ -47,8 +47,10 @@ def same_run(mine: Path, theirs: Path) -> bool:
 
 @pytest.mark.slow
 def test_a_stopped_and_a_killed_rank_under_ray(root: Path, reference: Path) -> None:
-    """SIGSTOP: the watchdog ends the rank. SIGKILL inside the next checkpoint. Twice the gang starts anew."""
-    env = environment(root / "tokens-ray", train_step__6="stop", checkpoint_write__2="")
+    """Storage is away in the first save; SIGSTOP: the watchdog ends the rank; SIGKILL inside a later checkpoint. Each
+    time the gang starts anew."""
+    tokens = {"checkpoint_write__1": "raise ESTALE", "train_step__6": "stop", "checkpoint_write__2": ""}
+    env = environment(root / "tokens-ray", **tokens)
     command = [sys.executable, "-m", "qwenimg_dist", "train", *overrides(root, "stopped", "cluster.ranks=2")]
     command.append("train.heartbeat_timeout_s=8")
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
@@ -61,6 +63,9 @@ def test_a_stopped_and_a_killed_rank_under_ray(root: Path, reference: Path) -> N
     assert "died without a word" in killed
     assert "stage 'saving'" in killed
     assert "SIGKILL" in killed
+    away = next(line for line in log.splitlines() if "StorageAwayError" in line)
+    assert "checkpoint of step 4 was not committed: rank" in away
+    assert away.endswith("restart 1 of 3, from the newest valid checkpoint")
     assert "restart 1 of 3, from the newest valid checkpoint (step 4)" in log
     assert "restart 1 of 3, from the newest valid checkpoint (step 8)" in log  # counted from there
     assert "its process was killed (SIGKILL" in log

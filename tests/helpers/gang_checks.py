@@ -684,6 +684,16 @@ def check_damage(world: World) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # the kernel refuses byte 10,001 of a file
     found["write_error"] = save_refusal(engine, run_dir, step=5)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    faults = world.out / "away"
+    if ranks.rank == 1:
+        faults.mkdir()
+        (faults / "checkpoint_write@next").write_text("raise ESTALE")
+        os.environ[FAULT_DIR_VARIABLE] = str(faults)
+    try:
+        save_refusal(engine, run_dir, step=5)
+    except StorageAwayError as error:
+        found["away_error"] = ranks.gather_json(str(error))
+    os.environ.pop(FAULT_DIR_VARIABLE, None)
     found["visible"] = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     found["read_errors"] = one_rank_cannot_read(world, engine, run_dir)
 
