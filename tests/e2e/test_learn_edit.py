@@ -42,7 +42,7 @@ from qwenimg_dist.models.vae import LatentCodec
 
 SIDE = 64
 NUM_EDITS = 1600
-STEPS = 600
+STEPS = 900
 SHOWN = 6
 """Edits that the stock pipeline draws too."""
 WORDS = (
