@@ -62,7 +62,7 @@ def ray_session(cluster: ClusterConfig, *, cpus: float | None = None) -> Iterato
     with contextlib.ExitStack() as stack:
         if address is not None:
             quiet.pop("include_dashboard")
-            ray.init(address=address, **quiet)
+            _join(address, quiet)
         else:
             # More actors than CPUs must still start: the user's figure decides, not the machine's.
             cpus = cluster.producers * cluster.producer_cpus if cpus is None else cpus
@@ -77,6 +77,18 @@ def ray_session(cluster: ClusterConfig, *, cpus: float | None = None) -> Iterato
             )
         stack.callback(ray.shutdown)
         yield
+
+
+def _join(address: str, quiet: Mapping[str, Any]) -> None:
+    """Raises ValueError where no cluster can be found, as on the machine that jobs are submitted from."""
+    try:
+        ray.init(address=address, **quiet)
+    except ConnectionError as error:
+        raise ValueError(
+            f"no Ray cluster at {address!r} (cluster.address, or RAY_ADDRESS) can be reached from here: run the "
+            "command on a machine of the cluster, or there by `ray job submit ... -- python -m qwenimg_dist ...` "
+            "(launch/README.md); cluster.address=null starts a Ray here"
+        ) from error
 
 
 @dataclass

@@ -49,6 +49,16 @@ def test_producers_without_room_are_refused(
         workers.close()
 
 
+def test_where_no_cluster_is_the_way_to_it_is_said(cluster: ClusterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(**_: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "init", nowhere)  # on this machine another test may run one
+    there = cluster.model_copy(update={"address": "auto"})
+    with pytest.raises(ValueError, match=r"no Ray cluster at 'auto'.*ray job submit"), pool.ray_session(there):
+        pass
+
+
 def wait_in_vain(workers: pool.RayWorkers) -> None:
     for _ in range(100):
         assert workers.wait(0.2) == []
