@@ -23,6 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
 _READY_S = 90.0
 _END_S = 8.0
+_NO_AGENT = "No available agent to submit job"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,13 @@ class RayHead:
     def submit(self, *words: str, submission_id: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
         """`ray job submit` of the repository as it is, with launch/runtime_env.yaml."""
         options = ["--submission-id", submission_id, "--runtime-env", "launch/runtime_env.yaml", "--working-dir", "."]
-        return self.job("submit", *options, *([] if wait else ["--no-wait"]), "--", *words)
+        deadline = time.monotonic() + _READY_S
+        while True:
+            ended = self.job("submit", *options, *([] if wait else ["--no-wait"]), "--", *words)
+            # The dashboard answers before the agent that starts jobs is there.
+            if _NO_AGENT not in ended.stdout + ended.stderr or time.monotonic() > deadline:
+                return ended
+            time.sleep(1)
 
     def job(self, verb: str, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """`ray job VERB`."""
