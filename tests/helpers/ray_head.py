@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
 _READY_S = 90.0
 _END_S = 8.0
-_NO_AGENT = "No available agent to submit job"
+_NOT_YET = ("No available agent to submit job", "Failed to connect to Ray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,9 @@ class RayHead:
         deadline = time.monotonic() + _READY_S
         while True:
             ended = self.job("submit", *options, *([] if wait else ["--no-wait"]), "--", *words)
-            # The dashboard answers before the agent that starts jobs is there.
-            if _NO_AGENT not in ended.stdout + ended.stderr or time.monotonic() > deadline:
+            # The dashboard answers before the agent that starts jobs is there, and on a busy machine not at once.
+            told = ended.stdout + ended.stderr
+            if not any(words in told for words in _NOT_YET) or time.monotonic() > deadline:
                 return ended
             time.sleep(1)
 
