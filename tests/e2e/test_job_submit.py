@@ -52,7 +52,7 @@ def test_a_stop_saves_and_the_same_command_goes_on(head: RayHead, root: Path) ->
     words = [*TRAIN, *overrides(root, "stopped", "train.steps=4000", "checkpoint.every=2000", "evaluate.every=4000")]
     assert head.submit(*words, submission_id="first", wait=False).returncode == 0
     samples = root / "stopped" / "samples.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not (samples.exists() and len(samples.read_text().splitlines()) >= 5) and time.monotonic() < deadline:
         time.sleep(0.2)
     stopped = head.job("stop", "first")

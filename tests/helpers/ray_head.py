@@ -55,7 +55,7 @@ class RayHead:
             env=env or self.env,
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=600,
             check=False,
         )
 
