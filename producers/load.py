@@ -1,6 +1,6 @@
 """Bytes of unknown origin -> an upright 8-bit sRGB picture, or a named fault. Never a guess in between.
 
-Place in the flow: `scan.py` reads the header with `open_header` and hashes what `load_small_grey` gives; the unit
+Place in the flow: `scan.py` opens a file with `open_file` and hashes what `load_small_grey` gives; the unit
 pipeline decodes each admitted picture once with `load_image` and cuts every resolution from that with `render`. The
 order matters: allow-listed formats -> size gate on the header -> full decode -> first frame -> EXIF transpose ->
 explicit mode table -> ICC to sRGB -> alpha on white. Refuses truncated files (`LOAD_TRUNCATED_IMAGES` is never set),
@@ -78,6 +78,15 @@ class Header:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OpenFile:
+    """A file whose header was read. Its picture can be decoded once."""
+
+    header: Header
+    image: Image.Image
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loaded:
     """A decoded picture: mode RGB, upright, sRGB; the first frame where there are several."""
 
@@ -85,9 +94,10 @@ class Loaded:
     num_frames: int
 
 
-def open_header(data: bytes) -> Header:
-    """The header alone. Raises `ImageFault` (`empty_file`, `not_an_image`, `truncated`, `too_many_pixels`)."""
-    return _header(data)[0]
+def open_file(data: bytes) -> OpenFile:
+    """The header alone is read. Raises `ImageFault` (`empty_file`, `not_an_image`, `truncated`, `too_many_pixels`)."""
+    header, image = _header(data)
+    return OpenFile(header=header, image=image, num_bytes=len(data))
 
 
 def load_image(data: bytes) -> Loaded:
@@ -111,16 +121,16 @@ def load_image(data: bytes) -> Loaded:
     return Loaded(image=picture, num_frames=num_frames)
 
 
-def load_small_grey(data: bytes, side: int) -> npt.NDArray[np.uint8]:
+def load_small_grey(file: OpenFile, side: int) -> npt.NDArray[np.uint8]:
     """(h, w) upright luma, reduced by a whole factor while both sides stay at least `side`; ICC profiles are ignored.
 
     JPEG is decoded at the reduced scale (8 times less work at 1/8), other formats wholly. Raises `ImageFault`.
     """
-    header, image = _header(data)
+    header, image = file.header, file.image
     try:
         if header.format in ("JPEG", "MPO"):
             image.draft("L", (side, side))
-            image.decodermaxblock = len(data) + 1  # type: ignore[attr-defined]  # in one piece, not 64 KB at a time
+            image.decodermaxblock = file.num_bytes + 1  # type: ignore[attr-defined]  # in one piece, not 64 KB at a time
         image.load()
         if image.mode in ("RGB", "RGBA", "L", "LA", "CMYK"):  # reduced first: the mode table then costs next to nothing
             image = _reduced(image, side)

@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from producers.load import ImageFault, load_small_grey
+from producers.load import ImageFault, OpenFile, load_small_grey, open_file
 
 _SIDE: Final = 128
 """px; the decode is reduced as far as the shorter side stays this long."""
@@ -34,9 +34,17 @@ _MIN_CONTRAST: Final = 0.05
 
 
 def perceptual_hash(data: bytes) -> int | None:
-    """The file's hash as a signed 64-bit number; None where the picture has none."""
+    """The hash of a file's bytes as a signed 64-bit number; None where the picture has none."""
     try:
-        grey = load_small_grey(data, _SIDE)
+        return hash_file(open_file(data))
+    except ImageFault:
+        return None
+
+
+def hash_file(file: OpenFile) -> int | None:
+    """The same of a file whose header was read. Its picture cannot be decoded a second time."""
+    try:
+        grey = load_small_grey(file, _SIDE)
     except ImageFault:
         return None
     return hash_grey(grey)

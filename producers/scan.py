@@ -15,8 +15,8 @@ from typing import Any, Final
 import pyarrow as pa
 
 from producers.commit import commit_part
-from producers.load import ImageFault, open_header
-from producers.perceptual_hash import perceptual_hash
+from producers.load import ImageFault, open_file
+from producers.perceptual_hash import hash_file
 from producers.poison import POISON, Watch
 from producers.sources.base import BAD_ROW, OUTSIDE_ROOT, SourceGoneError, locate, read_bytes
 from qwenimg_dist.data.facets import Dataset
@@ -84,9 +84,10 @@ def _scan_file(root: str, uri: str, *, hashed: bool) -> tuple[dict[str, Any], Im
         data = read_or_fault(root, uri)
         facts |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         picture_point("scan", facts["sha256"])
-        header = open_header(data)
+        file = open_file(data)
     except ImageFault as fault:
         return facts, fault
+    header = file.header
     facts |= {
         "format": header.format,
         "mode": header.mode,
@@ -95,7 +96,7 @@ def _scan_file(root: str, uri: str, *, hashed: bool) -> tuple[dict[str, Any], Im
         "orientation": header.orientation,
     }
     if hashed:
-        facts["phash"] = perceptual_hash(data)
+        facts["phash"] = hash_file(file)
     return facts, None
 
 

@@ -7,6 +7,7 @@ another. Nothing is visible before `commit`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ class LatentsWriter:
         self._dataset, self._plan, self._encoders = dataset, plan, encoders
         self._parts = {r: dataset.next_part(facet, unit) for r, facet in plan.latents_facets.items()}
         self._batches: dict[tuple[int, Bucket], list[Cut]] = {}
+        self._num_pixels: Counter[tuple[int, Bucket]] = Counter()
+        """Of all pictures in each batch."""
         self._begun: _Begun | None = None
         self._index: dict[int, list[dict[str, Any]]] = {r: [] for r in plan.latents_facets}
         self._stack = ExitStack()
@@ -92,7 +95,9 @@ class LatentsWriter:
         batch_of = (cut.resolution, cut.placement.bucket)
         batch = self._batches.setdefault(batch_of, [])
         batch.append(cut)
-        if sum(one.num_pixels for one in batch) + cut.num_pixels > self._plan.image_batch_pixels:
+        self._num_pixels[batch_of] += cut.num_pixels
+        if self._num_pixels[batch_of] + cut.num_pixels > self._plan.image_batch_pixels:
+            del self._num_pixels[batch_of]
             self._encode(cut.resolution, self._batches.pop(batch_of))
 
     def commit(self) -> int:

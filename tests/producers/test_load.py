@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from producers.load import MAX_PIXELS, ImageFault, load_image, open_header, render
+from producers.load import MAX_PIXELS, ImageFault, load_image, open_file, render
 from producers.scan import scan_row
 from qwenimg_dist.data.buckets import buckets, place
 
@@ -56,7 +56,7 @@ def test_exif_orientations_come_out_upright(kind: str, orientation: int) -> None
     turned = quadrants() if inverse is None else quadrants().transpose(Image.Transpose(inverse))
     options: dict[str, Any] = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
     data = stored(turned, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else options))
-    header, loaded = open_header(data), load_image(data)
+    header, loaded = open_file(data).header, load_image(data)
     assert (header.width, header.height) == loaded.image.size == (48, 32)
     assert np.allclose(corners(loaded.image), UPRIGHT, atol=25 if kind == "AVIF" else 6)
     stock = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from producers.load import load_small_grey
+from producers.load import load_small_grey, open_file
 from producers.perceptual_hash import hash_grey, perceptual_hash
 from producers.scan import scan_row
 from qwenimg_dist.demo.shapes import all_scenes, render
@@ -139,6 +139,6 @@ def test_the_scan_stores_it(tmp_path: Path) -> None:
 
 
 def test_jpeg_is_decoded_at_reduced_scale() -> None:
-    assert load_small_grey(stored(scene(1, (1024, 1024))), 128).shape == (128, 128)
-    assert load_small_grey(stored(scene(1, (1500, 1000)), "PNG"), 128).shape == (143, 215)
+    assert load_small_grey(open_file(stored(scene(1, (1024, 1024)))), 128).shape == (128, 128)
+    assert load_small_grey(open_file(stored(scene(1, (1500, 1000)), "PNG")), 128).shape == (143, 215)
     assert hash_grey(np.zeros((200, 200), dtype=np.uint8)) is None

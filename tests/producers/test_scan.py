@@ -77,7 +77,7 @@ def test_a_careful_scan_opens_one_file_at_a_time(tmp_path: Path, monkeypatch: py
 def test_what_nobody_foresaw_names_row_and_file(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = Dataset.create(tmp_path / "data", 4)
     with monkeypatch.context() as patched:
-        patched.setattr(scan, "open_header", broken)
+        patched.setattr(scan, "open_file", broken)
         with pytest.raises(KeyError) as caught:
             produce_here(source, dataset, PLAN, FakeEncoders())
     failure = describe_failure(caught.value)
