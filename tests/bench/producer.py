@@ -18,8 +18,8 @@ share is also measured by itself: the round trip of one control message, of whic
 
     python tests/bench/producer.py [--quick] [--in-process] [--repeats 5] [--out FILE]
 
-With `--in-process` the variants on Ray are left out: on a machine that is not quiet, CPU time of one process is what can
-still be compared.
+With `--in-process` the variants on Ray are left out: on a machine that is not quiet, CPU time of one process is what
+can still be compared.
 """
 
 from __future__ import annotations
