@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from qwenimg_dist.data.batching import cut_batches, fill_slots, shuffled_batches
 from qwenimg_dist.data.catalog import Catalogs, Ints
-from qwenimg_dist.data.draws import draw_key, uniform
+from qwenimg_dist.data.draws import draw_key
 from qwenimg_dist.data.epochs import EpochEnds
 from qwenimg_dist.data.mix import Mix, interleave
 from qwenimg_dist.data.phases import PlannedPhase
@@ -342,13 +342,13 @@ class Stream:
         size = self.phase.global_batch
         sequences = {bucket: samples for bucket, samples in self._sequences(segment, epoch).items() if len(samples)}
         buckets = sorted(sequences)
-        cut = [self._cut(sequences[bucket]) for bucket in buckets]
+        cut = [cut_batches(sequences[bucket], size, self._window) for bucket in buckets]
         num = np.array([len(fill) for _, _, fill in cut], dtype=np.int64)
         bucket = np.repeat(np.arange(len(buckets)), num)
         if not buckets:
             empty = np.zeros((0, size), dtype=np.int64)
             return Order(rows=empty, texts=empty, num_fill=empty[:, 0], buckets=[], bucket=empty[:, 0])
-        order = self._shuffled(num, segment, epoch)
+        order = shuffled_batches(num, self._key("batches", epoch), segment, self._window // size)
         return Order(
             rows=np.concatenate([rows for rows, _, _ in cut])[order],
             texts=np.concatenate([texts for _, texts, _ in cut])[order],
@@ -357,34 +357,14 @@ class Stream:
             bucket=bucket[order],
         )
 
-    def _shuffled(self, num: Ints, segment: int, epoch: int) -> npt.NDArray[np.intp]:
-        """The order in which batches come, given how many each bucket has; they are numbered through by bucket."""
-        bucket = np.repeat(np.arange(len(num)), num)
-        # Each batch gets a time in [0, 1): its window's stretch of the bucket, and a draw within it.
-        ids = np.arange(len(bucket)) + (segment << 32)
-        draw = uniform(self._key("batches", epoch), ids)
-        index_in_bucket = np.concatenate([np.arange(n) for n in num])
-        per_window = self._window // self.phase.global_batch
-        begin = index_in_bucket // per_window * per_window
-        length = np.minimum(begin + per_window, num[bucket]) - begin
-        times = (begin + draw * length) / num[bucket]
-        return np.lexsort((ids, times))
-
-    def _fill(self, num_samples: int) -> Ints:
-        """(batches,) fill slots of a bucket's batches, before they are shuffled: in the first of the last window."""
-        size = self.phase.global_batch
-        fill = np.zeros(-(-num_samples // size), dtype=np.int64)
-        if short := -num_samples % size:
-            fill[(num_samples - 1) // self._window * self._window // size] = short
-        return fill
-
     def batches(self, segment: int, epoch: int) -> Batches:
         """What `order` makes, without the samples: O(batches), once the rows were counted. For plans."""
         counts = self._mixed_counts(epoch) if self.repeats else self._segment_counts(segment)
         counts = {bucket: counts[bucket] for bucket in sorted(counts) if counts[bucket]}
-        fills = [self._fill(num) for num in counts.values()]
+        fills = [fill_slots(num, self.phase.global_batch, self._window) for num in counts.values()]
         num_batches = np.array([len(fill) for fill in fills], dtype=np.int64)
-        order = self._shuffled(num_batches, segment, epoch) if fills else np.zeros(0, dtype=np.intp)
+        per_window = self._window // self.phase.global_batch
+        order = shuffled_batches(num_batches, self._key("batches", epoch), segment, per_window)
         return Batches(
             samples=counts,
             bucket=np.repeat(np.arange(len(fills)), num_batches)[order],
@@ -414,17 +394,3 @@ class Stream:
     def times_by_dataset(self) -> dict[str, float]:
         """How often an epoch of the mix has a row of each data set; empty without a mix."""
         return {name: float(sampler.times or 0) for name, sampler, _ in self._joined} if self._mix else {}
-
-    def _cut(self, samples: Samples) -> tuple[Ints, Ints, Ints]:
-        """Sort windows by text length and cut batches: rows and texts (batches, B), fill slots (batches,)."""
-        size = self.phase.global_batch
-        window = np.arange(len(samples)) // self._window
-        by_length = samples.take(np.lexsort((samples.ties, samples.tokens, window)))
-        fill = self._fill(len(samples))
-        if short := int(fill.sum()):
-            # Fill slots repeat the last window's shortest sample: they cost the least, and the order stays sorted.
-            first = int(window[-1]) * self._window
-            repeat = np.full(short, first)
-            index = np.concatenate([np.arange(first), repeat, np.arange(first, len(samples))])
-            by_length = by_length.take(index)
-        return by_length.rows.reshape(-1, size), by_length.texts.reshape(-1, size), fill
