@@ -63,7 +63,7 @@ class RayHead:
 @contextmanager
 def ray_head(num_cpus: int) -> Iterator[RayHead]:
     """Started in the foreground, so that ending that one process ends all of it."""
-    port, dashboard, client = _free_ports(3)
+    port, dashboard, client, agent = _free_ports(4)
     # Sockets live below it, and a socket's path has 107 characters at most.
     folder = Path(tempfile.mkdtemp(prefix="qid-ray-"))
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
@@ -79,6 +79,8 @@ def ray_head(num_cpus: int) -> Iterator[RayHead]:
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
     command += ["--ray-client-server-port", str(client), "--num-cpus", str(num_cpus), "--temp-dir", str(folder)]
     command += ["--object-store-memory", str(100 << 20), "--include-dashboard", "true"]
+    # By default one port for all: the agent of a second head on this machine would end, and that head with it.
+    command += ["--dashboard-agent-listen-port", str(agent)]
     with open(folder / "head.log", "wb") as sink:
         process = subprocess.Popen(command, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
     try:
