@@ -41,7 +41,7 @@ format: install
 
 # Two workers, file by file (tests/conftest.py).
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 15
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 test-all: lint
 	$(BIN)/python -m pytest -m "not gpu and not bench"
