@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-OF_THE_SESSION = re.compile(r"\b(gang_out|damage_out|options_out|early_demo|\w*results: Results)\b")
+OF_THE_SESSION = re.compile(r"\b(gang_out|damage_out|options_out|early_demo|\w*results: (Results|Callable))\b")
 
 
 def group_of(node_id: str, root: Path) -> str:
