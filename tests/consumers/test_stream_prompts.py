@@ -109,7 +109,9 @@ def test_shapes_come_in_turn_for_all_ranks_and_change_nothing_else(tmp_path: Pat
 def test_the_plan_counts_shapes_as_they_come(tmp_path: Path) -> None:
     shapes = (Bucket(height=16, width=48), Bucket(height=48, width=16))
     _, run = make_run(tmp_path, shapes=shapes)
-    plan = make_plan(run.ledger, load_config(["stage=grpo"]).optim, world_size=2, pictures=2, repeat=GROUP)
+    plan = make_plan(
+        run.ledger, load_config(["stage=grpo", "optim.ema_decay=0.2"]).optim, world_size=2, pictures=2, repeat=GROUP
+    )
     tally = plan.phases[0].streams[0].tally
     batches = [run.ledger.batch(step) for step in range(8)]
     for shape in shapes:
