@@ -95,7 +95,7 @@ def run_gang(
     folder: Path,
     *,
     env: Mapping[str, str] | None = None,
-    timeout_s: float = 240,
+    timeout_s: float = 480,
     meanwhile: Callable[[list[subprocess.Popen[bytes]]], None] = lambda ranks: None,
 ) -> list[Ended]:
     """Start `python COMMAND` on `world` ranks with torchrun's environment; when one fails, the others are ended.
