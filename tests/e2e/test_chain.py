@@ -150,9 +150,10 @@ def test_grids_of_ema_and_raw_weights_and_what_wandb_got(demo: Path) -> None:
     found = finished(file)
     assert found.run.run_group == "run"
     pictures = [(line["train/global_step"], name) for line in found.history for name in line if name.endswith("/path")]
+    every = ("samples", "samples_by_prompt", "samples-raw", "samples-raw_by_prompt", "worst_held_out")
     assert [one for one in pictures if one[1].startswith("eval/")] == [
-        (0, "eval/samples/path"),
-        *((step, f"eval/{name}/path") for step in (3, 6) for name in ("samples", "samples-raw", "worst_held_out")),
+        *((0, f"eval/{name}/path") for name in ("samples", "samples_by_prompt")),
+        *((step, f"eval/{name}/path") for step in (3, 6) for name in every),
     ]
     assert [one for one in pictures if one[1].startswith("train/")] == [(at, "train/ranks/path") for at in (2, 4, 6)]
     logged = {line["train/global_step"]: line for line in found.history if "train/loss" in line}
