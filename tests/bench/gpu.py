@@ -290,7 +290,7 @@ def whole(bench: Bench) -> None:
         )
 
         def once(micro: Micro = micro) -> None:
-            micro.loss(predict).backward()
+            micro.loss(predict).backward()  # type: ignore[no-untyped-call]
 
         bench.measure(f"whole, {micro}, {mode}", once, micro.flops(model), memory.weights + memory.activations)
 

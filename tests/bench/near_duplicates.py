@@ -127,7 +127,8 @@ def _between(one: int, other: int) -> int:
 def _pairs(values: Sequence[int]) -> npt.NDArray[np.uint8]:
     hashes = np.array(values, dtype=np.int64).view(np.uint64)
     between = np.bitwise_count(hashes[:, None] ^ hashes[None])
-    return between[np.triu_indices(len(hashes), 1)]
+    distances: npt.NDArray[np.uint8] = between[np.triu_indices(len(hashes), 1)]
+    return distances
 
 
 def measure_speed(report: Report, repeats: int, num: int) -> None:

@@ -30,10 +30,11 @@ from PIL import Image
 from producers.driver import Driver
 from producers.filters.base import Resources, Scorers
 from producers.load import load_image, render
+from producers.pictures import Pixels
 from producers.plan import make_plan
 from producers.sources import open_source
 from producers.workers import InlineWorkers
-from producers.write import Pixels
+from producers.write import EditPrompt
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.buckets import buckets, place
 from qwenimg_dist.data.facets import Dataset
@@ -56,6 +57,9 @@ class ShapedEncoders:
     def text(self, captions: Sequence[str]) -> Iterator[tuple[str, RawTensor]]:
         for caption in captions:
             yield caption, RawTensor(data=np.ones(TEXT_SHAPE, dtype=np.uint16), dtype="bfloat16")
+
+    def edit_text(self, prompts: Sequence[EditPrompt]) -> list[RawTensor]:
+        raise NotImplementedError("this benchmark has no edits")
 
 
 def photo(side: int, seed: int = 0) -> bytes:

@@ -72,7 +72,7 @@ def measured(pipeline: Path, folder: Path, overrides: tuple[str, ...]) -> float:
         "overrides": list(overrides),
     }
     told = run_ranks(str(Path(memory.__file__)), NUM_RANKS, job, folder)
-    return MB * max(peak for rank in told for peak in rank["peaks"].values())
+    return MB * max(float(peak) for rank in told for peak in rank["peaks"].values())
 
 
 def main() -> int:

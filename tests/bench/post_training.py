@@ -64,6 +64,7 @@ def _memory(job: dict[str, Any]) -> Figures:
     from consumers.engine import build_engine, build_frozen, start_distributed, stop_distributed
     from consumers.objectives import build_objective
     from qwenimg_dist.compose import load_config
+    from qwenimg_dist.config import DpoConfig
     from qwenimg_dist.models.transformer import load_transformer_config
     from qwenimg_dist.models.weights import SafetensorsDirectory
 
@@ -80,7 +81,8 @@ def _memory(job: dict[str, Any]) -> Figures:
         ema = Ema(engine, 0.99)
         frozen = build_frozen(model, config, ranks, source) if reference == "online" else None
         objective = build_objective(config, frozen.predict if frozen else None)
-        micro = _batch(kind == "dpo", config.objective.draws if kind == "dpo" and reference == "precomputed" else None)
+        draws = config.objective.draws if isinstance(config.objective, DpoConfig) else None
+        micro = _batch(kind == "dpo", draws if reference == "precomputed" else None)
         for step in range(WARMUP + 1):
             output = objective.loss(engine.predict, micro.to("cpu"), step=step)
             engine.backward(output.loss / len(micro.weights), last=True)
@@ -211,7 +213,7 @@ def _time(job: dict[str, Any]) -> Figures:
     shutil.rmtree(folder / "run")
 
     def median(name: str) -> float:
-        return statistics.median(line[name] for line in log)
+        return float(statistics.median(line[name] for line in log))
 
     parts = {f"{part} s": median(f"train/{part}_s") for part in _PARTS} if config.objective.kind == "grpo" else {}
     return {"s/step": median("train/step_s"), "theory": theory(config), **parts, "CPU s of the run": used}

@@ -88,12 +88,12 @@ def rounds(work: Work, repeats: int) -> dict[str, list[Figures]]:
 def at_once(work: Work) -> Figures:
     waited, fsync = [0.0], os.fsync
 
-    def timed(handle: int) -> None:
+    def timed(handle: Any) -> None:
         begin = time.perf_counter()
         fsync(handle)
         waited[0] += time.perf_counter() - begin
 
-    os.fsync = timed
+    os.fsync = timed  # type: ignore[assignment]
     try:
         begin = time.perf_counter()
         work.begin(work.now)

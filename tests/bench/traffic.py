@@ -92,7 +92,8 @@ class Count:
 
     def take(self) -> dict[str, float]:
         """What was counted, and begin anew."""
-        taken, self._bytes = dict(self._bytes), Counter()
+        taken: dict[str, float] = dict(self._bytes)
+        self._bytes = Counter()
         return taken
 
 

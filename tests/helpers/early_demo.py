@@ -20,7 +20,7 @@ from produce_command import produce
 from small_run import run_gang
 
 from qwenimg_dist.commands.sample import draw
-from qwenimg_dist.compose import load_config
+from qwenimg_dist.config_of_run import config_for_drawing
 from qwenimg_dist.demo.shapes import HELD_OUT_PAIRS, all_captions, parse, write_folder
 from qwenimg_dist.rewards.shapes import score
 
@@ -66,7 +66,7 @@ class EarlyDemo:
         where = f"run.path={path}" if (path / "checkpoints").is_dir() else f"sample.path={path}"
         args = [where, f"sample.height={PX}", f"sample.width={PX}", "sample.num_steps=12", *words]
         args.append(f"sample.seeds={list(seeds)}".replace(" ", ""))
-        pictures = draw(load_config(args), list(prompts), args)
+        pictures = draw(config_for_drawing(args), list(prompts))
         scenes = [parse(prompt) for prompt in prompts for _ in seeds]
         found = [float(np.mean(score(picture, scene))) for picture, scene in zip(pictures, scenes, strict=True)]
         return np.array(found).reshape(len(prompts), len(seeds))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -352,5 +352,5 @@ def _scan_table(rows: dict[int, FakeRow], *, edits: bool) -> pa.Table:
     return _table(SCAN_COLUMNS, records)
 
 
-def _table(schema: pa.Schema, records: list[dict[str, object]]) -> pa.Table:
+def _table(schema: pa.Schema, records: Sequence[Mapping[str, object]]) -> pa.Table:
     return pa.Table.from_pylist(records, schema=schema)

@@ -94,7 +94,8 @@ def main(out: Path, runs: Path) -> None:
     for run in json.loads(runs.read_text()):
         fault = run["fault"] if ranks.rank == 1 or run["fault"] == "all" else ""
         hooks = Hooks(score=Faulty(fault).score, say=lambda line: print(line, file=sys.stderr, flush=True))
-        begin, ended = time.perf_counter(), {}
+        begin = time.perf_counter()
+        ended: dict[str, str | float] = {}
         try:
             with open_session(load_config(run["overrides"]), ranks, hooks) as session:
                 if fault in ("second", "gradient"):

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -44,7 +45,7 @@ def write_photo_folder(root: Path) -> PhotoFolder:
 def _write_sound(made: PhotoFolder) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: stored turned, 90 degrees clockwise to be turned back
-    pictures = [
+    pictures: list[tuple[str, Image.Image, dict[str, Any]]] = [
         ("plain.jpg", photo(1, 200, 150), {"quality": 95}),
         ("SHOUTING.JPG", photo(2, 160, 240), {"quality": 95}),
         ("lossless.png", photo(3, 256, 144), {}),

@@ -50,12 +50,14 @@ def reason(name: str, pixels: Pixels, **params: Any) -> str | None:
 
 def noisy(pixels: Pixels, levels: float, seed: int = 0) -> Pixels:
     noise = np.random.default_rng(seed).normal(0.0, levels, pixels.shape)
-    return np.clip(pixels + noise, 0, 255).astype(np.uint8)
+    noised: Pixels = np.clip(pixels + noise, 0, 255).astype(np.uint8)
+    return noised
 
 
 def scaled(pixels: Pixels, factor: float) -> Pixels:
     """Exposure: darker below 1, blown out above."""
-    return np.clip(pixels * factor, 0, 255).astype(np.uint8)
+    exposed: Pixels = np.clip(pixels * factor, 0, 255).astype(np.uint8)
+    return exposed
 
 
 def resized(pixels: Pixels, factor: float) -> Pixels:

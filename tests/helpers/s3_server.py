@@ -97,7 +97,7 @@ class _Faulty:
             list(self._app(environ, lambda *_: None))
             start_response("500 Internal Server Error", [("Content-Type", "application/xml")])
             return [_SLOW_DOWN.replace(b"SlowDown", b"InternalError")]
-        answer = self._app(environ, start_response)
+        answer: Iterable[bytes] = self._app(environ, start_response)
         if method == "GET" and path.count("/") > 1 and faults.take("stall", method, path):
             return _stalled(answer, faults.stall_s)
         return answer
@@ -124,9 +124,12 @@ class Server:
 @contextmanager
 def s3_server() -> Iterator[Server]:
     """An emulator with one empty bucket; clients of this process find it."""
-    import boto3
+    import boto3  # type: ignore[import-untyped]
     from moto.s3.models import s3_backends
-    from moto.server import DomainDispatcherApplication, create_backend_app
+    from moto.server import (  # type: ignore[attr-defined]
+        DomainDispatcherApplication,
+        create_backend_app,
+    )
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     class Quiet(WSGIRequestHandler):

@@ -23,7 +23,7 @@ STOCK = {"single": QwenImageEditPipeline, "plus": QwenImageEditPlusPipeline}
 SIZES = {"wide": (112, 70), "tall": (60, 150), "square": (84, 84)}
 
 
-class StillProcessor(Qwen2VLProcessor):
+class StillProcessor(Qwen2VLProcessor):  # type: ignore[misc]  # its package tells no types
     """The stock processor without its part for videos, which needs torchvision."""
 
     @classmethod
@@ -102,4 +102,5 @@ def stock_features(pipeline: Any, text: str, images: Sequence[Image.Image], temp
             [text], list(images) if template == "plus" else images[0], "cpu"
         )
     assert mask.bool().all()
-    return features[0]
+    first: torch.Tensor = features[0]
+    return first

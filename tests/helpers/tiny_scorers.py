@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
@@ -22,6 +23,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _VISION = {**_SMALL, "image_size": 32, "patch_size": 8}
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def save_clip(folder: Path, seed: int = 0) -> Path:
@@ -64,7 +67,7 @@ def save_classifier(folder: Path, labels: tuple[str, ...], *, several: bool = Fa
     return folder
 
 
-def _randomised(model: torch.nn.Module) -> torch.nn.Module:
+def _randomised(model: Model) -> Model:
     """Weights so large that pictures and captions differ."""
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)

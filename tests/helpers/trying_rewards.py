@@ -70,5 +70,5 @@ def load(config: RewardConfig, resources: Resources) -> list[Bright | Trying | W
         raise ValueError("there are no weights in that directory")
     if "broken" in config.active:
         raise KeyError("a bug")
-    known = [Bright(), Trying(), Trying("other"), Wrong()]
+    known: list[Bright | Trying | Wrong] = [Bright(), Trying(), Trying("other"), Wrong()]
     return [one for one in known if one.name in config.active]
