@@ -44,7 +44,7 @@ def run(args: list[str]) -> int:
 
 def _on_ranks(config: Config) -> int | None:
     """None when complete, else the exit code."""
-    from producers.pool import machines, ray_session
+    from producers.ray_cluster import machines, ray_session
 
     stop = threading.Event()
     cluster = config.cluster

@@ -115,7 +115,7 @@ def _make(
     stack: ExitStack,
 ) -> str | None:
     """Do the prompts; returns why not all of them, if so."""
-    from producers.pool import ray_session
+    from producers.ray_cluster import ray_session
     from qwenimg_dist.commands.pairs_pool import PairsError, open_pool
 
     stop = threading.Event()

@@ -91,7 +91,7 @@ def _producers(plan: JobPlan) -> ProducersPlan:
 
 def _probe(plan: JobPlan) -> Probe:
     from consumers.planning.probe import cases_of, job_of, measured, probe
-    from producers.pool import machines, ray_session
+    from producers.ray_cluster import machines, ray_session
     from qwenimg_dist.commands.rank_actors import rank_actors
     from qwenimg_dist.commands.train import check_room
 

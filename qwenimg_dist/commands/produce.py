@@ -134,7 +134,7 @@ def drive(
             """Before anything is written that only producers can finish. Raises ValueError if there is no room."""
             nonlocal ray_is_up
             if not ray_is_up:
-                from producers.pool import check_room, ray_session  # Ray takes seconds: only when there is work
+                from producers.ray_cluster import check_room, ray_session  # Ray takes seconds: only when there is work
 
                 stack.enter_context(ray_session(config.cluster))
                 ray_is_up = True

@@ -25,7 +25,7 @@ from PIL import Image
 from ray.exceptions import RayError
 
 from producers.deaths import why_died
-from producers.pool import machines
+from producers.ray_cluster import machines
 from qwenimg_dist.config import ClusterConfig, Config, RewardConfig
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.rewards.base import Prompt, Scores, join, none_judged

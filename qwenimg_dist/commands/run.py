@@ -52,7 +52,7 @@ def run(args: list[str]) -> int:
     preflight(training_config)
     if (ended := already_ended(training_config, run_dir)) is not None:
         return ended.tell()
-    from producers.pool import machines, ray_session
+    from producers.ray_cluster import machines, ray_session
 
     prepare_environment()
     cluster, stop = config.cluster, threading.Event()

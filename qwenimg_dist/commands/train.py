@@ -57,7 +57,7 @@ def run(args: list[str]) -> int:
         check_judges(config, run_dir)
     if (ended := already_ended(config, run_dir)) is not None:
         return ended.tell()
-    from producers.pool import machines, ray_session
+    from producers.ray_cluster import machines, ray_session
 
     prepare_environment()
     stop = threading.Event()

@@ -50,7 +50,8 @@ from producers.driver import Driver, Pending
 from producers.encode import PipelineEncoders
 from producers.filters.base import Resources, Scorers
 from producers.plan import Plan, make_plan
-from producers.pool import RayWorkers, ray_session
+from producers.pool import RayWorkers
+from producers.ray_cluster import ray_session
 from producers.sources import open_source
 from producers.workers import InlineWorkers, Workers
 from qwenimg_dist.compose import load_config
@@ -155,7 +156,7 @@ class Pipeline:
 
 
 def _job(config: Config, pipeline: Path, plan: Plan, data: Path) -> Job:
-    assert config.source.path is not None
+    assert isinstance(config.source.path, str)
     return Job(
         config_json=config.model_dump_json(),
         data_path=str(data),

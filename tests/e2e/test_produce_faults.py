@@ -13,7 +13,7 @@ from producer_world import rows_of
 from undisturbed import assert_same, produce_quietly, words, write_source
 
 from producers.poison import POISON, trail_file
-from producers.pool import ray_session
+from producers.ray_cluster import ray_session
 from qwenimg_dist.commands.main import main
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import Dataset

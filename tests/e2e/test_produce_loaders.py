@@ -20,7 +20,7 @@ from producer_world import further, rows_of, tensor_at
 from undisturbed import assert_same, produce_quietly, words, write_source
 
 from producers.poison import POISON
-from producers.pool import ray_session
+from producers.ray_cluster import ray_session
 from qwenimg_dist.commands.main import main
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import Dataset

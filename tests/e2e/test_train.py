@@ -227,7 +227,7 @@ def test_logs_that_cannot_be_written_end_the_run_on_all_ranks_and_its_disk_is_na
 def test_a_finished_run_is_not_started_again(
     root: Path, reference: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("producers.pool.ray_session", None)  # would be called, and fail, if ranks were to start
+    monkeypatch.setattr("producers.ray_cluster.ray_session", None)  # would be called, and fail, if ranks were to start
     assert main(["train", *fp32(root, "reference")]) == 0
     assert "training complete already" in capsys.readouterr().err
 

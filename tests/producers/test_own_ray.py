@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from producers import own_ray
-from producers.pool import ray_session
+from producers.ray_cluster import ray_session
 from qwenimg_dist.compose import load_config
 
 STRANGER = "import ray, sys; ray.init(address=sys.argv[1], logging_level='CRITICAL'); print(len(ray.nodes()))"

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from producers import pool
+from producers import actor_slots
 from producers.actor import Job
+from producers.pool import RayWorkers
+from producers.ray_cluster import ray_session
 from producers.workers import ProduceError, Task
 from qwenimg_dist.config import ClusterConfig
 
@@ -34,32 +36,22 @@ def test_producers_without_room_are_refused(
     tmp_path: Path, cluster: ClusterConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pool.ray_session(cluster):
+    with ray_session(cluster):
         too_much = cluster.model_copy(update={"gpus_per_producer": 64})
         with pytest.raises(ValueError, match=r"needs 2 CPUs and 64 GPUs.*gpus_per_producer.*CPUs.*cluster\.address"):
-            pool.RayWorkers(make_job(tmp_path), too_much)
+            RayWorkers(make_job(tmp_path), too_much)
         # Something else holds every CPU: large enough, but never free.
         holder = ray.remote(_Holder).options(num_cpus=int(ray.cluster_resources()["CPU"])).remote()
         ray.get(holder.there.remote())
-        monkeypatch.setattr(pool, "_PLACED_S", 0.5)
-        workers = pool.RayWorkers(make_job(tmp_path), cluster)
+        monkeypatch.setattr(actor_slots, "_PLACED_S", 0.5)
+        workers = RayWorkers(make_job(tmp_path), cluster)
         assert workers.num_idle() == 0
         with pytest.raises(ProduceError, match=r"could be placed for 0\.5 s: each needs 2 CPUs.*only 0 CPUs"):
             wait_in_vain(workers)
         workers.close()
 
 
-def test_where_no_cluster_is_the_way_to_it_is_said(cluster: ClusterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nowhere(**_: object) -> None:
-        raise ConnectionError("Could not find any running Ray instance.")
-
-    monkeypatch.setattr(ray, "init", nowhere)  # on this machine another test may run one
-    there = cluster.model_copy(update={"address": "auto"})
-    with pytest.raises(ValueError, match=r"no Ray cluster at 'auto'.*ray job submit"), pool.ray_session(there):
-        pass
-
-
-def wait_in_vain(workers: pool.RayWorkers) -> None:
+def wait_in_vain(workers: RayWorkers) -> None:
     for _ in range(100):
         assert workers.wait(0.2) == []
 
@@ -67,15 +59,3 @@ def wait_in_vain(workers: pool.RayWorkers) -> None:
 class _Holder:
     def there(self) -> Task:
         return Task(kind="scan", unit=0)
-
-
-def test_a_lack_of_memory_is_told_from_a_bug() -> None:
-    import errno
-
-    from producers.messages import describe_failure
-
-    lacks = [MemoryError(), RuntimeError("could not create a primitive"), OSError(errno.ENOMEM, "no memory")]
-    lacks.append(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"))
-    assert {describe_failure(error).kind for error in lacks} == {"out_of_memory"}
-    assert describe_failure(OSError(errno.ENOSPC, "full")).kind == "full_disk"
-    assert describe_failure(RuntimeError("shape mismatch")).kind == "fatal"

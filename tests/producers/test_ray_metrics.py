@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus import await_figures
 
-from producers.pool import ray_session
+from producers.ray_cluster import ray_session
 from producers.ray_metrics import PREFIX, RayGauges
 from producers.unit import UnitReport
 from qwenimg_dist.compose import load_config

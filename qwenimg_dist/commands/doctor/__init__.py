@@ -76,7 +76,7 @@ def examine(
     config: Config, names: Sequence[str] = NAMES, *, on_finding: Callable[[Finding], None] | None = None
 ) -> list[Finding]:
     """All findings of these checks; each is told to `on_finding` as it comes."""
-    from producers.pool import ray_session  # Ray takes seconds: only when the config is sound
+    from producers.ray_cluster import ray_session  # Ray takes seconds: only when the config is sound
     from qwenimg_dist.commands.doctor.nodes import Nodes
 
     found: list[Finding] = []

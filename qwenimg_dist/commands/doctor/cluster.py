@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 
 import ray
 
-from producers.pool import check_room as check_producers
-from producers.pool import machines
+from producers.ray_cluster import check_room as check_producers
+from producers.ray_cluster import machines
 from qwenimg_dist.commands.doctor.findings import Context, Finding, failure, ok, warning
 from qwenimg_dist.commands.run import check_room_for_both
 from qwenimg_dist.commands.train import check_room as check_ranks

@@ -16,7 +16,7 @@ import trying_rewards
 from PIL import Image
 from ray.exceptions import RayError
 
-from producers.pool import ray_session
+from producers.ray_cluster import ray_session
 from qwenimg_dist.commands import reward_actors as module
 from qwenimg_dist.commands.reward_actors import RewardClient, reward_actors
 from qwenimg_dist.compose import load_config

@@ -217,7 +217,7 @@ def test_ray_train_ends_with_what_is_raised_here(tmp_path: Path, monkeypatch: py
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from producers.pool import ray_session
+    from producers.ray_cluster import ray_session
     from qwenimg_dist.commands.train import prepare_environment
 
     def fail_at_once() -> None:  # in here, so that it is pickled by value

@@ -11,7 +11,7 @@ from prometheus import await_figures, scrape
 from small_run import overrides, write_input
 
 from consumers.checkpoint_files import list_checkpoints
-from producers.pool import ray_session
+from producers.ray_cluster import ray_session
 from qwenimg_dist.commands.train import Training, prepare_environment
 from qwenimg_dist.commands.train_metrics import FIGURES, PREFIX, TrainGauges
 from qwenimg_dist.compose import load_config

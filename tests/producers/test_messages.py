@@ -1,0 +1,15 @@
+"""What went wrong in an actor is told by its kind."""
+
+from __future__ import annotations
+
+import errno
+
+from producers.messages import describe_failure
+
+
+def test_a_lack_of_memory_is_told_from_a_bug() -> None:
+    lacks = [MemoryError(), RuntimeError("could not create a primitive"), OSError(errno.ENOMEM, "no memory")]
+    lacks.append(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"))
+    assert {describe_failure(error).kind for error in lacks} == {"out_of_memory"}
+    assert describe_failure(OSError(errno.ENOSPC, "full")).kind == "full_disk"
+    assert describe_failure(RuntimeError("shape mismatch")).kind == "fatal"
