@@ -64,6 +64,7 @@ def content(batch: RankBatch) -> list[torch.Tensor]:
     return [tensor for micro in batch.micro_batches for tensor in (micro.latents, micro.text, micro.weights)]
 
 
+@pytest.mark.slow
 def test_two_ranks_on_a_cache_smaller_than_the_data_read_the_same_as_from_a_disk(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -241,6 +241,7 @@ def small_disk(tmp_path: Path) -> Any:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_costs_nothing_that_was_committed(small_disk: Path, tmp_path: Path) -> None:
     for number in range(24):
         photo(number, 70, 70).save(tmp_path / f"{number:02d}.png")

@@ -53,6 +53,7 @@ def mark(marks: Path, point: str, file: Path, word: str) -> None:
     (marks / f"{point}@{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}").write_text(word)
 
 
+@pytest.mark.slow
 def test_pictures_that_crash_their_process_are_found_among_several_threads_and_the_rest_is_kept(
     source: Path, calm: Dataset, marks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

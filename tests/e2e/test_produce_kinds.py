@@ -74,6 +74,7 @@ def test_pairs_of_a_parquet_table(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "holds rows of kind preference, this source gives image: choose another data.path" in mixed.stderr
 
 
+@pytest.mark.slow
 def test_edits_of_a_jsonl_table(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

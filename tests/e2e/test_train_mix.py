@@ -60,6 +60,7 @@ def test_a_mix_trains_the_same_in_pieces_and_counts_each_data_set(root: Path) ->
         assert line["train/share/photos"] + line["train/share/text"] == pytest.approx(1)  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_what_a_mix_cannot_be_is_said_before_anything_starts(root: Path) -> None:
     def refused(*extra: str) -> str:
         command = [sys.executable, *arguments(root, "refused", *extra)]

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from producer_world import BurningDataset, FakeEncoders, Fuse, Killed, assert_same, draw, make_plan_for, produce_here
+from rest_slow import rest_slow
 
 from producers.plan import Plan
 from qwenimg_dist.commands.data_verify import Tally, problems
@@ -127,7 +128,7 @@ RELAXED = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("source", ["pairs", "edits"])
-@pytest.mark.parametrize("fuse", range(0, 36, 4))
+@pytest.mark.parametrize("fuse", rest_slow(range(0, 36, 4), range(0, 36, 12)))
 def test_a_kill_at_each_point_then_a_resolution_and_other_words(source: str, fuse: int) -> None:
     grow = [("append", 5), ("produce", fuse), ("reword", 1), ("mend", None), ("resolutions", (64, 96))]
     live(source, [*grow, ("produce", fuse), ("append", 3), ("reword", 6), ("produce", fuse)])

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from producer_world import BurningDataset, FakeEncoders, Fuse, Killed, make_plan_for, produce_here, rows_of
+from rest_slow import rest_slow
 
 from producers.driver import Driver
 from producers.near import load_near_index, settle, settle_near
@@ -261,7 +262,7 @@ def _produce_shuffled(source: Path, dataset: Dataset, plan: Plan, rng: np.random
     assert driver.produce(driver.pending(), change.num_rows)
 
 
-@pytest.mark.parametrize("fuse", range(0, 34, 3))
+@pytest.mark.parametrize("fuse", rest_slow(range(0, 34, 3), range(0, 34, 9)))
 def test_killed_anywhere_with_a_file_that_turns_up_late(source: Path, tmp_path: Path, fuse: int) -> None:
     """The same history, with and without kills: everything but row 2, then row 2, whose look rows 8 and 11 have."""
     for row in (2, 8, 11):

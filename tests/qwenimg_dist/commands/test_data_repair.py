@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from producer_world import FakeEncoders, draw, make_plan_for, produce_here, rows_of, tensor_at
+from rest_slow import rest_slow
 from rich.console import Console
 
 from qwenimg_dist.commands.data_repair import ASIDE, repair
@@ -138,9 +139,19 @@ DAMAGES: dict[str, list[Callable[[Dataset], None]]] = {
     "everything but the listing": [garble(SCAN, 0), garble(DEDUP, 0), garble(ROWS, 1), flip(SMALL, 0), lose(TEXT, 1)],
     "three units": [flip(SMALL, 0, unit=0), lose(LARGE, 0, unit=2), garble(TEXT, 0, unit=3)],
 }
+QUICK = (
+    "a flipped bit in the last",
+    "a tar that is gone",
+    "a garbled scan",
+    "garbled captions",
+    "all of dedup",
+    "the first decisions",
+    "three units",
+)
+"""One of each kind; the others with the slow tests."""
 
 
-@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("name", rest_slow(DAMAGES, QUICK))
 def test_exactly_the_damaged_units_are_made_again_as_they_were(
     world: World, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
