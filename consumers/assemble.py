@@ -24,7 +24,8 @@ import numpy.typing as npt
 import torch
 
 from consumers.batch import MicroBatch
-from qwenimg_dist.data.catalog import Catalogs, Ints, Places, conditions_of
+from qwenimg_dist.data.catalog import Ints, Places, conditions_of
+from qwenimg_dist.data.catalogs import Catalogs
 from qwenimg_dist.data.reader import TarReader
 from qwenimg_dist.schema import Bucket
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from consumers.batch import MicroBatch
 from consumers.stream import Stream
 from qwenimg_dist.config import Config
-from qwenimg_dist.data.catalog import Catalogs
+from qwenimg_dist.data.catalogs import Catalogs
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.generations import Generations
 from qwenimg_dist.data.held_out import HeldOutBucket

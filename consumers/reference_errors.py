@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qwenimg_dist.config import stable_hash
-from qwenimg_dist.data.catalog import Catalog, Catalogs, Ints
+from qwenimg_dist.data.catalog import Catalog, Ints
+from qwenimg_dist.data.catalogs import Catalogs
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.files import fsync_dir, temporary_name, write_json
 from qwenimg_dist.schema import Bucket

@@ -28,7 +28,8 @@ from consumers.assemble import Assembler
 from consumers.batch import BadSample, MicroBatch, RankBatch
 from consumers.look_ahead import LookAhead
 from consumers.reference_errors import ReferenceErrors
-from qwenimg_dist.data.catalog import Catalogs, Ints
+from qwenimg_dist.data.catalog import Ints
+from qwenimg_dist.data.catalogs import Catalogs
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.held_out import HeldOutBucket
 from qwenimg_dist.data.ledger import GlobalBatch, Ledger

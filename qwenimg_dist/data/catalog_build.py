@@ -17,10 +17,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qwenimg_dist.data.catalog import CATALOG_VERSION, CatalogFolder, Ints, RunFacets
+from qwenimg_dist.data.catalog import CATALOG_VERSION, Ints, RunFacets
 from qwenimg_dist.data.catalog_captions import add_texts
 from qwenimg_dist.data.catalog_latents import add_drawn, add_latents
 from qwenimg_dist.data.catalog_output import Kept, Output, commit
+from qwenimg_dist.data.catalogs import CatalogFolder
 from qwenimg_dist.data.draws import hash_keys
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.part_tables import (

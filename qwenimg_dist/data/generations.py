@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from qwenimg_dist.data.ahead import Stretch, part_bytes, write_progress
-from qwenimg_dist.data.catalog import HEAD, Catalog, CatalogFolder, Catalogs, Ints, RunFacets
+from qwenimg_dist.data.catalog import HEAD, Catalog, Ints, RunFacets
 from qwenimg_dist.data.catalog_build import build_catalog
 from qwenimg_dist.data.catalog_output import PARTS
+from qwenimg_dist.data.catalogs import CatalogFolder, Catalogs
 from qwenimg_dist.data.early import EARLY_STEPS, EarlyLook
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.generation_log import FILE, Generation, append_line, read_lines

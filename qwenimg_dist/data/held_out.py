@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qwenimg_dist.data.catalog import Catalog, Catalogs, Ints
+from qwenimg_dist.data.catalog import Catalog, Ints
+from qwenimg_dist.data.catalogs import Catalogs
 from qwenimg_dist.data.where import Where
 from qwenimg_dist.schema import Bucket
 

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from qwenimg_dist.data.catalog import Catalogs
+from qwenimg_dist.data.catalogs import Catalogs
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.mix import Mix
 from qwenimg_dist.data.order import BLOCK_UNITS, WINDOW, Segment, Stream

@@ -16,7 +16,8 @@ from typing import Final
 import numpy as np
 
 from qwenimg_dist.data.batching import cut_batches, fill_slots, shuffled_batches
-from qwenimg_dist.data.catalog import Catalogs, Ints
+from qwenimg_dist.data.catalog import Ints
+from qwenimg_dist.data.catalogs import Catalogs
 from qwenimg_dist.data.draws import draw_key
 from qwenimg_dist.data.epochs import EpochEnds
 from qwenimg_dist.data.mix import Mix, interleave

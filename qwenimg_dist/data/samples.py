@@ -14,7 +14,8 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from qwenimg_dist.data.catalog import Catalog, Catalogs, Ints
+from qwenimg_dist.data.catalog import Catalog, Ints
+from qwenimg_dist.data.catalogs import Catalogs
 from qwenimg_dist.data.draws import draw_key, hashes, uniform
 from qwenimg_dist.data.mix import even_offsets
 from qwenimg_dist.data.phases import PlannedPhase

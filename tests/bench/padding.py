@@ -31,7 +31,8 @@ from consumers.stream import cut_for
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.buckets import buckets
-from qwenimg_dist.data.catalog import CATALOG_VERSION, HEAD, CatalogFolder, Catalogs
+from qwenimg_dist.data.catalog import CATALOG_VERSION, HEAD
+from qwenimg_dist.data.catalogs import CatalogFolder, Catalogs
 from qwenimg_dist.data.draws import hash_keys, uniform
 from qwenimg_dist.data.ledger import GlobalBatch, Ledger
 from qwenimg_dist.data.mix import Mix

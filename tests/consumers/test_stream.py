@@ -28,8 +28,9 @@ from hypothesis import strategies as st
 from consumers.batch import RankBatch
 from consumers.reference_errors import ReferenceErrors
 from consumers.stream import Stream, cut_for
-from qwenimg_dist.data.catalog import Catalogs, Ints
+from qwenimg_dist.data.catalog import Ints
 from qwenimg_dist.data.catalog_build import build_catalog
+from qwenimg_dist.data.catalogs import Catalogs
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.generations import Generations, LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwenimg_dist.data.catalog import Catalog, CatalogFolder, Catalogs, LatentsIndex
+from qwenimg_dist.data.catalog import Catalog, LatentsIndex
+from qwenimg_dist.data.catalogs import CatalogFolder, Catalogs
 from qwenimg_dist.data.columns import Columns
 from qwenimg_dist.data.draws import hash_keys
 from qwenimg_dist.schema import Bucket, row_key

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from fake_dataset import FakeProducer, bucket_of, facets_for, make_rows, num_tokens
 
-from qwenimg_dist.data.catalog import Catalog, CatalogFolder, Catalogs
+from qwenimg_dist.data.catalog import Catalog
 from qwenimg_dist.data.catalog_build import build_catalog
+from qwenimg_dist.data.catalogs import CatalogFolder, Catalogs
 from qwenimg_dist.data.facets import DataError, Dataset, Part, Tar
 from qwenimg_dist.data.part_tables import caption_keys, load_facets
 from qwenimg_dist.data.pins import digest_of, pin_from_json, pin_to_json, ready_units

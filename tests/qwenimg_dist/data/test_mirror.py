@@ -19,8 +19,9 @@ from s3_server import BUCKET, Server, objects, s3_server
 from qwenimg_dist import storage
 from qwenimg_dist.config.data import DataConfig
 from qwenimg_dist.data import mirror as module
-from qwenimg_dist.data.catalog import Catalog, CatalogFolder, Catalogs, Ints, Places
+from qwenimg_dist.data.catalog import Catalog, Ints, Places
 from qwenimg_dist.data.catalog_build import build_catalog
+from qwenimg_dist.data.catalogs import CatalogFolder, Catalogs
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.generations import source_complete
 from qwenimg_dist.data.mirror import Mirror, data_root
