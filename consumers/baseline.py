@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from consumers.engine import Engine
 from consumers.evaluate import HeldOut
 from consumers.held_out import (
     START_LOSS,
@@ -24,6 +23,7 @@ from consumers.held_out import (
 from consumers.run_directory import Prepared
 from consumers.stream import Stream
 from consumers.validation_data import validation_generations
+from consumers.zero_engine import Engine
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.generations import Generations
 from qwenimg_dist.files import write_json

@@ -26,11 +26,11 @@ from typing import Any, Final
 import torch
 
 from consumers.data_sets import kinds_of
-from consumers.engine import Engine, Share
 from consumers.errors import TrainingError
 from consumers.objectives.flow_matching import shift_mu
 from consumers.run_directory import Prepared
 from consumers.start_from import parent_of_pipeline
+from consumers.zero_engine import Engine, Share
 from qwenimg_dist.config import Config, stable_hash, training_identity
 from qwenimg_dist.data.generation_log import FILE as GENERATIONS_FILE
 from qwenimg_dist.data.generation_log import read_lines

@@ -29,8 +29,8 @@ from consumers.checkpoint_files import (
 from consumers.checkpoint_reader import CheckpointReader, open_checkpoint, verify_checkpoint
 from consumers.checkpoint_save import save_checkpoint
 from consumers.ema import Ema
-from consumers.engine import KINDS, Engine, Share
 from consumers.ranks import Ranks
+from consumers.zero_engine import KINDS, Engine, Share
 
 __all__ = [
     "CheckpointError",

@@ -35,9 +35,9 @@ from consumers.checkpoint_files import (
     write_state,
 )
 from consumers.ema import Ema
-from consumers.engine import KINDS, Engine
 from consumers.errors import TrainingError
 from consumers.ranks import Ranks
+from consumers.zero_engine import KINDS, Engine
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir
 from qwenimg_dist.patience import StorageAwayError, is_away

@@ -22,7 +22,7 @@ import torch
 from consumers.comparison import RESULT, SIDES, Comparison, pin, plan_comparison
 from consumers.curriculum import plan
 from consumers.data_sets import check_ready, data_dirs, ledger_config
-from consumers.engine import FrozenModel, build_frozen, start_distributed, stop_distributed
+from consumers.engine import build_frozen, start_distributed, stop_distributed
 from consumers.evaluate import HeldOut, Measured
 from consumers.held_out import find_other_classes, make_held_out
 from consumers.held_out_pairs import pair_metrics
@@ -34,6 +34,7 @@ from consumers.session import Hooks, Stopped, open_data
 from consumers.trainer import stop_signals
 from consumers.validation_data import validation_generations
 from consumers.watchdog import watched
+from consumers.zero_engine import FrozenModel
 from qwenimg_dist.compose import validate
 from qwenimg_dist.config import Config, DpoConfig
 from qwenimg_dist.files import write_json

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from consumers.engine import Engine, Share
+from consumers.zero_engine import Engine, Share
 
 
 class Ema:

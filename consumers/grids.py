@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from consumers.ema import Ema
-from consumers.engine import Engine
 from consumers.ranks import Ranks
+from consumers.zero_engine import Engine
 from qwenimg_dist.config import Config
 from qwenimg_dist.models.generate import generate_latents, load_scheduler_config, save_grid, seeded_noise, to_pictures
 from qwenimg_dist.models.text_encoder import TextEncoder

@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from consumers.engine import Engine
+from consumers.zero_engine import Engine
 
 _BLOCKS = "transformer_blocks."
 

@@ -23,9 +23,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from consumers.engine import FrozenModel
 from consumers.ranks import Ranks
 from consumers.reference_pass import Watch
+from consumers.zero_engine import FrozenModel
 from qwenimg_dist.config import Config
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import temporary_name

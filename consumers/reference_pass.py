@@ -20,13 +20,14 @@ import numpy.typing as npt
 import torch
 
 from consumers.batch import MicroBatch
-from consumers.engine import Engine, build_frozen
+from consumers.engine import build_frozen
 from consumers.errors import TrainingError
 from consumers.objectives.base import Predict
 from consumers.objectives.dpo import pair_draws, pair_errors
 from consumers.reference_errors import Entries, ErrorTable, ReferenceErrors, entries_of
 from consumers.run_directory import Prepared
 from consumers.stream import Stream
+from consumers.zero_engine import Engine
 from qwenimg_dist.config import Config, DpoConfig, GrpoConfig
 from qwenimg_dist.data.catalog import Catalog
 from qwenimg_dist.data.generations import Generations

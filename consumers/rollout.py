@@ -25,13 +25,13 @@ import torch
 from PIL import Image
 
 from consumers.batch import MicroBatch, RankBatch, RolloutStep
-from consumers.engine import Engine
 from consumers.errors import TrainingError
 from consumers.grids import saved_or_said
 from consumers.objectives.base import Predict
 from consumers.objectives.grpo import Groups, Rewards, group_advantages, guided_velocity
 from consumers.ranks import Ranks
 from consumers.scoring import Judged, Judging, Scorer
+from consumers.zero_engine import Engine
 from qwenimg_dist.config import Config, GrpoConfig
 from qwenimg_dist.data.catalog import Catalog
 from qwenimg_dist.data.generations import Generations

@@ -24,7 +24,7 @@ import torch
 from consumers.checkpoint_files import FileRecord, GivenUp, Piece, write_rank_file
 from consumers.checkpoint_save import Begun, begin_save, commit_save, pieces_of, remove, retire
 from consumers.ema import Ema
-from consumers.engine import Engine
+from consumers.zero_engine import Engine
 from qwenimg_dist.config import CheckpointConfig
 
 _JOIN_S: Final = 60.0

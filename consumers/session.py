@@ -23,7 +23,7 @@ from consumers.certificate import Certifier
 from consumers.checkpoint import Loaded, load_newest, share_of_faults
 from consumers.data_sets import kinds_of
 from consumers.ema import Ema
-from consumers.engine import Engine, build_engine
+from consumers.engine import build_engine
 from consumers.evaluate import HeldOut
 from consumers.guard import Guard
 from consumers.held_out import Start
@@ -43,6 +43,7 @@ from consumers.saver import Saver
 from consumers.start_from import StartWeights, agree
 from consumers.stream import Stream, pictures_of
 from consumers.throughput import Throughput
+from consumers.zero_engine import Engine
 from qwenimg_dist.config import Config, GrpoConfig, training_identity
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.data.generation_log import FILE as GENERATIONS_FILE

@@ -28,8 +28,8 @@ from qwenimg_dist.models.pipeline import CERTIFICATE, ID_LENGTH, PROVENANCE, fin
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 
 if TYPE_CHECKING:
-    from consumers.engine import WeightSource
     from consumers.ranks import Ranks
+    from consumers.zero_engine import WeightSource
 
 START_FROM: Final = "start_from.json"
 """In a run directory: what it started from, if that was not `model.path`'s own transformer."""

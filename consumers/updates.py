@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 
 from consumers.batch import MicroBatch, RankBatch
-from consumers.engine import StepResult
 from consumers.fault_dump import dump_micro_batch
 from consumers.session import Session
 from consumers.watch import due_norms
+from consumers.zero_engine import StepResult
 from qwenimg_dist.debug import fault_point
 
 Sums = dict[str, torch.Tensor]

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from consumers.engine import Engine, build_engine, start_distributed, stop_distributed
+from consumers.engine import build_engine, start_distributed, stop_distributed
 from consumers.planning.facts import DataFacts, ModelFacts
 from consumers.planning.timing import Measured, num_micro_batches, sample_flops
 from consumers.ranks import Ranks
 from consumers.throughput import peak_host_bytes
+from consumers.zero_engine import Engine
 from qwenimg_dist.compose import validate
 from qwenimg_dist.config import Config
 

@@ -33,7 +33,7 @@ import consumers.saver as saver_module
 from consumers.batch import MicroBatch
 from consumers.certificate import Certifier
 from consumers.ema import Ema
-from consumers.engine import KINDS, Engine, build_engine, build_frozen, start_distributed, stop_distributed
+from consumers.engine import build_engine, build_frozen, start_distributed, stop_distributed
 from consumers.errors import TrainingError
 from consumers.norms import block_norms, part_of
 from consumers.objectives.base import LossOutput
@@ -43,6 +43,7 @@ from consumers.run_directory import Prepared
 from consumers.saver import Saver
 from consumers.session import Hooks
 from consumers.updates import Updates, make_updates
+from consumers.zero_engine import KINDS, Engine
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.catalog import RunFacets
