@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
 def _train(config: Config) -> str:
     if config.train.dry_run:
         return f"training {_dry_run(config)}"
-    from consumers.session import Hooks
+    from consumers.hooks import Hooks
     from consumers.trainer import train
 
     return f"training {train(config, Hooks(say=_say, command_id=_command_id()))}"
@@ -47,7 +47,7 @@ def _train(config: Config) -> str:
 def _compare(overrides: list[str]) -> str:
     config = config_for_eval(overrides)
     from consumers.compare import compare
-    from consumers.session import Hooks
+    from consumers.hooks import Hooks
 
     return f"comparison {compare(config, Hooks(say=_say, command_id=_command_id()))}"
 

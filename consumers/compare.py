@@ -26,11 +26,12 @@ from consumers.engine import build_frozen, start_distributed, stop_distributed
 from consumers.evaluate import HeldOut, Measured
 from consumers.held_out import find_other_classes, make_held_out
 from consumers.held_out_pairs import pair_metrics
+from consumers.hooks import Hooks, Stopped
 from consumers.pictures import Sampling, TextFolder, draw_pictures, judge_pictures
 from consumers.ranks import Ranks
 from consumers.reference_pass import Watch
+from consumers.run_data import open_data
 from consumers.run_directory import Prepared, facets_of, run_lock
-from consumers.session import Hooks, Stopped, open_data
 from consumers.trainer import stop_signals
 from consumers.validation_data import validation_generations
 from consumers.watchdog import watched

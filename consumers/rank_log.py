@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from consumers.session import Hooks
+from consumers.hooks import Hooks
 from qwenimg_dist.config import Config
 
 FOLDER: Final = "logs"

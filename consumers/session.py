@@ -9,14 +9,10 @@ valid checkpoint when there are invalid ones.
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-
-import torch
 
 from consumers.baseline import baseline
 from consumers.certificate import Certifier
@@ -27,8 +23,9 @@ from consumers.engine import build_engine
 from consumers.evaluate import HeldOut
 from consumers.guard import Guard
 from consumers.held_out import Start
+from consumers.hooks import Hooks, Stopped, say_once
 from consumers.judges import hold_to_judges
-from consumers.objectives import build_objective, is_guided, rows_per_sample
+from consumers.objectives import build_objective
 from consumers.objectives.base import Objective
 from consumers.parameter_groups import describe, to_json
 from consumers.planning.plan import check_device
@@ -37,63 +34,26 @@ from consumers.reference_pass import Watch, open_reference
 from consumers.remote_checkpoints import RemoteCheckpoints
 from consumers.reporting import ReportWriter
 from consumers.rollout import Rollouts, open_rollouts
+from consumers.run_data import open_data, tell_plan
 from consumers.run_directory import Prepared, check_tracking, move_aside, preflight, run_lock, write_descriptions
-from consumers.run_plan import make_plan, write_plan
 from consumers.saver import Saver
 from consumers.start_from import StartWeights, agree
-from consumers.stream import Stream, pictures_of
+from consumers.stream import Stream
 from consumers.throughput import Throughput
 from consumers.zero_engine import Engine
 from qwenimg_dist.config import Config, GrpoConfig, training_identity
-from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.data.generation_log import FILE as GENERATIONS_FILE
-from qwenimg_dist.data.generation_log import read_lines
 from qwenimg_dist.data.generations import Generations
-from qwenimg_dist.data.replay import take_over
 from qwenimg_dist.files import write_json
 from qwenimg_dist.metrics import RunLog, truncate_logs
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 from qwenimg_dist.models.transformer import load_transformer_config
-from qwenimg_dist.rewards.base import Score
 from qwenimg_dist.schema import EDIT
 
 if TYPE_CHECKING:
     from consumers.grids import Grids
 
-_POLL_S: Final = 1.0
 GROUPS_FILE: Final = "parameter_groups.json"
 _Result = TypeVar("_Result")
-
-
-def _never() -> bool:
-    return False
-
-
-def _ignore(*_: object) -> None:
-    return None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hooks:
-    """What the surroundings (torchrun, Ray Train) hand in, so that the consumers know neither."""
-
-    stop_requested: Callable[[], bool] = _never
-    """Asked on every rank before every step; one yes stops all of them, saved."""
-    heartbeat: Callable[[int], None] = _ignore
-    """Called on every rank after every step with the number of steps done."""
-    stage: Callable[[str], None] = _ignore
-    """Called on every rank with what it begins: the watchdog names it when nothing follows."""
-    log_file: str = ""
-    """A file that `say` appends to, for processes beside the rank; empty where `say` is standard error."""
-    say: Callable[[str], None] = _ignore
-    """One line for a person; called on rank 0, and by any rank for a warning of its own."""
-    observe: Callable[[Mapping[str, float]], None] = _ignore
-    """What is logged of a step, and `checkpoint/step` once one is saved; called on rank 0 for whatever shows it."""
-    score: Score | None = None
-    """How pictures are judged; None where the consumers open the config's rewards themselves, in a process beside the
-    rank."""
-    command_id: str = ""
-    """The same for all starts of the gang by one command, so that a restart does not start afresh again."""
 
 
 @dataclass(kw_only=True)
@@ -168,15 +128,15 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         remote = RemoteCheckpoints.of(config.checkpoint.remote, Path(config.run.path or "."))
         fresh = bool(_on_first(ranks, lambda: _is_fresh(config, hooks.command_id)))
         if remote and (ahead := _on_first(ranks, lambda: remote.join(fresh=fresh))):
-            _say(ranks, hooks, ahead)
+            say_once(ranks, hooks, ahead)
         prepared = preflight(config) if ranks.world_size == 1 else _on_all(ranks, lambda: preflight(config))
         _on_first(ranks, lambda: stack.enter_context(run_lock(prepared.run_dir)))
         if remote and not fresh:
             hooks.stage("fetching a checkpoint")
-            remote.fetch(ranks, lambda line: _say(ranks, hooks, line))
+            remote.fetch(ranks, lambda line: say_once(ranks, hooks, line))
         _on_first(ranks, lambda: check_tracking(config, prepared.run_dir, fresh=fresh))
         if fresh and (aside := _on_first(ranks, lambda: _moved(prepared.run_dir, hooks.command_id))):
-            _say(ranks, hooks, f"train.fresh: earlier results were moved to {aside}")
+            say_once(ranks, hooks, f"train.fresh: earlier results were moved to {aside}")
         if weights := agree(config, prepared.run_dir, prepared.pipeline, prepared.start, ranks):
             prepared = replace(prepared, start=weights, model_fingerprint=weights.fingerprint)
         judges = _on_first(ranks, lambda: hold_to_judges(config, prepared.run_dir))
@@ -192,7 +152,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         engine = build_engine(model, config, ranks, source or SafetensorsDirectory(transformer))
         stack.callback(engine.close)
         for line in describe(engine.groups):
-            _say(ranks, hooks, line)
+            say_once(ranks, hooks, line)
         _on_first(ranks, lambda: write_json(prepared.run_dir / GROUPS_FILE, to_json(engine.groups)))
         ema = Ema(engine, config.optim.ema_decay) if config.optim.ema_decay else None
         hooks.stage("loading a checkpoint")
@@ -203,14 +163,14 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         saver = Saver(engine, ema, prepared.run_dir, config.checkpoint)
         stack.callback(saver.close)
         if config.checkpoint.background:
-            _say(
+            say_once(
                 ranks,
                 hooks,
                 f"each rank keeps {saver.copy_bytes / 1e9:.3f} GB of host memory for saving beside training",
             )
         certifier = Certifier(engine, config, model, prepared, loaded.step if loaded else None)
         if config.checkpoint.certify != "off" and (note := certifier.measure(progress.step)):
-            _say(ranks, hooks, f"warning: {note}")
+            say_once(ranks, hooks, f"warning: {note}")
 
         _on_first(ranks, lambda: truncate_logs(prepared.run_dir, progress.step))
         _on_first(ranks, lambda: _describe(prepared.run_dir, config, ranks, loaded))
@@ -220,7 +180,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
         known = int(loaded.state["generations"]) if loaded else 0
         hooks.stage("opening the data")
         generations, stream = open_data(config, prepared, ranks, hooks, progress.step, known, stack)
-        _on_first(ranks, lambda: _tell_plan(config, generations, ranks, hooks, progress.step))
+        _on_first(ranks, lambda: tell_plan(config, generations, ranks, hooks, progress.step))
         batches = {phase.index: sorted(phase.weights) for phase in prepared.ledger.phases}
         held_out, start = baseline(
             config,
@@ -229,7 +189,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             stream,
             engine,
             progress.step,
-            say=lambda line: _say(ranks, hooks, line),
+            say=lambda line: say_once(ranks, hooks, line),
             stage=hooks.stage,
         )
         hooks.stage("the reference")
@@ -287,7 +247,7 @@ def _watch(ranks: Ranks, hooks: Hooks) -> Watch:
         if ranks.any(hooks.stop_requested()):
             raise Stopped
 
-    return Watch(stage=hooks.stage, say=lambda line: _say(ranks, hooks, line), stop=stop)
+    return Watch(stage=hooks.stage, say=lambda line: say_once(ranks, hooks, line), stop=stop)
 
 
 def _check_start(start: StartWeights, ranks: Ranks) -> None:
@@ -305,111 +265,11 @@ def _grids(config: Config, prepared: Prepared, ranks: Ranks) -> Grids | None:
     return Grids(config, prepared.pipeline, ranks)
 
 
-class Stopped(Exception):
-    """A stop was asked for before the first step or while the run was waiting for data; nothing is lost."""
-
-
-def await_batch(generations: Generations, ranks: Ranks, hooks: Hooks, step: int) -> None:
-    """Return when the ledger has the batch of `step` on every rank. Collective. Raises `Stopped` if asked to."""
-    waiting = False
-    while not generations.settled:
-        answer = _on_first(ranks, lambda: [generations.advance(step), generations.count])
-        if answer[0] == "ready":
-            ranks.together(partial(generations.refresh, answer[1]))
-            return
-        if ranks.any(hooks.stop_requested()):
-            raise Stopped
-        hooks.stage("waiting for producers")
-        if not waiting:
-            _say(ranks, hooks, f"step {step}: waiting for producers")
-        waiting = True
-        time.sleep(_POLL_S)
-
-
-def open_data(
-    config: Config,
-    prepared: Prepared,
-    ranks: Ranks,
-    hooks: Hooks,
-    step: int,
-    known: int,
-    stack: contextlib.ExitStack,
-) -> tuple[Generations, Stream]:
-    """The data sets' generations and this rank's stream, waited for where there are none yet. Collective."""
-    waiting = False
-    dirs = prepared.data_dirs
-    while not _on_first(ranks, lambda: all(Dataset.is_there(folder) for folder in dirs.values())):
-        hooks.stage("waiting for a data set")
-        if not waiting:
-            _say(ranks, hooks, f"waiting for a data set in {', '.join(map(str, dirs.values()))}")
-        waiting = True
-        if ranks.any(hooks.stop_requested()):
-            raise Stopped
-        time.sleep(_POLL_S)
-    datasets = ranks.together(lambda: {name: Dataset.open(folder) for name, folder in dirs.items()})
-    generations = Generations(
-        prepared.run_dir,
-        datasets,
-        prepared.facets,
-        prepared.ledger,
-        follow=config.follow,
-        max_ahead_bytes=config.cluster.max_ahead_bytes,
-    )
-    stack.callback(generations.close)
-    _on_first(ranks, lambda: _check_generations(config, generations, known, prepared.run_dir, hooks))
-    await_batch(generations, ranks, hooks, min(step, config.train.steps - 1))
-    if note := _on_first(ranks, lambda: generations.not_yet_taken_down):
-        _say(ranks, hooks, f"warning: {note}")
-    if note := _on_first(ranks, lambda: generations.takedown_matches_nothing):
-        _say(ranks, hooks, f"warning: {note}")
-    stream = Stream(
-        generations.ledger,
-        rank=ranks.rank,
-        world=ranks.world_size,
-        compute_dtype=torch.bfloat16 if config.engine.precision == "bf16" else torch.float32,
-        pin_memory=ranks.device.type == "cuda",
-        further=prepared.facets.further,
-        tolerant=config.data.max_bad_samples > 0,
-        repeat=rows_per_sample(config),
-        guided=is_guided(config),
-    )
-    stack.callback(stream.close)
-    return generations, stream
-
-
-def _tell_plan(config: Config, generations: Generations, ranks: Ranks, hooks: Hooks, step: int) -> None:
-    """Print the plan at the start of a run, warnings at every start, and keep it as `plan.json`."""
-    plan = make_plan(
-        generations.ledger,
-        config.optim,
-        world_size=ranks.world_size,
-        complete=generations.settled,
-        pictures=pictures_of(generations.facets.further, guided=is_guided(config)),
-        repeat=rows_per_sample(config),
-    )
-    write_plan(plan, generations.run)
-    for line in plan.text().splitlines() if step == 0 else [f"warning: {warning}" for warning in plan.warnings()]:
-        hooks.say(line)
-
-
 def _forwards_of_rollouts(config: Config) -> int:
     objective = config.objective
     if not isinstance(objective, GrpoConfig):
         return 0
     return objective.num_steps + (objective.window if objective.kl_weight else 0)
-
-
-def _check_generations(config: Config, generations: Generations, known: int, run_dir: Path, hooks: Hooks) -> None:
-    if config.train.replay_generations:
-        file = Path(config.train.replay_generations)
-        hooks.say(f"replaying {take_over(run_dir, file)} generations of {file}")
-    generations.verify(tars=config.data.max_bad_samples == 0)
-    recorded = len(read_lines(run_dir / GENERATIONS_FILE)[0])
-    if recorded < known:
-        raise ValueError(
-            f"{run_dir / GENERATIONS_FILE} records {recorded} generations, the checkpoint was written "
-            f"after {known}: without them the order of samples would change. Restore the file, or take another run.path"
-        )
 
 
 def _guard(config: Config, start: Start | None, loaded: Loaded | None) -> Guard:
@@ -424,17 +284,17 @@ def _describe(run_dir: Path, config: Config, ranks: Ranks, loaded: Loaded | None
 def _progress(loaded: Loaded | None, prepared: Prepared, ranks: Ranks, hooks: Hooks) -> Progress:
     if loaded is None:
         begun = f"{prepared.run_dir} has no checkpoint: starting fresh from "
-        _say(ranks, hooks, begun + (prepared.start.told if prepared.start else str(prepared.pipeline)))
+        say_once(ranks, hooks, begun + (prepared.start.told if prepared.start else str(prepared.pipeline)))
         return Progress()
     for line in loaded.skipped:
-        _say(ranks, hooks, f"warning: skipped an invalid checkpoint, {line}")
+        say_once(ranks, hooks, f"warning: skipped an invalid checkpoint, {line}")
     if loaded.state.get("model") != prepared.model_fingerprint:
         raise ValueError(
             f"the checkpoints in {prepared.run_dir} belong to a run that started from another transformer than "
             f"{prepared.start.told if prepared.start else prepared.pipeline}: restore model.path or start_from, or "
             "choose another run.path"
         )
-    _say(ranks, hooks, f"resuming from step {loaded.step} ({loaded.state['num_ranks']} ranks wrote it)")
+    say_once(ranks, hooks, f"resuming from step {loaded.step} ({loaded.state['num_ranks']} ranks wrote it)")
     return Progress(
         step=loaded.step,
         images=int(loaded.state["images"]),
@@ -464,11 +324,6 @@ def _moved(run_dir: Path, command_id: str) -> str | None:
     aside = move_aside(run_dir)
     (run_dir / ".fresh").write_text(command_id)
     return str(aside) if aside else None
-
-
-def _say(ranks: Ranks, hooks: Hooks, line: str) -> None:
-    if ranks.is_first:
-        hooks.say(line)
 
 
 def _on_first(ranks: Ranks, action: Callable[[], Any]) -> Any:

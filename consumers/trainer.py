@@ -27,10 +27,12 @@ from consumers.curriculum import lr_at
 from consumers.engine import start_distributed, stop_distributed
 from consumers.errors import DegradedError, TrainingError
 from consumers.fault_dump import dump_keys
+from consumers.hooks import Hooks, Stopped
 from consumers.rank_log import rank_logged
 from consumers.rollout import Round
+from consumers.run_data import await_batch
 from consumers.run_saves import check_log, save, settled, take_in
-from consumers.session import Hooks, Session, Stopped, await_batch, open_session
+from consumers.session import Session, open_session
 from consumers.updates import Updates, make_updates
 from consumers.watch import draw_grids, evaluate
 from consumers.watchdog import watched

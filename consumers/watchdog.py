@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from consumers import watchdog_process
-from consumers.session import Hooks
+from consumers.hooks import Hooks
 from qwenimg_dist.config import Config
 
 NOTE: Final = ".last-death"

@@ -26,7 +26,7 @@ def rank(job: dict[str, Any]) -> dict[str, Any]:
     `leaves` says that it ended, saved, because a machine of the gang is about to be taken away.
     """
     from consumers.errors import TrainingError
-    from consumers.session import Hooks
+    from consumers.hooks import Hooks
     from qwenimg_dist.commands.train_notice import machine_leaves
     from qwenimg_dist.compose import validate
 

@@ -29,9 +29,10 @@ import torch
 from harness import Figures, Report, interleaved, num_repeats, parser, scratch
 from PIL import Image
 
-import consumers.session as session
+import consumers.run_data as run_data
+from consumers.hooks import Hooks
 from consumers.ranks import Ranks
-from consumers.session import Hooks, await_batch
+from consumers.run_data import await_batch
 from consumers.stream import Stream
 from producers.driver import Driver
 from producers.filters.base import Resources, Scorers
@@ -255,7 +256,7 @@ def waiting(root: Path, source: Path, num_units: int, bound: int) -> Figures:
 def main() -> int:
     args = parser(__doc__, repeats=3).parse_args()
     torch.set_num_threads(1)
-    session._POLL_S = 0.1  # type: ignore[misc]
+    run_data._POLL_S = 0.1  # type: ignore[misc]
     num_units = 40 if args.quick else 96
     with scratch("backpressure") as folder:
         source = folder / "source"

@@ -171,7 +171,7 @@ def _now() -> tuple[float, float]:
 
 
 def worker(job: dict[str, Any]) -> None:
-    from consumers.session import Hooks
+    from consumers.hooks import Hooks
     from consumers.trainer import train
     from qwenimg_dist.compose import load_config
     from qwenimg_dist.models.transformer import load_transformer_config

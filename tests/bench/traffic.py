@@ -109,7 +109,7 @@ def worker(job: dict[str, Any]) -> None:
     """One rank: bytes of each step by kind."""
     count = Count()
     count.watch()
-    from consumers.session import Hooks
+    from consumers.hooks import Hooks
     from consumers.trainer import train
     from qwenimg_dist.compose import load_config
 

@@ -12,8 +12,9 @@ import pytest
 
 from consumers.bad_samples import FILE, _note, next_batch
 from consumers.errors import TrainingError
+from consumers.hooks import Hooks
 from consumers.ranks import Ranks
-from consumers.session import Hooks, Progress
+from consumers.session import Progress
 from qwenimg_dist.data.errors import DataError
 from qwenimg_dist.patience import StorageAwayError
 from qwenimg_dist.storage import StorageError

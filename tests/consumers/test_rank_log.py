@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from consumers.hooks import Hooks
 from consumers.rank_log import rank_logged
-from consumers.session import Hooks
 from qwenimg_dist.compose import load_config
 
 

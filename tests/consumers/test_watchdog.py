@@ -16,7 +16,7 @@ import pytest
 from small_run import REPOSITORY
 
 from consumers import watchdog_process
-from consumers.session import Hooks
+from consumers.hooks import Hooks
 from consumers.watchdog import watched
 from qwenimg_dist.compose import load_config
 

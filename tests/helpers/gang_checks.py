@@ -35,13 +35,13 @@ from consumers.certificate import Certifier
 from consumers.ema import Ema
 from consumers.engine import build_engine, build_frozen, start_distributed, stop_distributed
 from consumers.errors import TrainingError
+from consumers.hooks import Hooks
 from consumers.norms import block_norms, part_of
 from consumers.objectives.base import LossOutput
 from consumers.parameter_groups import parameter_groups
 from consumers.ranks import Ranks
 from consumers.run_directory import Prepared
 from consumers.saver import Saver
-from consumers.session import Hooks
 from consumers.updates import Updates, make_updates
 from consumers.zero_engine import KINDS, Engine
 from qwenimg_dist.compose import load_config

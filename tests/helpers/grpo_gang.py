@@ -20,8 +20,9 @@ from PIL import Image, ImageStat
 
 from consumers.engine import start_distributed, stop_distributed
 from consumers.errors import TrainingError
+from consumers.hooks import Hooks
 from consumers.objectives.base import LossOutput
-from consumers.session import Hooks, Session, open_session
+from consumers.session import Session, open_session
 from consumers.trainer import _loop
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.rewards.base import Prompt, Scores, WeightedRewards
