@@ -15,7 +15,7 @@ from qwenimg_dist.config import Config
 from qwenimg_dist.data.catalog import RunFacets
 from qwenimg_dist.data.catalog_build import wrong_kind
 from qwenimg_dist.data.facets import DataError, Dataset
-from qwenimg_dist.data.generations import DatasetConfig, LedgerConfig
+from qwenimg_dist.data.ledger_config import DatasetConfig, LedgerConfig
 from qwenimg_dist.data.mirror import data_root
 from qwenimg_dist.data.mix import Mix
 from qwenimg_dist.data.phases import PlannedPhase

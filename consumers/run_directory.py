@@ -34,7 +34,7 @@ from qwenimg_dist.config import Config, training_identity
 from qwenimg_dist.data.catalog import RunFacets
 from qwenimg_dist.data.errors import LockedError
 from qwenimg_dist.data.facets import hold_lock
-from qwenimg_dist.data.generations import LedgerConfig
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.replay import read_replay
 from qwenimg_dist.files import write_json
 from qwenimg_dist.models.identity import latents_facet_names, text_facet_name

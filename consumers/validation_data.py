@@ -17,7 +17,8 @@ from consumers.run_directory import Prepared
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.catalog import RunFacets
 from qwenimg_dist.data.facets import DataError, Dataset
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.mirror import data_root
 from qwenimg_dist.data.pins import ready_units, why_not_ready
 from qwenimg_dist.models.identity import latents_facet_names, text_facet_name

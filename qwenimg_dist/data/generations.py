@@ -20,7 +20,6 @@ import json
 import shutil
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -35,15 +34,13 @@ from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.generation_log import FILE, Generation, append_line, read_lines
 from qwenimg_dist.data.held_out import HeldOutBucket, held_out_rows, held_out_set, held_out_threshold
 from qwenimg_dist.data.ledger import Ledger
-from qwenimg_dist.data.mix import Mix
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.order import Segment
 from qwenimg_dist.data.other_classes import OtherClass, catalog_of_held_out, find_other_class, other_facets
-from qwenimg_dist.data.phases import PlannedPhase, phase_at
+from qwenimg_dist.data.phases import phase_at
 from qwenimg_dist.data.pins import UnitPins, check_pins, pin_from_json, pin_unit, ready_units, why_not_ready
-from qwenimg_dist.data.samples import Selection
 from qwenimg_dist.data.takedown import FOLDER as TAKEDOWN
 from qwenimg_dist.data.takedown import Takedown, keep_copy, read_takedown, recorded, unmatched_note
-from qwenimg_dist.data.where import compile_where
 from qwenimg_dist.schema import SOURCE_COMPLETE
 
 INDEX: Final = "index"
@@ -51,49 +48,6 @@ _VISIBLE_S: Final = 60.0
 _TELL_EVERY_S: Final = 1.0
 _GROWTH: Final = 10
 """A generation that continues an epoch adds at least 1 / this of the epoch's units so far."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetConfig:
-    """What holds for one of several data sets alone."""
-
-    where: str | None = None
-    """Narrows the run's."""
-    caption_weights: Mapping[str, float] | None = None
-    """In the place of the run's; None: those."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LedgerConfig:
-    """What the order depends on besides the data."""
-
-    phases: tuple[PlannedPhase, ...]
-    seed: int
-    caption_dropout: float
-    where: str | None
-    held_out: float
-    max_held_out: int
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """`where` expression -> how often its rows come per epoch; none: every row once."""
-    caption_weights: Mapping[str, float] | None = None
-    takedown: str | None = None
-    """The list's file; read anew for each generation, see `takedown.py`."""
-    mix: Mix | None = None
-    """How several data sets mix; None: there is one."""
-    of_dataset: Mapping[str, DatasetConfig] = field(default_factory=dict)
-    """Data set -> what holds for it alone."""
-
-    def selection(self, dataset: str, held_out_below: int) -> Selection:
-        """What a run may train on of a data set."""
-        own = self.of_dataset.get(dataset, DatasetConfig())
-        wheres = [where for where in (self.where, own.where) if where]
-        joined = wheres[0] if len(wheres) == 1 else " and ".join(f"({where})" for where in wheres)
-        return Selection(
-            where=compile_where(joined) if joined else None,
-            held_out_below=held_out_below,
-            weights=tuple((compile_where(text), weight) for text, weight in sorted(self.weights.items())),
-            caption_weights=self.caption_weights if own.caption_weights is None else own.caption_weights,
-        )
 
 
 class Generations:

@@ -46,7 +46,8 @@ from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.ahead import bytes_ahead, part_bytes, read_progress
 from qwenimg_dist.data.catalog import RunFacets
 from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.data.shards import RawTensor
 from qwenimg_dist.models.pipeline import pipeline_dir

@@ -27,7 +27,8 @@ from harness import Figures, Report, interleaved, num_repeats, parser, scratch
 from consumers.stream import Stream
 from qwenimg_dist.data.catalog import Places, RunFacets
 from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.data.reader import Bytes, TarReader
 from qwenimg_dist.schema import latents_facet, text_facet

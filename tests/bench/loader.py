@@ -35,7 +35,8 @@ from safetensors.torch import load as load_safetensors
 from consumers.stream import Stream
 from qwenimg_dist.data.catalog import RunFacets
 from qwenimg_dist.data.facets import Dataset, Part
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.data.reader import TarReader
 from qwenimg_dist.data.shards import ShardWriter

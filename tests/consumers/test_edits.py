@@ -29,7 +29,8 @@ from consumers.throughput import micro_batch_flops
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.catalog_build import build_catalog
 from qwenimg_dist.data.facets import DataError
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.mix import Mix
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.data.pins import ready_units

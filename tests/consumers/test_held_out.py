@@ -14,7 +14,8 @@ from consumers.stream import Stream
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.data.facets import DataError, Dataset
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.mix import Mix
 from qwenimg_dist.data.phases import PlannedPhase
 

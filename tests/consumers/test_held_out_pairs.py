@@ -18,7 +18,8 @@ from consumers.held_out_pairs import NAMES, pair_metrics
 from consumers.ranks import Ranks
 from consumers.stream import Stream
 from qwenimg_dist.compose import load_config
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
 
 START = {64: np.array([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]]), 128: np.array([[5.0, 5.0]])}

@@ -18,7 +18,8 @@ from consumers.stream import Stream
 from qwenimg_dist import storage
 from qwenimg_dist.config.data import DataConfig
 from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.mirror import data_root
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.data.reader import _MAX_HELD

@@ -12,7 +12,8 @@ from fake_dataset import FakeProducer, make_rows
 
 from consumers.rollout import Rollouts
 from qwenimg_dist.compose import load_config
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
 
 

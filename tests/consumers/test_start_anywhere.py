@@ -18,7 +18,8 @@ from fake_mix import make_producers, mix_config
 
 import qwenimg_dist.data.draws as draws
 from consumers.stream import Stream
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.order import Stream as Order
 from qwenimg_dist.data.weights import EpochCounts
 

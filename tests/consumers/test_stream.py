@@ -32,7 +32,8 @@ from qwenimg_dist.data.catalog import Ints
 from qwenimg_dist.data.catalog_build import build_catalog
 from qwenimg_dist.data.catalogs import Catalogs
 from qwenimg_dist.data.facets import DataError
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.data.pins import ready_units
 from qwenimg_dist.data.reader import TarReader

@@ -13,7 +13,8 @@ from consumers.run_plan import make_plan
 from consumers.stream import Stream
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import DataError
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.schema import Bucket
 

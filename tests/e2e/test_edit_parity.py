@@ -27,7 +27,8 @@ from producers.encode import PipelineEncoders
 from qwenimg_dist.config import FlowMatchingConfig
 from qwenimg_dist.data.catalog import RunFacets
 from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.flow.path import interpolate
 from qwenimg_dist.models.edit_encoder import Template

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fake_dataset import FakeProducer, make_rows
 
-from qwenimg_dist.data.generations import DatasetConfig, Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import DatasetConfig, LedgerConfig
 from qwenimg_dist.data.mix import Mix
 from qwenimg_dist.data.phases import PlannedPhase
 

@@ -14,7 +14,7 @@ from consumers.errors import TrainingError
 from consumers.run_directory import Prepared
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.catalog import RunFacets
-from qwenimg_dist.data.generations import LedgerConfig
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.models import transformer as qwen
 
 PREDICT_VELOCITY = qwen.predict_velocity

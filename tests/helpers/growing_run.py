@@ -7,8 +7,9 @@ from pathlib import Path
 from fake_dataset import FakeProducer, make_rows
 
 from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
 from qwenimg_dist.data.ledger import GlobalBatch
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
 
 SIZES = ((256, 256), (64, 128))

@@ -20,7 +20,8 @@ from qwenimg_dist.data import generations as generations_module
 from qwenimg_dist.data.ahead import part_bytes, read_progress
 from qwenimg_dist.data.catalog import RunFacets
 from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.schema import ROWS
 

@@ -11,7 +11,8 @@ from fake_dataset import FakeProducer, make_rows
 from qwenimg_dist.data import generations as generations_module
 from qwenimg_dist.data.ahead import FILE, Stretch, bytes_ahead, part_bytes, read_progress, untrained
 from qwenimg_dist.data.facets import Dataset
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.schema import ROWS
 

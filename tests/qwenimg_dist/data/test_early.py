@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from qwenimg_dist.data.early import EarlyLook
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.generation_log import FILE, Generation, read_lines
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 
 EARLY = 3
 

@@ -14,7 +14,8 @@ from fake_mix import NUM_ROWS, make_producers, mix_config, open_mix
 
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.generation_log import FILE, append_line, read_lines
-from qwenimg_dist.data.generations import DatasetConfig, Generations
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import DatasetConfig
 from qwenimg_dist.data.where import WhereError
 
 Step = tuple[tuple[str, ...], tuple[int, ...], tuple[float, ...]]

@@ -12,7 +12,8 @@ from fake_dataset import FakeProducer, make_rows
 
 from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.data.generation_log import FILE, read_lines
-from qwenimg_dist.data.generations import Generations, LedgerConfig
+from qwenimg_dist.data.generations import Generations
+from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.data.pins import UnitPins
 from qwenimg_dist.data.takedown import Takedown, read_takedown, rows_taken_down
