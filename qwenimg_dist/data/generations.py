@@ -17,37 +17,29 @@ overwritten. Refused: pinned files that are gone or have other content, and line
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
-from qwenimg_dist.data.ahead import Stretch, part_bytes, write_progress
+from qwenimg_dist.data.ahead import Stretch, write_progress
 from qwenimg_dist.data.catalog import HEAD, Catalog, Ints, RunFacets
-from qwenimg_dist.data.catalog_build import build_catalog
-from qwenimg_dist.data.catalog_output import PARTS
-from qwenimg_dist.data.catalogs import CatalogFolder, Catalogs
+from qwenimg_dist.data.catalogs import Catalogs
 from qwenimg_dist.data.early import EARLY_STEPS, EarlyLook
 from qwenimg_dist.data.facets import DataError, Dataset
+from qwenimg_dist.data.generation_checks import catalog_folder, check_line, verify_lines
 from qwenimg_dist.data.generation_log import FILE, Generation, append_line, read_lines
-from qwenimg_dist.data.held_out import HeldOutBucket, held_out_rows, held_out_set, held_out_threshold
+from qwenimg_dist.data.generation_maker import GenerationMaker
+from qwenimg_dist.data.held_out import HeldOutBucket, held_out_rows, held_out_set
 from qwenimg_dist.data.ledger import Ledger
 from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.order import Segment
 from qwenimg_dist.data.other_classes import OtherClass, catalog_of_held_out, find_other_class, other_facets
-from qwenimg_dist.data.phases import phase_at
-from qwenimg_dist.data.pins import UnitPins, check_pins, pin_from_json, pin_unit, ready_units, why_not_ready
-from qwenimg_dist.data.takedown import FOLDER as TAKEDOWN
-from qwenimg_dist.data.takedown import Takedown, keep_copy, read_takedown, recorded, unmatched_note
-from qwenimg_dist.schema import SOURCE_COMPLETE
+from qwenimg_dist.data.takedown import read_takedown, recorded, unmatched_note
 
-INDEX: Final = "index"
 _VISIBLE_S: Final = 60.0
 _TELL_EVERY_S: Final = 1.0
-_GROWTH: Final = 10
-"""A generation that continues an epoch adds at least 1 / this of the epoch's units so far."""
 
 
 class Generations:
@@ -66,9 +58,8 @@ class Generations:
     ) -> None:
         """`dataset` are several by name if the config has a `mix`, which a run that follows may not have.
 
-        `max_ahead_bytes` is what producers are held back by: half of it is enough for a generation, whatever share of
-        the epoch that is, since waiting for more could be in vain. Where the ledger ends within `early_steps`, the
-        next generation is looked for in a thread; 0: when it is needed.
+        `max_ahead_bytes` is what producers are held back by. Where the ledger ends within `early_steps`, the next
+        generation is looked for in a thread; 0: when it is needed.
         """
         if follow and config.mix is not None:
             raise ValueError("a run on several data sets cannot follow their producers: shares are settled once")
@@ -77,12 +68,13 @@ class Generations:
         self.facets = facets
         self.config = config
         self.follow = follow
-        self._max_ahead_bytes = max_ahead_bytes
+        self._maker = GenerationMaker(
+            run, self.datasets, facets, config, follow=follow, max_ahead_bytes=max_ahead_bytes
+        )
         self._early_steps = early_steps
         self._early = EarlyLook()
-        self._unit_bytes: dict[tuple[int, int], int] = {}
         self._told = -float("inf")
-        self._told_awaited = self._awaited = 0
+        self._told_awaited = 0
         self.lines: list[Generation] = []
         self._catalogs = Catalogs({name: one.root for name, one in self.datasets.items()})
         self._catalog_of: list[int | None] = []  # beside `lines`
@@ -127,45 +119,14 @@ class Generations:
         made = [line for line in self.lines if line.takedown == newest and line.index]
         if not newest or not made:
             return None
-        heads = [json.loads((self._folder(line).folder / HEAD).read_text()) for line in made]
+        heads = [json.loads((catalog_folder(self.run, line).folder / HEAD).read_text()) for line in made]
         if any("taken_down" not in head for head in heads):
             return None  # catalogs from before it was written down
         return unmatched_note(recorded(self.run, newest), (at for head in heads for at in head["taken_down"]))
 
     def verify(self, *, tars: bool = True) -> None:
-        """Rank 0, once at start: every pinned file is as it was; catalogs that are gone are compiled again. Without
-        `tars`, shards are left to the reader, which tells what it cannot read.
-
-        Raises `DataError` naming the file, or if the run had a takedown list that the config no longer gives.
-        """
-        for leftover in (self.run / INDEX).glob(".tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        seen = set()
-        for line in read_lines(self.run / FILE)[0]:
-            self._check_line(line)
-            if line.takedown and self.config.takedown is None:
-                raise DataError(
-                    f"{self.run / FILE}: generation {line.generation} left rows out by a takedown list, the config "
-                    f"names none: set data.takedown again (then it was {self.run / TAKEDOWN}/{line.takedown}.json)"
-                )
-            if line.index is None or line.index in seen:
-                continue
-            seen.add(line.index)
-            folder = self.run / INDEX / line.index
-            dataset = self.datasets[line.dataset]
-            if not self._intact(folder, line):
-                build_catalog(
-                    dataset, self._pins_of(line), self._facets(line), folder, recorded(self.run, line.takedown)
-                )
-            if Catalog.open(folder, dataset.root).digest != line.digest:
-                raise DataError(
-                    f"{self.run / FILE} pinned units {line.first_unit}..{line.units - 1} with digest "
-                    f"{line.digest[:12]}, their files in {dataset.root} give another: files of the data set were "
-                    "replaced; restore them, or start a new run directory"
-                )
-            pins = [pin_from_json(entry) for entry in json.loads((folder / PARTS).read_text())]
-            listed = json.loads((folder / "catalog.json").read_text())["tars"] if tars else []
-            check_pins(dataset, pins, [(facet, name, size) for facet, name, size in listed])
+        """Rank 0, once at start: see `verify_lines`."""
+        verify_lines(self.run, self.datasets, self.facets, takedown=self.config.takedown, tars=tars)
 
     def advance(self, step: int) -> Literal["ready", "wait"]:
         """Rank 0: make sure that `ledger.batch(step)` can be given, recording further generations if needed.
@@ -176,9 +137,9 @@ class Generations:
             self.refresh()
         self._record(self._early.take(wait=False))
         while self._ledger is None or not self._ledger.available(step):
-            lines = self._early.take(wait=True) or self._next(step)
+            lines = self._early.take(wait=True) or self._maker.next(step, self.lines, self._ledger)
             if not lines:
-                self._tell(step, awaited=self._awaited)
+                self._tell(step, awaited=self._maker.awaited)
                 return "wait"
             if self._ledger is None:
                 self._try([*self.lines, *lines])
@@ -205,7 +166,7 @@ class Generations:
         end = min(step + 1 + self._early_steps, self.config.phases[-1].last_step)
         lacking = next((ahead for ahead in range(step + 1, end) if not ledger.available(ahead)), None)
         if lacking is not None:
-            self._early.begin(partial(self._next, lacking))
+            self._early.begin(partial(self._maker.next, lacking, self.lines, ledger))
 
     def _tell(self, step: int, *, awaited: int) -> None:
         """Now and then, let producers know how far training is, see `ahead.py`."""
@@ -233,7 +194,7 @@ class Generations:
             time.sleep(0.1)
             lines, _ = read_lines(self.run / FILE)
         for line in lines[len(self.lines) :]:
-            self._check_line(line)
+            check_line(self.run, self.datasets, self.facets, line)
             self._join(line)
 
     def held_out(self, resolution: int, limit: int) -> list[HeldOutBucket]:
@@ -318,7 +279,7 @@ class Generations:
         return held_out_rows(self._catalogs[catalog], below=line.held_out_below, where=where)
 
     def _join(self, line: Generation) -> None:
-        self._catalog_of.append(self._catalogs.add(self._folder(line)) if line.index is not None else None)
+        self._catalog_of.append(self._catalogs.add(catalog_folder(self.run, line)) if line.index is not None else None)
         self.lines.append(line)
         if self._ledger is not None:
             self._ledger.append(self._segment(line, self._catalog_of[-1]))
@@ -326,18 +287,6 @@ class Generations:
             self._ledger = self._new_ledger(self._catalogs, self.lines)
             for one, catalog in zip(self.lines, self._catalog_of, strict=True):
                 self._ledger.append(self._segment(one, catalog))
-
-    def _facets(self, line: Generation) -> RunFacets:
-        return self.facets.of(line.dataset)
-
-    def _folder(self, line: Generation) -> CatalogFolder:
-        assert line.index is not None
-        return CatalogFolder(
-            folder=self.run / INDEX / line.index,
-            num_rows=line.num_rows,
-            num_texts=line.num_texts,
-            dataset=line.dataset,
-        )
 
     def _segment(self, line: Generation, catalog: int | None) -> Segment:
         return Segment(catalog=catalog, phase=line.phase, epoch=line.epoch, last=line.last, dataset=line.dataset)
@@ -357,7 +306,7 @@ class Generations:
         """Refuse, before anything is recorded, a `where` that names no column, and a phase without a single row
         (which would otherwise be noticed hours later, when the phase begins)."""
         catalogs = Catalogs({name: dataset.root for name, dataset in self.datasets.items()})
-        joining = [(line, catalogs.add(self._folder(line))) for line in firsts]
+        joining = [(line, catalogs.add(catalog_folder(self.run, line))) for line in firsts]
         ledger = self._new_ledger(catalogs, firsts)
         if self.follow:
             for phase in self.config.phases:
@@ -366,186 +315,3 @@ class Generations:
         for line, catalog in joining:
             ledger.append(self._segment(line, catalog))
         ledger.check()
-
-    def _next(self, step: int) -> list[Generation]:
-        """The generations that a step needs; none if there is nothing new to make them of."""
-        if self.settled:
-            self.ledger.batch(step)  # raises, saying what is missing
-        for dataset in self.datasets.values():
-            dataset.refresh(insist=False)
-        if self.follow or (self.lines and self.lines[0].phase is not None):
-            line = self._next_of_phase(step, phase_at(self.config.phases, step).index)
-            return [] if line is None else [line]
-        made: list[Generation] = []
-        for name in sorted(self.datasets.keys() - {line.dataset for line in self.lines}):
-            made.append(self._whole(step, name, number=self.count + len(made)))
-        return made
-
-    def _whole(self, step: int, name: str, *, number: int) -> Generation:
-        """All that is ready of a data set, for every phase and epoch."""
-        units = ready_units(self.datasets[name], self.facets.of(name))
-        if not units:
-            problem = why_not_ready(self.datasets[name], self.facets.of(name))
-            raise DataError(f"data.mix.{name}: {problem}" if name else problem)
-        return self._make(number, step, phase=None, epoch=0, first_unit=0, units=units, last=True, name=name)
-
-    def _next_of_phase(self, step: int, phase: int) -> Generation | None:
-        (dataset,) = self.datasets.values()
-        # The mark is read before the units: it is written after them and taken away before new ones.
-        listed = source_complete(dataset)
-        mine = [line for line in self.lines if line.phase == phase]
-        closed = not mine or mine[-1].last
-        first_unit = 0 if closed else mine[-1].units
-        epoch = 0 if not mine else mine[-1].epoch + closed
-        units = ready_units(dataset, self.facets, first=first_unit)
-        end = first_unit + len(units)
-        complete = not self.follow or (listed is not None and end >= listed)
-        if listed is not None and end == 0:
-            raise DataError(why_not_ready(dataset, self.facets))
-        if closed and mine and complete and self._empty_epoch(step, mine):
-            self.ledger.batch(step)  # raises, saying what is missing
-        growth = max(1, -(-first_unit // _GROWTH))
-        self._awaited = first_unit + growth
-        if not complete and len(units) < growth and not self._fills_the_room(units):
-            return None
-        if not units and (closed or not mine):
-            return None
-        return self._make(
-            self.count, step, phase=phase, epoch=epoch, first_unit=first_unit, units=units, last=complete, name=""
-        )
-
-    def _fills_the_room(self, units: Sequence[UnitPins]) -> bool:
-        """Whether producers may be held back by these units, so that no more of them may come."""
-        if self._max_ahead_bytes is None or not units:
-            return False
-        (dataset,) = self.datasets.values()
-        total = 0
-        for unit in units:
-            key = (unit.unit, unit.rows_parts)
-            if key not in self._unit_bytes:
-                parts = [part for part in unit.parts() if part.facet in self.facets.names]
-                self._unit_bytes[key] = part_bytes(dataset, parts)
-            total += self._unit_bytes[key]
-        return 2 * total >= self._max_ahead_bytes
-
-    def _empty_epoch(self, step: int, mine: Sequence[Generation]) -> bool:
-        """All epochs so far together gave the step's stream no batch: more epochs will not help."""
-        resolution = self.ledger.resolution_at(step)
-        return bool(mine) and self.ledger.batches_so_far(mine[-1].phase or 0, resolution) == 0
-
-    def _make(
-        self,
-        number: int,
-        step: int,
-        *,
-        phase: int | None,
-        epoch: int,
-        first_unit: int,
-        units: Sequence[UnitPins],
-        last: bool,
-        name: str,
-    ) -> Generation:
-        takedown = read_takedown(self.config.takedown)
-        keep_copy(self.run, takedown)
-        rows_parts = {str(unit.unit): unit.rows_parts for unit in units if unit.rows_parts != 1}
-        end = first_unit + len(units)
-        index, digest, folder = self._catalog_for(
-            f"gen-{number:04d}", name, first_unit, end, rows_parts, units, takedown
-        )
-        return Generation(
-            generation=number,
-            phase=phase,
-            first_step=step,
-            epoch=epoch,
-            first_unit=first_unit,
-            units=end,
-            last=last,
-            rows_parts=rows_parts,
-            facets=_facets_json(self.facets.of(name)),
-            index=index,
-            num_rows=folder.num_rows if folder else 0,
-            num_texts=folder.num_texts if folder else 0,
-            digest=digest,
-            held_out_below=self._held_out_below(folder, name),
-            takedown=takedown.digest,
-            dataset=name,
-        )
-
-    def _catalog_for(
-        self,
-        index: str,
-        name: str,
-        first_unit: int,
-        end: int,
-        rows_parts: dict[str, int],
-        units: Sequence[UnitPins],
-        takedown: Takedown,
-    ) -> tuple[str | None, str, CatalogFolder | None]:
-        """An earlier catalog of the same pins and takedown list, or a new one."""
-        if first_unit == end:
-            return None, "", None
-        wanted = (name, first_unit, end, rows_parts, takedown.digest)
-        for line in self.lines:
-            if (line.dataset, line.first_unit, line.units, line.rows_parts, line.takedown) == wanted and line.index:
-                return line.index, line.digest, self._folder(line)
-        dataset = self.datasets[name]
-        built = build_catalog(dataset, units, self.facets.of(name), self.run / INDEX / index, takedown)
-        return index, Catalog.open(built.folder, dataset.root).digest, built
-
-    def _held_out_below(self, folder: CatalogFolder | None, name: str) -> int:
-        for line in self.lines:
-            if line.dataset == name:
-                return line.held_out_below
-        assert folder is not None
-        key_hash = Catalog.open(folder.folder, self.datasets[name].root).key_hash
-        return held_out_threshold(key_hash, self.config.held_out, self.config.max_held_out)
-
-    def _check_line(self, line: Generation) -> None:
-        if line.dataset not in self.datasets:
-            there = ", ".join(sorted({other.dataset for other in read_lines(self.run / FILE)[0]} - {""}))
-            here = ", ".join(name for name in self.datasets if name)
-            raise DataError(
-                f"{self.run / FILE}: this run trains on {there or 'one data set'}, the config names "
-                f"{here or 'one data set'}: give the same data.mix, or a new run.path"
-            )
-        wanted = _facets_json(self._facets(line))
-        if line.facets != wanted:
-            raise DataError(
-                f"{self.run / FILE}: this run reads {', '.join(line.facets.values())}, the config asks for "
-                f"{', '.join(wanted.values())}: give the same model and encode settings, or a new run.path"
-            )
-
-    def _intact(self, folder: Path, line: Generation) -> bool:
-        """Whether a catalog folder can be opened and is the one that was recorded."""
-        try:
-            catalog = Catalog.open(folder, self.datasets[line.dataset].root)
-        except DataError:
-            return False
-        return (folder / PARTS).is_file() and catalog.digest == line.digest
-
-    def _pins_of(self, line: Generation) -> list[UnitPins]:
-        dataset, pinned = self.datasets[line.dataset], []
-        for unit in range(line.first_unit, line.units):
-            pins = pin_unit(dataset, unit, line.rows_parts.get(str(unit), 1), self._facets(line))
-            if pins is None:
-                raise DataError(
-                    f"{dataset.root}: unit {unit} is no longer as generation {line.generation} pinned it: restore "
-                    "the data set, or start a new run directory"
-                )
-            pinned.append(pins)
-        return pinned
-
-
-def source_complete(dataset: Dataset) -> int | None:
-    """Number of units of the finished source; None while producers may add more."""
-    file = dataset.root / SOURCE_COMPLETE
-    try:
-        return int(json.loads(file.read_text())["units"])
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is damaged ({error}): run `qwenimg-dist produce` again") from error
-
-
-def _facets_json(facets: RunFacets) -> dict[str, Any]:
-    return {"text": facets.text, **{str(r): facets.latents[r] for r in sorted(facets.latents)}}

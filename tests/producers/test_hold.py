@@ -49,7 +49,7 @@ class World:
         self.recorder = Recorder()
         self.said: list[str] = []
 
-    def consumer(self, batch: int = 2, steps: int = 1000) -> Generations:
+    def consumer(self, batch: int = 2, steps: int = 1000, *, follow: bool = True) -> Generations:
         phase = PlannedPhase(
             index=0,
             first_step=0,
@@ -62,7 +62,7 @@ class World:
         )
         ledger = LedgerConfig(phases=(phase,), seed=0, caption_dropout=0.0, where=None, held_out=0.0, max_held_out=0)
         facets = RunFacets(text=self.plan.text_facet, latents=dict(self.plan.latents_facets))
-        return Generations(self.run, Dataset.open(self.dataset.root), facets, ledger, follow=True)
+        return Generations(self.run, Dataset.open(self.dataset.root), facets, ledger, follow=follow)
 
     def drive(self, bound: int, each: Callable[[], bool]) -> bool:
         """Produce; `each` is called again and again, and ends it by True."""
@@ -189,7 +189,6 @@ def test_a_run_at_its_last_step_or_without_follow_holds_nobody(world: World, tmp
 
     other = World(tmp_path / "settled")
     assert not other.drive(int(1.4 * size), after(100))
-    settled = other.consumer()
-    settled.follow = False
+    settled = other.consumer(follow=False)
     assert settled.advance(0) == "ready"
     assert other.drive(int(1.4 * size), after(10_000))

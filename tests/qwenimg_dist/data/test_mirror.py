@@ -23,7 +23,7 @@ from qwenimg_dist.data.catalog import Catalog, Ints, Places
 from qwenimg_dist.data.catalog_build import build_catalog
 from qwenimg_dist.data.catalogs import CatalogFolder, Catalogs
 from qwenimg_dist.data.facets import DataError, Dataset
-from qwenimg_dist.data.generations import source_complete
+from qwenimg_dist.data.generation_maker import source_complete
 from qwenimg_dist.data.mirror import Mirror, data_root
 from qwenimg_dist.data.pins import ready_units
 from qwenimg_dist.data.reader import TarReader

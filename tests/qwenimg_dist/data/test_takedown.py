@@ -43,7 +43,8 @@ def config(takedown: Path | None, held_out: float = 0.0) -> LedgerConfig:
 
 
 def open_run(run: Path, producer: FakeProducer, settings: LedgerConfig, *, follow: bool = False) -> Generations:
-    generations = Generations(run, producer.dataset, producer.facets, settings, follow=follow)
+    # Not ahead of need: a list that is written between two steps is to be the next generation's for certain.
+    generations = Generations(run, producer.dataset, producer.facets, settings, follow=follow, early_steps=0)
     generations.verify()
     return generations
 
