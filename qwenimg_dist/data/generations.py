@@ -135,9 +135,9 @@ class Generations:
         """
         if self._ledger is None:
             self.refresh()
-        self._record(self._early.take(wait=False))
+        self._record(self._found_early(wait=False))
         while self._ledger is None or not self._ledger.available(step):
-            lines = self._early.take(wait=True) or self._maker.next(step, self.lines, self._ledger)
+            lines = self._found_early(wait=True) or self._maker.next(step, self.lines, self._ledger)
             if not lines:
                 self._tell(step, awaited=self._maker.awaited)
                 return "wait"
@@ -158,6 +158,13 @@ class Generations:
         if lines:
             self.refresh()
             self._told = -float("inf")
+
+    def _found_early(self, *, wait: bool) -> list[Generation]:
+        """What was looked for ahead of need; nothing where rows were taken down since: it is made anew without them."""
+        found = self._early.take(wait=wait)
+        if found and read_takedown(self.config.takedown).digest != found[0].takedown:
+            return []
+        return found
 
     def _look_early(self, ledger: Ledger, step: int) -> None:
         """Begin to make the generation that the first of the next steps without a batch needs."""

@@ -42,9 +42,10 @@ def config(takedown: Path | None, held_out: float = 0.0) -> LedgerConfig:
     )
 
 
-def open_run(run: Path, producer: FakeProducer, settings: LedgerConfig, *, follow: bool = False) -> Generations:
-    # Not ahead of need: a list that is written between two steps is to be the next generation's for certain.
-    generations = Generations(run, producer.dataset, producer.facets, settings, follow=follow, early_steps=0)
+def open_run(
+    run: Path, producer: FakeProducer, settings: LedgerConfig, *, follow: bool = False, early_steps: int = 0
+) -> Generations:
+    generations = Generations(run, producer.dataset, producer.facets, settings, follow=follow, early_steps=early_steps)
     generations.verify()
     return generations
 
@@ -108,14 +109,23 @@ def test_a_settled_run_repeats_its_generation_and_says_that_later_rows_stay(
     assert not {producer.rows[0].key, producer.rows[1].key} & set(fresh)
 
 
-def test_with_follow_rows_leave_with_the_next_generation(tmp_path: Path, producer: FakeProducer) -> None:
+@pytest.mark.parametrize("early_steps", [0, 16])
+def test_with_follow_rows_leave_with_the_next_generation(
+    tmp_path: Path, producer: FakeProducer, early_steps: int
+) -> None:
     producer.complete()
     takedown, run = tmp_path / "takedown.txt", tmp_path / "run"
     takedown.write_text("")
-    generations = open_run(run, producer, config(takedown), follow=True)
-    assert len(set(keys_of(generations, range(6)))) == 12
+    generations = open_run(run, producer, config(takedown), follow=True, early_steps=early_steps)
+    assert generations.advance(0) == "ready"
+    if early_steps:  # the next one was made ahead of need, with the list as it was
+        assert generations._early._look is not None
+        assert generations._early._look.result()
+    else:
+        assert len(set(keys_of(generations, range(6)))) == 12
     takedown.write_text(producer.rows[4].key)
     assert "from the next generation on" in (generations.not_yet_taken_down or "")
+    assert len(set(keys_of(generations, range(6)))) == 12
     assert set(keys_of(generations, range(6, 12))) == {row.key for row in producer.rows} - {producer.rows[4].key}
     assert [bool(line.takedown) for line in read_lines(run / FILE)[0]] == [False, True]
     shutil.rmtree(run / "index")
