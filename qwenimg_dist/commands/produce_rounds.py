@@ -36,16 +36,18 @@ def rounds(
 ) -> bool:
     """One round, or with `follow` rounds until a stop; False if the last one did not reach its end."""
     said: set[str] = set()
-    finished = _round(driver, found, progress, said, every_unit=True, on_listed=on_listed)
+    finished = _round(driver, found, progress, said, first=True, on_listed=on_listed)
     for what, number in sorted(found.dropped.items()):
         progress.say(f"dropped {number} {what}")
     told = ""
+    broke_off = False
     while follow and not stop.is_set():
         began = time.monotonic()
         try:
-            finished = _round(driver, _look(source), progress, said, every_unit=False)
-            told = ""
+            finished = _round(driver, _look(source), progress, said, every_unit=broke_off)
+            told, broke_off = "", False
         except SourceError as error:  # a line half written, a folder emptied: what is there next time counts
+            broke_off = True  # what it listed before is no news to the next look
             if str(error) != told:
                 told = str(error)
                 progress.say(f"looking again: {told.encode('utf-8', 'backslashreplace').decode()}")
@@ -76,18 +78,19 @@ def _round(
     progress: ProduceProgress,
     said: set[str],
     *,
-    every_unit: bool,
+    first: bool = False,
+    every_unit: bool = False,
     on_listed: Callable[[int], None] = lambda num_pending: None,
 ) -> bool:
     change = driver.list_source(found)
-    if every_unit and found.ignored.total():
+    if first and found.ignored.total():
         progress.say(f"no rows for {describe(found.ignored)}")
     for problem in found.problems:
         if problem not in said:  # once, though `follow` meets it again and again
             said.add(problem)
             progress.say(f"warning: {problem.encode('utf-8', 'backslashreplace').decode()}")  # names may be no text
-    pending = driver.pending(None if every_unit else change.units)
-    if pending or every_unit:
+    pending = driver.pending(None if first or every_unit else change.units)
+    if pending or first:
         progress.say(_announce(change, len(pending)))
     on_listed(len(pending))
     return driver.produce(pending, change.num_rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from producer_world import SCORERS, FakeEncoders, draw, make_plan_for, rows_of
 
+from producers import listing
 from producers.driver import Driver
 from producers.progress import ProduceProgress
 from producers.sources.base import Found
@@ -90,6 +92,33 @@ def test_what_the_source_does_not_give_now_is_waited_for_and_said_once(world: Si
         "looking again: list.jsonl: half of it is there",
     ]
     assert len(rows_of(world.dataset, ROWS)) == 3
+
+
+def test_what_a_look_listed_before_it_broke_off_is_made_ready(
+    world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "_BATCH_ROWS", 4)
+    listed: list[tuple[int, ...]] = []
+
+    def grown_and_broken(found: Found) -> Found:
+        for number in range(2, 14):
+            draw(world.root / f"{number:02d}.png", number, caption=f"caption {number}")
+
+        def rows() -> Iterator[Any]:
+            yield from islice(Folder(FolderSource(kind="folder", path=str(world.root))).find().rows, 13)
+            raise ValueError("list.jsonl was changed while it was read")
+
+        return replace(found, rows=rows())
+
+    def sound(found: Found) -> Found:
+        listed.append(tuple(world.dataset.units(LISTING)))
+        return found
+
+    follow(world, grown_and_broken, not_now, sound)
+    assert listed == [(0, 1, 2)]  # of the look that broke off
+    assert world.dataset.units(LISTING) == world.dataset.units(ROWS) == [0, 1, 2, 3]
+    assert len(rows_of(world.dataset, ROWS)) == 14
+    assert (world.dataset.root / SOURCE_COMPLETE).exists()
 
 
 def test_damage_of_the_data_set_ends_the_command(world: SimpleNamespace) -> None:
