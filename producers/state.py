@@ -6,7 +6,7 @@ Place in the flow: `unit.py` reads a `UnitState` first, and does what is missing
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,8 +107,11 @@ class UnitState:
         return dict(self.record.get("scorers", {}))
 
 
-def read_state(dataset: Dataset, unit: int, plan: Plan) -> UnitState:
-    """Read the unit's parts. Raises `DataError` naming a file that cannot be read."""
+def read_state(dataset: Dataset, unit: int, plan: Plan, *, only: Collection[int] | None = None) -> UnitState:
+    """Read the unit's parts. Raises `DataError` naming a file that cannot be read.
+
+    `only`: its `rows` are these alone, so that rows listed since the last scan may lie beside them.
+    """
     record = read_record(dataset, unit)
     facets = [*plan.settled, *plan.facets, *(f for f in record.get("inputs", {}) if f.startswith("latents-"))]
     parts = {facet: dataset.unit_parts(facet, unit) for facet in dict.fromkeys(facets)}
@@ -125,6 +128,7 @@ def read_state(dataset: Dataset, unit: int, plan: Plan) -> UnitState:
         rows=tuple(
             _row(entry, scans[entry["row"]], duplicates.get(entry["row"], -1), near.get(entry["row"], {}))
             for entry in merged(LISTING)
+            if only is None or entry["row"] in only
         ),
         decisions=_without(
             _without(committed, _stale(record, plan)),

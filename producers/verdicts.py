@@ -87,11 +87,10 @@ class Verdicts:
 
 
 def rows_to_judge(dataset: Dataset, unit: int, rows: Sequence[int], plan: Plan, scorers: Scorers) -> list[Assessment]:
-    """What is known of these rows of the unit; those without a decision must be opened."""
-    state = read_state(dataset, unit, plan)
-    wanted = frozenset(rows)
-    asked = [row for row in state.rows if row.row in wanted]
-    return [assess_pixels(one, state, plan) for one in judge(asked, plan, scorers)]
+    """What is known of these rows of the unit; those without a decision must be opened. They are settled, so they have
+    a scan; rows that this look has just appended to their unit may not have one yet."""
+    state = read_state(dataset, unit, plan, only=frozenset(rows))
+    return [assess_pixels(one, state, plan) for one in judge(state.rows, plan, scorers)]
 
 
 def judge_rows(

@@ -287,3 +287,20 @@ def test_an_exact_copy_with_a_better_caption_is_kept(tmp_path: Path) -> None:
         assert json.loads(json.dumps(rows_of(dataset, plan.dedup.facet)[7]))["duplicate_of"] == 2
         (source / "7.png").unlink()
         (source / "7.txt").unlink()
+
+
+def test_rows_appended_in_the_same_round_do_not_hinder_a_verdict_on_their_unit(tmp_path: Path) -> None:
+    """A late row of the first unit looks like one of the last, to which this very look has appended another."""
+    source, dataset = tmp_path / "source", Dataset.create(tmp_path / "data", UNIT_SIZE)
+    for row, shows in enumerate((0, 1, 4, 7, 0, 11)):
+        picture(source / f"{row:02d}.jpg", shows, quality=95, grey=False)
+    with Image.open(source / "04.jpg") as image:
+        image.resize((100, 80)).save(source / "04.jpg", quality=95)  # too small for the class: its verdict is not known
+    (source / "00.txt").unlink()
+    plan = make_plan_for("dedup.near=true", *COLOUR, resolutions=(128,))
+    produce_here(source, dataset, plan, FakeEncoders())
+    assert statuses(dataset) == {0: "no_caption", 1: "kept", 2: "kept", 3: "kept", 4: "too_small", 5: "kept"}
+    (source / "00.txt").write_text("a view of some hills")
+    picture(source / "06.jpg", 13, quality=95, grey=False)
+    produce_here(source, dataset, plan, FakeEncoders())
+    assert statuses(dataset) == {0: "near_duplicate", 4: "too_small"} | dict.fromkeys((1, 2, 3, 5, 6), "kept")
