@@ -13,6 +13,7 @@ that stands in it.** Refuses pickles, and to return anything of a checkpoint tha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,6 +34,8 @@ from qwenimg_dist.patience import patiently
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
 STATE: Final = "state.json"
+TEMPORARY: Final = ".tmp-"
+"""What a file or folder is called here that is not in place yet, or no more."""
 Which = Literal["master", "ema", "exp_avg", "exp_avg_sq"]
 _STEP_DIR: Final = re.compile(r"^step-(\d{8,})$")
 _CHUNK_BYTES: Final = 1 << 22
@@ -95,9 +98,13 @@ def rank_file(rank: int, num_ranks: int) -> str:
     return f"rank-{rank:05d}-of-{num_ranks:05d}.safetensors"
 
 
-def space_fault(run_dir: Path, num_parameters: int, *, ema: bool, num_frozen: int = 0) -> str | None:
-    """None, or that the disk has no room for one checkpoint."""
+def space_fault(
+    run_dir: Path, num_parameters: int, *, ema: bool, num_frozen: int = 0, swept: bool = True
+) -> str | None:
+    """None, or that the disk has no room for one checkpoint. Without `swept`, what a `sweep` would remove is room."""
     needed, free = checkpoint_bytes(num_parameters, ema=ema, num_frozen=num_frozen), free_bytes(run_dir)
+    if free < needed and not swept:
+        free += sum(map(_taken_bytes, _left_over(run_dir)))
     if free >= needed:
         return None
     return (
@@ -115,6 +122,29 @@ def free_bytes(folder: Path) -> int:
     """Free where `folder` is or would be made."""
     existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     return shutil.disk_usage(existing).free
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove temporaries of the dead. Rank 0's, while no save and no fetch is under way."""
+    remove(_left_over(run_dir))
+
+
+def remove(folders: Sequence[Path]) -> None:
+    """What cannot be removed is tried again by the next `sweep`."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _left_over(run_dir: Path) -> list[Path]:
+    return list(checkpoints_dir(run_dir).glob(f"{TEMPORARY}*"))
+
+
+def _taken_bytes(folder: Path) -> int:
+    """On the disk, of the files right in a folder; the size of one that was being fetched is not yet taken."""
+    taken = 0
+    with contextlib.suppress(OSError):  # gone meanwhile
+        taken = sum(file.stat().st_blocks * 512 for file in folder.iterdir())
+    return taken
 
 
 class GivenUp(Exception):

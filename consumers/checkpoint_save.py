@@ -14,12 +14,13 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from consumers.checkpoint_files import (
+    TEMPORARY,
     FileRecord,
     Piece,
     checkpoint_bytes,
@@ -27,8 +28,10 @@ from consumers.checkpoint_files import (
     free_bytes,
     list_checkpoints,
     rank_file,
+    remove,
     space_fault,
     step_name,
+    sweep,
     write_certificate,
     write_manifest,
     write_rank_file,
@@ -42,7 +45,6 @@ from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import fsync_dir
 from qwenimg_dist.patience import StorageAwayError, is_away
 
-_TEMPORARY: Final = ".tmp-"
 _SHA_HEX_DIGITS: Final = 64
 
 
@@ -115,7 +117,7 @@ def begin_save(
         raise TrainingError(f"checkpoint of step {step} was not begun, the ones before are untouched: {fault}")
     # Drawn anew each time: a rank of a killed gang that still lives cannot write into this directory.
     token = ranks.broadcast_json(uuid.uuid4().hex[:8])
-    temporary = folder / f"{_TEMPORARY}{step_name(step)}-{token}"
+    temporary = folder / f"{TEMPORARY}{step_name(step)}-{token}"
     needed = checkpoint_bytes(engine.num_parameters, ema=ema is not None, num_frozen=engine.num_frozen)
     told: Mapping[str, Any] | None = None
     error: Exception | None = None
@@ -220,7 +222,7 @@ def _commit(temporary: Path, final: Path, *, step: int, num_ranks: int, records:
     fsync_dir(temporary)
     fault_point("checkpoint_commit")
     if final.exists():  # an invalid checkpoint of this step, reached again
-        aside = final.with_name(f"{_TEMPORARY}replaced-{final.name}-{uuid.uuid4().hex[:8]}")
+        aside = final.with_name(f"{TEMPORARY}replaced-{final.name}-{uuid.uuid4().hex[:8]}")
         os.rename(final, aside)
         shutil.rmtree(aside, ignore_errors=True)
     os.rename(temporary, final)
@@ -246,18 +248,7 @@ def retire(run_dir: Path, step: int, keep: int, keep_every: int) -> list[Path]:
             for_good = keep_every > 0 and info.step % keep_every == 0 and info.step <= step
             if not for_good and not oldest_kept <= info.step <= step:
                 # Renamed first: half-removed it must not look like a checkpoint.
-                aside = info.path.with_name(f"{_TEMPORARY}removed-{info.path.name}-{uuid.uuid4().hex[:8]}")
+                aside = info.path.with_name(f"{TEMPORARY}removed-{info.path.name}-{uuid.uuid4().hex[:8]}")
                 os.rename(info.path, aside)
                 put_aside.append(aside)
     return put_aside
-
-
-def sweep(run_dir: Path) -> None:
-    """Remove temporaries of the dead. Rank 0's, while no save is under way."""
-    remove(list(checkpoints_dir(run_dir).glob(f"{_TEMPORARY}*")))
-
-
-def remove(folders: Sequence[Path]) -> None:
-    """What cannot be removed is tried again by the next `sweep`."""
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -35,6 +35,7 @@ from consumers.checkpoint_files import (
     rank_file,
     read_manifest,
     step_name,
+    sweep,
 )
 from consumers.ranks import Ranks
 from consumers.start_from import START_FROM
@@ -116,6 +117,8 @@ class RemoteCheckpoints:
     def fetch(self, ranks: Ranks, say: Callable[[str], None]) -> None:
         """Bring the newest copy that is ahead of the run directory. Collective."""
         steps = ranks.on_first(self.steps_ahead)
+        if steps:
+            ranks.on_first(lambda: sweep(self.run_dir))  # a killed fetch may be the room that is missing
         for step in steps:
             begin = time.perf_counter()
             problem = self._fetch_step(step, ranks)

@@ -22,7 +22,7 @@ from typing import Any, Final
 import torch
 import yaml
 
-from consumers.checkpoint_files import STATE, list_checkpoints, no_valid_checkpoint, space_fault
+from consumers.checkpoint_files import STATE, list_checkpoints, no_valid_checkpoint, space_fault, sweep
 from consumers.curriculum import plan
 from consumers.data_sets import check_ready, data_dirs, kinds_of, ledger_config
 from consumers.judges import FILE as JUDGES
@@ -118,7 +118,9 @@ def preflight(config: Config) -> Prepared:
     groups = parameter_groups({name: weights.shape(name) for name in weights.names}, config.optim, num_layers)
     sizes = {group.name: group.num_elements for group in groups}
     frozen = sizes.get(FROZEN, 0)
-    if fault := space_fault(run_dir, sum(sizes.values()), ema=config.optim.ema_decay > 0, num_frozen=frozen):
+    ema = config.optim.ema_decay > 0
+    # A killed save lies on the disk until the next one begins, and must not keep the run from coming to it.
+    if fault := space_fault(run_dir, sum(sizes.values()), ema=ema, num_frozen=frozen, swept=False):
         raise ValueError(fault)
     start = find_start(config, run_dir, pipeline, recorded=None if config.train.fresh else read_record(run_dir))
     return Prepared(
@@ -218,6 +220,7 @@ def move_aside(run_dir: Path) -> Path | None:
     present = [name for name in _MOVED_BY_FRESH if (run_dir / name).exists()]
     if not present:
         return None
+    sweep(run_dir)  # aside, nothing would remove what a killed save has left
     number = next(n for n in range(1, 10_000) if not (run_dir / f"previous-{n:03d}").exists())
     aside = run_dir / f"previous-{number:03d}"
     aside.mkdir()

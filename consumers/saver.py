@@ -21,8 +21,8 @@ from typing import Any, Final
 
 import torch
 
-from consumers.checkpoint_files import FileRecord, GivenUp, Piece, write_rank_file
-from consumers.checkpoint_save import Begun, begin_save, commit_save, pieces_of, remove, retire
+from consumers.checkpoint_files import FileRecord, GivenUp, Piece, remove, write_rank_file
+from consumers.checkpoint_save import Begun, begin_save, commit_save, pieces_of, retire
 from consumers.ema import Ema
 from consumers.zero_engine import Engine
 from qwenimg_dist.config import CheckpointConfig

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import threading
 from pathlib import Path
 
 import pytest
+from small_run import overrides
 from written_checkpoint import write_bare_checkpoint
 
-from consumers import run_directory
-from consumers.checkpoint_files import checkpoints_dir, step_name
-from consumers.run_directory import _MOVED_BY_FRESH, check_tracking, move_aside, run_lock
+from consumers import checkpoint_files, run_directory
+from consumers.checkpoint_files import checkpoint_bytes, checkpoints_dir, rank_file, space_fault, step_name
+from consumers.run_directory import _MOVED_BY_FRESH, check_tracking, move_aside, preflight, run_lock
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.errors import DataError, LockedError
+from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
 
 
 def test_everything_of_an_earlier_run_is_moved_aside_and_kept(tmp_path: Path) -> None:
@@ -85,3 +88,33 @@ def test_a_file_system_without_locks_is_told_at_once_and_accuses_nobody(
     with pytest.raises(DataError, match=r"gives no locks \(No locks available\).*Lustre: option flock") as told:
         run_lock(tmp_path).__enter__()
     assert "another `train`" not in str(told.value)
+
+
+def test_what_a_killed_save_has_left_is_no_lack_of_room(
+    small_input: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk with room for one checkpoint more: the rank that died half-way through it must not keep the run from
+    going on, as the next save removes what it left."""
+    (tmp_path / "pipeline").symlink_to(small_input / "pipeline")
+    (tmp_path / "data").symlink_to(small_input / "data")
+    config = load_config(overrides(tmp_path))
+    transformer = SafetensorsDirectory(tmp_path / "pipeline" / "transformer")
+    size = checkpoint_bytes(sum(math.prod(transformer.shape(name)) for name in transformer.names), ema=True)
+    monkeypatch.setattr(checkpoint_files, "free_bytes", lambda _: size // 2)
+    write_bare_checkpoint(tmp_path / "run", 4, {})
+    with pytest.raises(ValueError, match=r"the disk is too full: one checkpoint in .* needs"):
+        preflight(config)
+    torn = checkpoints_dir(tmp_path / "run") / f".tmp-{step_name(8)}-0a1b2c3d"
+    torn.mkdir()
+    with open(torn / rank_file(0, 1), "wb") as sink:
+        sink.truncate(size)  # of a fetch that had just begun: nothing of it is on the disk
+    with pytest.raises(ValueError, match="the disk is too full"):
+        preflight(config)
+    (torn / rank_file(1, 2)).write_bytes(b"w" * (size * 6 // 10))
+    preflight(config)
+    assert torn.is_dir()  # it writes nothing
+    assert space_fault(tmp_path / "run", size, ema=True)  # a save, which has removed what it can, goes by what is free
+
+    aside = move_aside(tmp_path / "run")
+    assert aside is not None
+    assert [one.name for one in checkpoints_dir(aside).iterdir()] == [step_name(4)]
