@@ -103,9 +103,14 @@ class RemoteCheckpoints:
         steps = self.steps_ahead()
         if not steps:
             return None
-        for name, entry in self.storage.list().items():
-            if name in _FILES or name.partition("/")[0] in _GROWING_FOLDERS:
-                self._fetch(name, self.run_dir / name, entry.size_bytes)
+        wanted = {
+            name: entry.size_bytes
+            for name, entry in self.storage.list().items()
+            if name in _FILES or name.partition("/")[0] in _GROWING_FOLDERS
+        }
+        # The id first: without it, what a join that was cut short has brought would pass for another run's.
+        for name in sorted(wanted, key=lambda name: name != RUN_ID):
+            self._fetch(name, self.run_dir / name, wanted[name])
         return f"{where} is at step {steps[0]}, ahead of {self.run_dir}: going on from there"
 
     def steps_ahead(self) -> list[int]:

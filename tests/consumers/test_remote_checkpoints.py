@@ -192,3 +192,18 @@ def test_copies_of_other_runs_are_refused(url: str, tmp_path: Path) -> None:
         copy_of(url, tmp_path / "c").join(fresh=True)
     assert copy_of(url, tmp_path / "c").steps_ahead() == [2]
     assert RemoteCheckpoints.of(None, tmp_path) is None
+
+
+def test_a_machine_that_is_lost_while_it_joins_may_join_again(url: str, tmp_path: Path, server: Server) -> None:
+    here, other = tmp_path / "run", tmp_path / "other"
+    save(here, 2)
+    (here / "metrics.jsonl").write_text("{}\n")
+    assert push(url, here, 2) == ""
+    server.faults.match = lambda method, path: method == "GET" and path.endswith("metrics.jsonl")
+    server.faults.refuse = 1000
+    with pytest.raises(OSError, match=r"could not read metrics\.jsonl"):
+        copy_of(url, other).join(fresh=False)
+    assert (other / "generations.jsonl").is_file()
+    server.faults.heal()
+    assert copy_of(url, other).join(fresh=False)
+    assert (other / "metrics.jsonl").read_text() == "{}\n"
