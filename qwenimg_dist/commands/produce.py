@@ -25,6 +25,7 @@ from producers.commit import UnitConflictError
 from producers.driver import Driver
 from producers.hold import Hold
 from producers.listing import check_kind
+from producers.one_source import check_same_source
 from producers.plan import Plan, make_plan
 from producers.progress import ProduceProgress
 from producers.sources import open_source, sample_kind
@@ -39,7 +40,7 @@ from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config, EditsSource, ManifestSource, PairsSource, SourceConfig
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.mirror import data_root
-from qwenimg_dist.data.origin import Origin, remember_origin
+from qwenimg_dist.data.origin import Origin, known_origin, remember_origin
 from qwenimg_dist.report.funnel import funnel
 from qwenimg_dist.wandb_key import check_key
 
@@ -153,7 +154,9 @@ def drive(
         fence.sweep(dataset, timeout_s=_WORKERS_GONE_S)
         if dataset.mirror is not None:
             dataset.mirror.clean()
-        remember_origin(dataset, Origin(kind=config.source.kind, root=_absolute(source.root)))
+        origin = Origin(kind=config.source.kind, root=_absolute(source.root))
+        found = check_same_source(dataset, known_origin(dataset), origin, production.found)
+        remember_origin(dataset, origin)
         stack.callback(_sweep_after, dataset)  # runs after the workers' end
         stack.enter_context(progress)
         for line in production.told:
@@ -183,7 +186,7 @@ def drive(
         )
         with stop_signals(stop):
             try:
-                return rounds(driver, source, production.found, progress, stop, config.follow, on_listed)
+                return rounds(driver, source, found, progress, stop, config.follow, on_listed)
             except UnitConflictError as error:  # workers try again; what the driver commits is the driver's alone
                 raise ProduceError(f"another `produce` works on this data set: {error}; end one of them") from error
 

@@ -149,7 +149,7 @@ class Mirror:
             here = self._parquets_here()
             # The order of readers: the mark before the units, the rows parts before what they name. A part that is
             # committed between two looks is then never half seen.
-            self._pull_file(SOURCE_COMPLETE)
+            self.pull_file(SOURCE_COMPLETE)
             rows = self.storage.list(ROWS)
             there = self.storage.list()
             self._pull({name: one for name, one in there.items() if not name.startswith(f"{ROWS}/")})
@@ -220,7 +220,8 @@ class Mirror:
     def drop_file(self, name: str) -> None:
         self.storage.remove([name])
 
-    def _pull_file(self, name: str) -> None:
+    def pull_file(self, name: str) -> None:
+        """Bring a file here as it is in the bucket."""
         try:
             _put(self.root / name, self.storage.read(name))
         except FileNotFoundError:

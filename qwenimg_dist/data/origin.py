@@ -1,4 +1,5 @@
-"""Where a data set's pictures came from: remembered by `produce`, so that `data inspect` finds them by itself.
+"""Where a data set's pictures came from: remembered by `produce`, so that `data inspect` finds them by itself, and that
+the next `produce` can tell another source from one that moved.
 
 `source.json` holds the kind of the source and the root that uris are relative to. It belongs to no identity, digest or
 freeze: a source that moved changes nothing of the data, and the file may be edited or removed.
@@ -26,17 +27,23 @@ class Origin:
 
 def remember_origin(dataset: Dataset, origin: Origin) -> None:
     """Write it down, if it is not what is written there already."""
-    try:
-        known = read_origin(dataset)
-    except DataError:
-        known = None
-    if known != origin:
+    if known_origin(dataset) != origin:
         dataset.put_json(FILE, asdict(origin))
+
+
+def known_origin(dataset: Dataset) -> Origin | None:
+    """What is remembered; None also for a damaged file."""
+    try:
+        return read_origin(dataset)
+    except DataError:
+        return None
 
 
 def read_origin(dataset: Dataset) -> Origin | None:
     """What the last `produce` remembered; None for a data set of before. Raises `DataError` for a damaged file."""
     file = dataset.root / FILE
+    if dataset.mirror is not None:
+        dataset.mirror.pull_file(FILE)
     try:
         entry = json.loads(file.read_text(encoding="utf-8"))
         return Origin(kind=str(entry["kind"]), root=str(entry["root"]))

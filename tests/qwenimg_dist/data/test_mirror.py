@@ -25,6 +25,7 @@ from qwenimg_dist.data.catalogs import CatalogFolder, Catalogs
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.generation_maker import source_complete
 from qwenimg_dist.data.mirror import Mirror, data_root
+from qwenimg_dist.data.origin import Origin, read_origin, remember_origin
 from qwenimg_dist.data.pins import ready_units
 from qwenimg_dist.data.reader import TarReader
 from qwenimg_dist.data.tar_cache import FETCHING
@@ -304,3 +305,9 @@ def test_a_mirror_says_what_it_mirrors_and_a_new_limit_holds(url: str, tmp_path:
     assert data_root("/plain/path", DataConfig()) == Path("/plain/path")
     write_json(root / ".remote.json", {})
     assert Mirror.of(root) is None
+
+
+def test_where_the_pictures_came_from_is_known_on_another_machine(url: str, tmp_path: Path) -> None:
+    origin = Origin(kind="folder", root="/pictures")
+    remember_origin(Dataset.create(machine(url, tmp_path / "a"), 4), origin)
+    assert read_origin(opened(url, tmp_path / "b")) == origin
