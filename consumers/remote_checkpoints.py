@@ -40,7 +40,7 @@ from consumers.checkpoint_files import (
 from consumers.ranks import Ranks
 from consumers.start_from import START_FROM
 from qwenimg_dist.files import fsync_dir, write_json
-from qwenimg_dist.storage import Object, Storage, check_url
+from qwenimg_dist.storage import Object, ObjectChangedError, Storage, check_url
 
 RUN_ID: Final = "run_id.json"
 """Which run a directory, and its copy, is of."""
@@ -120,7 +120,11 @@ class RemoteCheckpoints:
         return [step for step in sorted(there, reverse=True) if step > here]
 
     def fetch(self, ranks: Ranks, say: Callable[[str], None]) -> None:
-        """Bring the newest copy that is ahead of the run directory. Collective."""
+        """Bring the newest copy that is ahead of the run directory. Collective.
+
+        A copy that is not whole is passed over, one that cannot be had now is not: raises `StorageAwayError` on every
+        rank where the bucket is away from one, and ValueError for what keeps one from writing.
+        """
         steps = ranks.on_first(self.steps_ahead)
         if steps:
             ranks.on_first(lambda: sweep(self.run_dir))  # a killed fetch may be the room that is missing
@@ -132,7 +136,7 @@ class RemoteCheckpoints:
                 return
             say(f"warning: the copy of step {step} cannot be used: {problem}")
         if steps:
-            raise ValueError(f"no copy in {self.storage.url} can be used, see above; leave checkpoint.remote out")
+            raise ValueError(f"no copy in {self.storage.url} can be used, see above. {ranks.on_first(self._way_out)}")
 
     def push(self, step: int, ranks: Ranks, *, keep: int, keep_every: int, stall_s: float) -> str:
         """Copy the checkpoint just committed. Collective. Returns why it could not be done, or nothing.
@@ -216,11 +220,19 @@ class RemoteCheckpoints:
             os.rename(temporary, final)
             fsync_dir(final.parent)
 
-        problem = ranks.first_problem(_told(fetch_mine))
-        problem = problem or ranks.first_problem(_told(put_in_place) if ranks.is_first else "")
-        if problem and ranks.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return problem
+        try:
+            problem = ranks.first_problem(ranks.together(lambda: _fault_of_copy(fetch_mine)))
+            return problem or ranks.first_problem(
+                ranks.together(lambda: _fault_of_copy(put_in_place) if ranks.is_first else "")
+            )
+        finally:
+            if ranks.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _way_out(self) -> str:
+        if here := [info.step for info in list_checkpoints(self.run_dir) if info.fault is None]:
+            return f"Restore one, or leave checkpoint.remote out to go on from step {max(here)}, which is here"
+        return "Restore one, or choose another run.path and checkpoint.remote to start anew"
 
     def _fetch(self, name: str, file: Path, size_bytes: int) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -228,6 +240,10 @@ class RemoteCheckpoints:
         try:
             self.storage.fetch(name, temporary, size_bytes=size_bytes)
             os.replace(temporary, file)
+        except OSError as error:
+            if error.filename is None:  # a full disk
+                raise OSError(error.errno, error.strerror, str(file)) from error
+            raise
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -264,6 +280,15 @@ def _read_id(run_dir: Path) -> str | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} cannot be read ({error}): restore it from checkpoint.remote") from error
+
+
+def _fault_of_copy(action: Callable[[], None]) -> str:
+    """What is wrong with a copy, if that is what an action meets."""
+    try:
+        action()
+    except (FileNotFoundError, ObjectChangedError, CheckpointError) as error:
+        return str(error)
+    return ""
 
 
 def _told(action: Callable[[], None]) -> str:

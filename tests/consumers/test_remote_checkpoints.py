@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from consumers.checkpoint_files import (
 from consumers.ranks import Ranks
 from consumers.remote_checkpoints import RUN_ID, RemoteCheckpoints
 from qwenimg_dist import storage
+from qwenimg_dist.patience import StorageAwayError
 from qwenimg_dist.storage import Patience, Storage
 
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
@@ -114,7 +117,10 @@ def test_a_copy_without_its_manifest_or_a_file_is_none(url: str, tmp_path: Path,
     assert not list(checkpoints_dir(other).glob(".tmp-*"))
 
     Storage(url).remove([f"checkpoints/{step_name(2)}/{rank_file(0, 1)}"])
-    with pytest.raises(ValueError, match=r"no copy in .* can be used"):
+    with pytest.raises(ValueError, match=r"no copy in .* can be used.*to start anew"):
+        copy_of(url, tmp_path / "third").fetch(ALONE, said.append)
+    save(tmp_path / "third", 1)
+    with pytest.raises(ValueError, match=r"leave checkpoint\.remote out to go on from step 1, which is here"):
         copy_of(url, tmp_path / "third").fetch(ALONE, said.append)
 
 
@@ -207,3 +213,34 @@ def test_a_machine_that_is_lost_while_it_joins_may_join_again(url: str, tmp_path
     server.faults.heal()
     assert copy_of(url, other).join(fresh=False)
     assert (other / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_a_bucket_that_is_away_is_no_bad_copy(
+    url: str, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older copy in place of the newest would be lost work, and the next upload would remove the newest."""
+    here, other = tmp_path / "run", tmp_path / "other"
+    for step in (2, 4):
+        save(here, step)
+        assert push(url, here, step) == ""
+    assert copy_of(url, other).join(fresh=False)
+    left = checkpoints_dir(other) / f".tmp-{step_name(4)}-of-the-dead"
+    left.mkdir(parents=True)
+    said: list[str] = []
+    server.faults.match = lambda method, path: method == "GET" and "step-00000004/rank" in path
+    server.faults.refuse = 1000
+    with pytest.raises(StorageAwayError, match=r"could not read checkpoints/step-00000004/rank-00000"):
+        copy_of(url, other).fetch(ALONE, said.append)
+    server.faults.heal()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage.os, "pwrite", full)
+        with pytest.raises(ValueError, match=r"No space left on device: .*step-00000004.*rank-00000"):
+            copy_of(url, other).fetch(ALONE, said.append)
+    assert said == []
+    assert list(checkpoints_dir(other).iterdir()) == []
+    copy_of(url, other).fetch(ALONE, said.append)
+    assert steps(other) == [4]
