@@ -23,6 +23,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,9 +60,11 @@ _FILES: Final = (
     "tables.jsonl",
     "samples.jsonl",
     "bad_samples.jsonl",
+    "rewards.json",
+    "validation/generations.jsonl",
 )
-_GROWING_FOLDERS: Final = ("takedown", "samples")
-"""Whose files never change once they are there."""
+_GROWING: Final = ("takedown/*.*", "samples/*.*", "reference/*/about.json", "reference/*/errors.npy")
+"""Files that never change once they are there."""
 _STEP: Final = re.compile(r"^checkpoints/step-(\d{8,})/")
 _VISIBLE_S: Final = 60.0
 
@@ -106,7 +109,7 @@ class RemoteCheckpoints:
         wanted = {
             name: entry.size_bytes
             for name, entry in self.storage.list().items()
-            if name in _FILES or name.partition("/")[0] in _GROWING_FOLDERS
+            if name in _FILES or any(fnmatch(name, pattern) for pattern in _GROWING)
         }
         # The id first: without it, what a join that was cut short has brought would pass for another run's.
         for name in sorted(wanted, key=lambda name: name != RUN_ID):
@@ -170,10 +173,9 @@ class RemoteCheckpoints:
         for name in _FILES:
             if (self.run_dir / name).is_file():
                 self.storage.upload(self.run_dir / name, name)
-        for name in _GROWING_FOLDERS:
-            for file in sorted((self.run_dir / name).glob("*.*")):
-                if f"{name}/{file.name}" not in there:
-                    self.storage.upload(file, f"{name}/{file.name}")
+        for file in sorted(file for pattern in _GROWING for file in self.run_dir.glob(pattern)):
+            if (name := file.relative_to(self.run_dir).as_posix()) not in there:
+                self.storage.upload(file, name)
         self.storage.upload(folder / MANIFEST, f"{_FOLDER}/{step_name(step)}/{MANIFEST}")
         self._retain(step, keep, keep_every)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from s3_server import BUCKET, Server, s3_server
 
+from consumers import judges, reference_pass, validation_data
 from consumers.checkpoint_files import (
     FileRecord,
     checkpoints_dir,
@@ -26,6 +27,7 @@ from consumers.checkpoint_files import (
 from consumers.ranks import Ranks
 from consumers.remote_checkpoints import RUN_ID, RemoteCheckpoints
 from qwenimg_dist import storage
+from qwenimg_dist.data import generation_log
 from qwenimg_dist.patience import StorageAwayError
 from qwenimg_dist.storage import Patience, Storage
 
@@ -244,3 +246,30 @@ def test_a_bucket_that_is_away_is_no_bad_copy(
     assert list(checkpoints_dir(other).iterdir()) == []
     copy_of(url, other).fetch(ALONE, said.append)
     assert steps(other) == [4]
+
+
+def test_what_a_run_cannot_make_anew_comes_with_the_copy(url: str, tmp_path: Path, server: Server) -> None:
+    """Its judges, what it validates on, and the errors of a reference that it has left; not the single blocks."""
+    here, other = tmp_path / "run", tmp_path / "other"
+    save(here, 2)
+    kept = {
+        judges.FILE: b"{}",
+        f"{validation_data.FOLDER}/{generation_log.FILE}": b"{}\n",
+        f"{reference_pass.FOLDER}/0a1b/about.json": b"{}",
+        f"{reference_pass.FOLDER}/0a1b/errors.npy": b"errors of the starting weights",
+    }
+    for name, data in {**kept, "reference/2c3d/block-00000001.npy": b"1", "validation/index/x": b"1"}.items():
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_bytes(data)
+    assert push(url, here, 2) == ""
+    save(here, 4)
+    server.faults.paths.clear()
+    assert push(url, here, 4) == ""
+    assert not [path for method, path in server.faults.paths if method == "PUT" and "reference/" in path]  # not again
+    assert copy_of(url, other).join(fresh=False)
+    copy_of(url, other).fetch(ALONE, lambda _: None)
+    assert steps(other) == [4]
+    for name, data in kept.items():
+        assert (other / name).read_bytes() == data
+    assert len(list((other / "reference").rglob("*.npy"))) == 1
+    assert [file.name for file in (other / "validation").iterdir()] == ["generations.jsonl"]
