@@ -25,7 +25,7 @@ from producers.near import load_near_index, settle_near
 from producers.near_index import HammingIndex
 from producers.plan import Plan
 from producers.scan import MISSING_FILE
-from producers.sources.base import Found, can_be_read
+from producers.sources.base import Found, can_be_read, is_being_written
 from producers.state import PassingFault, is_done, passing_faults, read_record
 from producers.unit import UnitReport
 from producers.verdicts import Verdicts
@@ -56,6 +56,10 @@ class Pending:
 
     unit: int
     scan_again: tuple[int, ...] = ()
+
+    def scan(self, min_age_s: float) -> Task:
+        """The unit's first task."""
+        return Task(kind="scan", unit=self.unit, again=self.scan_again, min_age_s=min_age_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,8 @@ class Driver:
     """Asked before each unit is encoded; None never holds back."""
     retry_missing: bool = False
     """Ask again for remote pictures that were not there, not only for those that could not be reached."""
+    min_age_s: float = 0.0
+    """Local files touched more recently may still be written: they are read at a later look."""
     _workers: Workers | None = None
     _index: DigestIndex | None = None
     _near: HammingIndex | None = None
@@ -132,7 +138,7 @@ class Driver:
         workers = self._workers
         if not self._rescan(pending, workers):
             return False
-        schedule = _Schedule(pending, scan_ahead=workers.num_workers + 2)
+        schedule = _Schedule(pending, scan_ahead=workers.num_workers + 2, min_age_s=self.min_age_s)
         begun: Counter[tuple[str, int]] = Counter()
         while not schedule.finished:
             while not self.stopping() and workers.num_idle() > 0:
@@ -174,7 +180,7 @@ class Driver:
         while todo or in_flight:
             while todo and not self.stopping() and workers.num_idle() > 0:
                 one = todo.popleft()
-                workers.submit(Task(kind="scan", unit=one.unit, again=one.scan_again))
+                workers.submit(one.scan(self.min_age_s))
                 in_flight += 1
             if self.stopping() and in_flight == 0:
                 return False
@@ -243,7 +249,7 @@ class Driver:
         """Whether another try is worth it. What a server said is not there is believed until the row names another
         place: dead links are many in tables of URLs, and a try of each costs its unit a further part."""
         there = [can_be_read(self.root, uri) for uri in fault.uris]
-        if False in there:
+        if False in there or any(is_being_written(self.root, uri, self.min_age_s) for uri in fault.uris):
             return False
         return None not in there or fault.reason != MISSING_FILE or fault.listed_anew or self.retry_missing
 
@@ -263,7 +269,7 @@ class _Schedule:
     """Order of tasks: scans run a few units ahead of encoding; a unit is encoded once all before it are settled. What
     must be known to settle one comes first: all others wait for it."""
 
-    def __init__(self, pending: Sequence[Pending], *, scan_ahead: int) -> None:
+    def __init__(self, pending: Sequence[Pending], *, scan_ahead: int, min_age_s: float) -> None:
         self._to_scan = deque(pending)
         self._to_settle = deque(one.unit for one in pending)
         self._to_encode: deque[int] = deque()
@@ -271,6 +277,7 @@ class _Schedule:
         self._questions: deque[Task] = deque()
         self._unanswered = 0
         self._scan_ahead = scan_ahead
+        self._min_age_s = min_age_s
         self._open = len(pending)
         """Units not yet encoded."""
         self._encoding = 0
@@ -286,8 +293,7 @@ class _Schedule:
         if self._questions:
             task = self._questions.popleft()
         elif self._to_scan and (ahead < self._scan_ahead or not self._to_encode):
-            one = self._to_scan.popleft()
-            task = Task(kind="scan", unit=one.unit, again=one.scan_again)
+            task = self._to_scan.popleft().scan(self._min_age_s)
         elif self._to_encode and has_room(self._to_encode[0], self._encoding):
             task = Task(kind="encode", unit=self._to_encode.popleft())
             self._encoding += 1

@@ -18,7 +18,7 @@ from producers.commit import commit_part
 from producers.load import ImageFault, open_file
 from producers.perceptual_hash import hash_file
 from producers.poison import POISON, Watch
-from producers.sources.base import BAD_ROW, OUTSIDE_ROOT, SourceGoneError, locate, read_bytes
+from producers.sources.base import BAD_ROW, OUTSIDE_ROOT, SourceGoneError, is_being_written, locate, read_bytes
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.debug import picture_point
 from qwenimg_dist.in_turn import in_turn
@@ -57,7 +57,7 @@ def naming(row: int, uri: str) -> Iterator[None]:
         raise
 
 
-def scan_row(root: str, listed: Mapping[str, Any]) -> dict[str, Any]:
+def scan_row(root: str, listed: Mapping[str, Any], *, min_age_s: float = 0.0) -> dict[str, Any]:
     """One row of `SCAN_COLUMNS`, of a row of the listing. The first fault among its pictures is the row's; its detail
     names the picture."""
     row, kind, others = listed["row"], listed.get("kind") or IMAGE, listed.get("others") or ()
@@ -67,7 +67,7 @@ def scan_row(root: str, listed: Mapping[str, Any]) -> dict[str, Any]:
         return {"row": row, **_NOTHING, "fault": BAD_ROW, "detail": listed["fault_detail"]}
     if kind == PROMPT:
         return {"row": row, **_NOTHING}
-    scanned = [_scan_file(root, one, hashed=kind == IMAGE) for one in (listed["uri"], *others)]
+    scanned = [_scan_file(root, one, hashed=kind == IMAGE, min_age_s=min_age_s) for one in (listed["uri"], *others)]
     entry = {"row": row, **scanned[0][0], "others": [facts for facts, _ in scanned[1:]]}
     faulty = [(index, fault) for index, (_, fault) in enumerate(scanned) if fault is not None]
     if not faulty:
@@ -77,11 +77,13 @@ def scan_row(root: str, listed: Mapping[str, Any]) -> dict[str, Any]:
     return {**entry, "fault": fault.reason, "detail": detail}
 
 
-def _scan_file(root: str, uri: str, *, hashed: bool) -> tuple[dict[str, Any], ImageFault | None]:
+def _scan_file(root: str, uri: str, *, hashed: bool, min_age_s: float) -> tuple[dict[str, Any], ImageFault | None]:
     """Facts of one file, and why it cannot be used. `hashed`: with what near duplicates are told by."""
     facts = dict(_NOTHING)
     try:
         data = read_or_fault(root, uri)
+        if is_being_written(root, uri, min_age_s):  # asked after it was read: what came since is not in the bytes
+            raise ImageFault(UNREADABLE, "it was touched a moment ago, and may still be written")
         facts |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         picture_point("scan", facts["sha256"])
         file = open_file(data)
@@ -109,11 +111,13 @@ def scan_unit(
     config_hash: str,
     watch: Watch | None = None,
     num_threads: int = 1,
+    min_age_s: float = 0.0,
 ) -> int:
     """Scan what is listed and not yet scanned, and the rows in `again`; commit one part. Returns the rows scanned.
 
-    Remote files are waited for together, whatever `num_threads`. With `watch`, one row is open at a time, and rows that
-    killed earlier tries get the fault `poison` unopened.
+    Remote files are waited for together, whatever `num_threads`. Local ones touched within `min_age_s` may still be
+    written, and get a fault that passes: half a file would be a lasting one. With `watch`, one row is open at a time,
+    and rows that killed earlier tries get the fault `poison` unopened.
     """
     listing = dataset.read_unit(LISTING, unit, ["row", "uri", "caption_fault", "kind", "others", "fault_detail"])
     assert listing is not None  # units come from the listing
@@ -125,7 +129,7 @@ def scan_unit(
     elif any("://" in locate(root, entry["uri"]) for entry in todo):
         num_threads = max(num_threads, _REMOTE_THREADS)
     with watch or nullcontext():
-        rows = list(in_turn(partial(_scan_watched, root, watch), todo, threads=num_threads))
+        rows = list(in_turn(partial(_scan_watched, root, watch, min_age_s), todo, threads=num_threads))
     if rows:
         table = pa.Table.from_pylist(rows, schema=SCAN_COLUMNS)
         commit_part(dataset, dataset.next_part(SCAN, unit), table, config_hash=config_hash)
@@ -134,7 +138,7 @@ def scan_unit(
     return len(rows)
 
 
-def _scan_watched(root: str, watch: Watch | None, listed: Mapping[str, Any]) -> dict[str, Any]:
+def _scan_watched(root: str, watch: Watch | None, min_age_s: float, listed: Mapping[str, Any]) -> dict[str, Any]:
     row = listed["row"]
     if watch is not None and row in watch.poison:
         facts = {"row": row, "bytes": 0, "width": 0, "height": 0, "orientation": 1}
@@ -142,4 +146,4 @@ def _scan_watched(root: str, watch: Watch | None, listed: Mapping[str, Any]) -> 
     if watch is not None:
         watch.opening(row)
     with naming(row, listed["uri"]):
-        return scan_row(root, listed)
+        return scan_row(root, listed, min_age_s=min_age_s)

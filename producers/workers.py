@@ -39,6 +39,8 @@ class Task:
     """For a verdict."""
     again: tuple[int, ...] = ()
     """Rows to scan once more, though they were scanned."""
+    min_age_s: float = 0.0
+    """For a scan: local files touched more recently may still be written."""
     careful: bool = False
     """Open one picture at a time and leave a trail, since an earlier try took its process with it."""
     why: str = ""
@@ -105,6 +107,7 @@ def run_task(
             config_hash=plan.config_hash,
             watch=watch,
             num_threads=num_threads,
+            min_age_s=task.min_age_s,
         )
         judge_unit(dataset, task.unit, plan=plan, scorers=scorers)
         return Outcome(task=task)

@@ -12,9 +12,10 @@ import json
 import math
 import os
 import stat
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -34,6 +35,9 @@ BAD_LABEL: Final = "bad_label"
 _RAW: Final = "bytes:"
 BROKEN_LINE: Final = "line:"
 """Begins the uri of a `bad_row`, which no file has."""
+_INSIDE: Final = (BROKEN_LINE, tars.SCHEME, parquet_cells.SCHEME, recipe.SCHEME)
+_CLOCKS_APART_S: Final = 60.0
+"""A file server's may be ahead by as much; a file with a date further in the future just has a wrong one."""
 _SCHEMES: Final = (_RAW, BROKEN_LINE, tars.SCHEME, parquet_cells.SCHEME, recipe.SCHEME)
 
 
@@ -191,6 +195,16 @@ def can_be_read(root: str, uri: str) -> bool | None:
     if "\0" in place or not os.path.isfile(place) or not os.access(place, os.R_OK):
         return False
     return not uri.startswith(tars.SCHEME) or tars.has_member(place, uri)
+
+
+def is_being_written(root: str, uri: str, min_age_s: float) -> bool:
+    """Whether a local picture with a file of its own was touched within `min_age_s`; 0 asks nothing."""
+    place = locate(root, uri) if min_age_s > 0 and not uri.startswith(_INSIDE) else "://"
+    if "://" in place:
+        return False
+    with suppress(OSError, ValueError):  # not there, or no name that a file can have
+        return -_CLOCKS_APART_S < time.time() - os.stat(place).st_mtime < min_age_s
+    return False
 
 
 def clean_captions(value: Any) -> tuple[tuple[str, ...], str | None]:

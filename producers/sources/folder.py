@@ -50,6 +50,8 @@ class _Walk:
     """What one pass over the folder saw; paths are relative to the root, `/` between parts."""
 
     pictures: Paths = field(default_factory=Paths)
+    young: Paths = field(default_factory=Paths)
+    """Pictures that may still be written: left for later, also where a `metadata.jsonl` names them."""
     texts: Paths = field(default_factory=Paths)
     """Caption files, without their extension."""
     text_extensions: set[str] = field(default_factory=set)
@@ -76,7 +78,8 @@ class Folder:
 
     def find(self, *, min_age_s: float = 0.0) -> Found:
         """See `Source.find`."""
-        walk = self._walk(time.time() - min_age_s if min_age_s > 0 else None)
+        newest = time.time() - min_age_s if min_age_s > 0 else None
+        walk = self._walk(newest)
         if self._captions == "metadata" and not walk.metadata:
             raise ValueError(f"{self._root}: source.captions=metadata, but there is no {METADATA}")
         # Nearer files override.
@@ -90,8 +93,10 @@ class Folder:
         )
         broken = look_through(described.broken())
         if len(described):
-            for path in list(described.not_in(walk.pictures.hashes())):
-                walk.pictures.append(path)
+            seen = walk.pictures.hashes()
+            for path in list(described.not_in(np.union1d(seen, walk.young.hashes()) if len(walk.young) else seen)):
+                if newest is None or _is_picture(path) or _modified(self._root / path) <= newest:
+                    walk.pictures.append(path)
         stems = walk.pictures.hashes(lambda path: posixpath.splitext(path)[0]) if len(walk.texts) else None
         if stems is not None:
             walk.ignored[".txt"] += int(np.count_nonzero(~are_in(np.unique(walk.texts.hashes()), stems)))
@@ -171,8 +176,7 @@ def _sort_file(walk: _Walk, entry: os.DirEntry[str], path: str, newest: float | 
     if entry.name == METADATA:
         walk.metadata.append(path)
     elif kind in EXTENSIONS:
-        if newest is None or _modified(entry) <= newest:
-            walk.pictures.append(path)
+        (walk.pictures if newest is None or _modified(entry) <= newest else walk.young).append(path)
     elif kind == ".txt":
         walk.texts.append(stem)
         walk.text_extensions.add(extension)
@@ -187,10 +191,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _modified(entry: os.DirEntry[str]) -> float:
+def _is_picture(path: str) -> bool:
+    """By its extension; then the walk has seen it if it is there."""
+    return posixpath.splitext(path)[1].lower() in EXTENSIONS
+
+
+def _modified(entry: os.DirEntry[str] | Path) -> float:
     try:
         return entry.stat().st_mtime
-    except OSError:  # a dangling link: listed, and later found missing
+    except (OSError, ValueError):  # a dangling link: listed, and later found missing
         return 0.0
 
 

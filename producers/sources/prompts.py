@@ -45,7 +45,7 @@ class Prompts:
 
     def _rows(self, growing: bool) -> Iterator[SourceRow]:
         if self._text is not None:
-            yield from self._lines(self._text)
+            yield from self._lines(self._text, growing)
             return
         column, meta = self._config.prompt_column, self._config.meta_columns
         for record in self._records.read([column], optional=meta, growing=growing):
@@ -56,11 +56,14 @@ class Prompts:
         meta = record.meta(self._config.meta_columns)
         return SourceRow(kind=PROMPT, uri="", captions=captions, fault=fault, meta=meta)
 
-    def _lines(self, file: Path) -> Iterator[SourceRow]:
-        """Lines that are not blank."""
+    def _lines(self, file: Path, growing: bool) -> Iterator[SourceRow]:
+        """Lines that are not blank. Of a growing file a last line without its end is half written, and not there yet:
+        any beginning of a prompt is a prompt."""
         try:
             with open(file, "rb") as lines:
                 for raw in lines:
+                    if growing and not raw.endswith(b"\n"):
+                        return
                     try:
                         text = raw.decode("utf-8-sig")
                     except UnicodeDecodeError:

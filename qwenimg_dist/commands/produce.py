@@ -34,7 +34,7 @@ from producers.tracking import WandbGauges
 from producers.workers import ProduceError, Workers
 from qwenimg_dist.commands.data import look_closer
 from qwenimg_dist.commands.inputs import required
-from qwenimg_dist.commands.produce_rounds import rounds
+from qwenimg_dist.commands.produce_rounds import SETTLED_S, rounds
 from qwenimg_dist.commands.stopping import catch_signals, stop_signals
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config, EditsSource, ManifestSource, PairsSource, SourceConfig
@@ -183,6 +183,7 @@ def drive(
             stopping=stop.is_set,
             hold=_hold(production, dataset, progress),
             retry_missing=_retries_missing(config.source),
+            min_age_s=SETTLED_S if config.follow else 0.0,
         )
         with stop_signals(stop):
             try:

@@ -21,7 +21,7 @@ from producers.sources.folder import describe
 from qwenimg_dist.storage import StorageError
 
 _FOLLOW_POLL_S: Final = 2.0
-_SETTLED_S: Final = 2.0
+SETTLED_S: Final = 2.0
 """While following, a file counts as written once it was not touched for this long."""
 
 
@@ -66,7 +66,7 @@ def _look(source: Source) -> Found:
             raise SourceError(str(error)) from error
 
     try:
-        found = source.find(min_age_s=_SETTLED_S)
+        found = source.find(min_age_s=SETTLED_S)
     except (ValueError, StorageError) as error:
         raise SourceError(str(error)) from error
     return replace(found, rows=rows(found.rows))

@@ -20,7 +20,7 @@ from producers.sources import open_source
 from producers.sources.base import Found, SourceGoneError, encode_uri, locate, read_bytes
 from producers.sources.folder import Folder
 from qwenimg_dist.compose import load_config
-from qwenimg_dist.config import FolderSource, ManifestSource
+from qwenimg_dist.config import FolderSource, ManifestSource, PromptsSource
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.schema import LISTING
 
@@ -156,6 +156,10 @@ def test_a_last_line_half_written_is_not_there_yet_while_a_source_is_followed(tm
     text = '{"file_name": "a.png", "uri": "a.png", "text": "x", "caption": "x"}\n{"file_name": "b.p'
     for name in ("list.jsonl", "metadata.jsonl"):
         (tmp_path / name).write_text(text)
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue squ")
+    prompts = open_source(PromptsSource(kind="prompts", path=str(tmp_path / "prompts.txt")))
+    assert [row.captions for row in prompts.find().rows] == [("a red circle",), ("a blue squ",)]
+    assert [row.captions for row in prompts.find(min_age_s=1e-9).rows] == [("a red circle",)]
     source = open_source(ManifestSource(kind="manifest", path=str(tmp_path / "list.jsonl")))
     for one in (source, Folder(FolderSource(kind="folder", path=str(tmp_path)))):
         assert [row.fault for row in one.find().rows] == [None, "bad_row"]
@@ -213,6 +217,12 @@ def test_a_file_that_is_still_being_written_is_left_for_later(tmp_path: Path) ->
     touch(tmp_path, "old.png", "new.png", text="words")
     os.utime(tmp_path / "old.png", (time.time() - 60,) * 2)
     assert [row.uri for row in find(tmp_path, min_age_s=30).rows] == ["old.png"]
+    touch(tmp_path, "new raw", "old raw")
+    os.utime(tmp_path / "old raw", (time.time() - 60,) * 2)
+    names = ("old.png", "new.png", "new raw", "old raw", "gone.png", "gone")
+    describe_pictures(tmp_path, *({"file_name": name, "text": "words"} for name in names))
+    found = find(tmp_path, min_age_s=30)
+    assert [row.uri for row in found.rows] == ["gone", "gone.png", "old raw", "old.png"]
 
 
 def test_a_root_that_is_gone_is_not_blamed_on_its_files(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -119,6 +121,37 @@ def test_what_a_look_listed_before_it_broke_off_is_made_ready(
     assert world.dataset.units(LISTING) == world.dataset.units(ROWS) == [0, 1, 2, 3]
     assert len(rows_of(world.dataset, ROWS)) == 14
     assert (world.dataset.root / SOURCE_COMPLETE).exists()
+
+
+def test_a_file_that_is_still_written_is_read_at_a_later_look(world: SimpleNamespace) -> None:
+    """Half a picture would be a lasting fault, whether it was listed so, or was missing when it was listed."""
+    world.driver.min_age_s = 60.0
+    old = time.time() - 300
+    whole = [file.read_bytes() for file in (world.root / "0.png", world.root / "1.png")]
+    for file in (world.root / "0.png", world.root / "1.png"):
+        os.utime(file, (old, old))
+    (world.root / "0.png").write_bytes(whole[0][: len(whole[0]) // 2])
+    (world.root / "1.png").unlink()
+    lines = [f'{{"file_name": "{number}.png", "text": "words"}}\n' for number in range(2)]
+    (world.root / "metadata.jsonl").write_text("".join(lines))
+    seen: list[dict[int, str]] = []
+
+    def told(found: Found) -> Found:
+        seen.append({row: entry["reason"] for row, entry in rows_of(world.dataset, ROWS).items()})
+        return found
+
+    def appears(found: Found) -> Found:
+        (world.root / "1.png").write_bytes(whole[1][: len(whole[1]) // 2])
+        return told(found)
+
+    def complete(found: Found) -> Found:
+        for number in range(2):
+            (world.root / f"{number}.png").write_bytes(whole[number])
+            os.utime(world.root / f"{number}.png", (old, old))
+        return told(found)
+
+    follow(world, appears, told, complete, told)
+    assert seen == [{0: "unreadable", 1: "missing_file"}] * 3 + [{0: "", 1: ""}]
 
 
 def test_damage_of_the_data_set_ends_the_command(world: SimpleNamespace) -> None:
