@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from marked_ray import clear, ray_with_marks
 from producer_world import rows_of
 from undisturbed import assert_same, produce_quietly, words, write_source
 
 from producers.poison import POISON, trail_file
-from producers.ray_cluster import ray_session
 from qwenimg_dist.commands.main import main
-from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.schema import ROWS, SCAN
 
@@ -32,21 +31,16 @@ def calm(source: Path) -> Dataset:
 
 @pytest.fixture(scope="module")
 def fault_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where actors look for marks; Ray takes its environment from this process when it starts."""
-    folder = tmp_path_factory.mktemp("marks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QWENIMG_DIST_FAULT_DIR", str(folder))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.delenv("RAY_ADDRESS", raising=False)
-        with ray_session(load_config(["cluster.producers=2", "cluster.cpus_per_producer=3"]).cluster):
-            yield folder
+    with ray_with_marks(
+        tmp_path_factory.mktemp("marks"), "cluster.producers=2", "cluster.cpus_per_producer=3"
+    ) as folder:
+        yield folder
 
 
 @pytest.fixture
 def marks(fault_dir: Path) -> Iterator[Path]:
     yield fault_dir
-    for mark in fault_dir.iterdir():
-        mark.unlink()
+    clear(fault_dir)
 
 
 def mark(marks: Path, point: str, file: Path, word: str) -> None:

@@ -15,14 +15,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from marked_ray import clear, ray_with_marks
 from photo_folder import photo
 from producer_world import further, rows_of, tensor_at
 from undisturbed import assert_same, produce_quietly, words, write_source
 
 from producers.poison import POISON
-from producers.ray_cluster import ray_session
 from qwenimg_dist.commands.main import main
-from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.schema import ROWS
 
@@ -44,21 +43,14 @@ def calm(source: Path) -> Dataset:
 
 @pytest.fixture(scope="module")
 def fault_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where actors look for marks; Ray takes its environment from this process when it starts."""
-    folder = tmp_path_factory.mktemp("marks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QWENIMG_DIST_FAULT_DIR", str(folder))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.delenv("RAY_ADDRESS", raising=False)
-        with ray_session(load_config(list(LOADERS)).cluster):
-            yield folder
+    with ray_with_marks(tmp_path_factory.mktemp("marks"), *LOADERS) as folder:
+        yield folder
 
 
 @pytest.fixture
 def marks(fault_dir: Path) -> Iterator[Path]:
     yield fault_dir
-    for mark in fault_dir.iterdir():
-        mark.unlink()
+    clear(fault_dir)
 
 
 @contextlib.contextmanager
