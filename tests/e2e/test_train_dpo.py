@@ -79,7 +79,12 @@ def test_dpo_starts_at_ln_2_from_the_averaged_weights_and_moves(
     evaluated = [line for line in log if "eval/loss" in line]
     assert [line["step"] for line in evaluated] == [4, 8]
     assert all({"eval/pair_accuracy", "eval/pair_margin", "eval/raw/pair_loss"} <= line.keys() for line in evaluated)
-    assert all(0 < float(line["eval/pair_accuracy"]) <= 1 for line in evaluated)  # type: ignore[arg-type]
+    for line in evaluated:  # pictures are noise here: nothing is learned for held-out pairs, but the figures must agree
+        accuracy, margin, loss = (float(line[f"eval/pair_{name}"]) for name in ("accuracy", "margin", "loss"))  # type: ignore[arg-type]
+        assert 0 <= accuracy <= 1
+        assert margin != 0
+        assert margin > 0 or loss > np.log(2)  # by Jensen's inequality
+        assert accuracy > 0 or margin < 0
     told = read_certificate(list_checkpoints(reference)[-1].path)
     assert told is not None
     parent = told["lineage"]["parent"]
