@@ -18,7 +18,15 @@ from producers.commit import commit_part
 from producers.load import ImageFault, open_file
 from producers.perceptual_hash import hash_file
 from producers.poison import POISON, Watch
-from producers.sources.base import BAD_ROW, OUTSIDE_ROOT, SourceGoneError, is_being_written, locate, read_bytes
+from producers.sources.base import (
+    BAD_ROW,
+    OUTSIDE_ROOT,
+    SourceGoneError,
+    TooLargeError,
+    is_being_written,
+    locate,
+    read_bytes,
+)
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.debug import picture_point
 from qwenimg_dist.in_turn import in_turn
@@ -35,7 +43,8 @@ _NOTHING: Final[Mapping[str, Any]] = {"bytes": 0, "width": 0, "height": 0, "orie
 
 
 def read_or_fault(root: str, uri: str) -> bytes:
-    """The file's bytes. Raises `ImageFault` with a passing reason, or `SourceGoneError`."""
+    """The file's bytes. Raises `ImageFault`, with a passing reason but for files too large to be read, or
+    `SourceGoneError`."""
     try:
         return read_bytes(root, uri)
     except SourceGoneError:
@@ -43,6 +52,8 @@ def read_or_fault(root: str, uri: str) -> bytes:
     except FileNotFoundError as error:
         asked_again = "; source.retry_missing=true asks again" if "://" in locate(root, uri) else ""
         raise ImageFault(MISSING_FILE, f"the source names it, but it is not there{asked_again}") from error
+    except TooLargeError as error:
+        raise ImageFault("file_too_large", str(error.strerror)) from error
     except OSError as error:
         raise ImageFault(UNREADABLE, error.strerror or type(error).__name__) from error
 

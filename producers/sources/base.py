@@ -32,6 +32,9 @@ OUTSIDE_ROOT: Final = "outside_root"
 BAD_ROW: Final = "bad_row"
 BAD_LABEL: Final = "bad_label"
 
+LARGEST_BYTES: Final = 2 * 1024**3
+"""A larger file is no picture, and would fill the memory of whoever reads it."""
+
 _RAW: Final = "bytes:"
 BROKEN_LINE: Final = "line:"
 """Begins the uri of a `bad_row`, which no file has."""
@@ -43,6 +46,10 @@ _SCHEMES: Final = (_RAW, BROKEN_LINE, tars.SCHEME, parquet_cells.SCHEME, recipe.
 
 class SourceGoneError(OSError):
     """The source as a whole cannot be reached (an unmounted disk): no verdict on any of its rows."""
+
+
+class TooLargeError(OSError):
+    """A file of more than `LARGEST_BYTES`, not read."""
 
 
 class SourceError(ValueError):
@@ -139,6 +146,8 @@ def locate(root: str, uri: str) -> str:
 def read_bytes(root: str, uri: str) -> bytes:
     """The picture's bytes. Raises FileNotFoundError or another OSError for this one alone, `SourceGoneError` if the
     root itself is gone."""
+    if uri.startswith(tars.SCHEME):
+        _check_size(tars.size_of(uri), uri)
     if uri.startswith(recipe.SCHEME):
         from producers.synthetic_text.draw import draw_bytes  # only this source pays for it
 
@@ -166,10 +175,18 @@ def read_bytes(root: str, uri: str) -> bytes:
     with _blaming(root):
         if uri.startswith(tars.SCHEME):
             return tars.read_member(place, uri)
-        if not stat.S_ISREG(os.stat(place).st_mode):  # reading a pipe or a device would never end
+        status = os.stat(place)
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device would never end
             raise OSError(errno.EINVAL, "not a regular file", place)
+        _check_size(status.st_size, place)
         with open(place, "rb") as file:
             return file.read()
+
+
+def _check_size(num_bytes: int, place: str) -> None:
+    if num_bytes > LARGEST_BYTES:
+        told = f"has {num_bytes / 1024**3:.1f} GiB, over {LARGEST_BYTES / 1024**3:g}: it was not read"
+        raise TooLargeError(errno.EFBIG, told, place)
 
 
 @contextmanager

@@ -82,6 +82,11 @@ def walk(path: str) -> Iterator[Member]:
             raise TornTarError(f"{path} is damaged or no plain tar ({error})") from error
 
 
+def size_of(uri: str) -> int:
+    """Bytes of a member, as its uri tells. Raises FileNotFoundError for what is no such uri."""
+    return _parse(uri)[3]
+
+
 def read_member(path: str, uri: str) -> bytes:
     """Bytes of a member of the tar at `path`. Raises FileNotFoundError if the tar is gone or has no such member."""
     name, offset, size = _parse(uri)[1:]

@@ -13,7 +13,7 @@ from producers import pictures, scan
 from producers.actor import describe_failure
 from producers.listing import sync_listing
 from producers.poison import Watch, read_trail, trail_file
-from producers.sources.base import SourceRow
+from producers.sources.base import SourceRow, TooLargeError, read_bytes
 from producers.unit import produce_unit
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.schema import ROWS, SCAN
@@ -98,3 +98,17 @@ def test_what_nobody_foresaw_names_row_and_file(source: Path, tmp_path: Path, mo
     produce_here(source, dataset, PLAN, FakeEncoders())
     assert [entry["status"] for entry in rows_of(dataset, ROWS).values()] == ["kept", "kept"]
     assert len(rows_of(dataset, SCAN)) == 2
+
+
+def test_a_file_of_many_gigabytes_is_a_fault_of_its_row_and_not_read(source: Path, tmp_path: Path) -> None:
+    with open(source / "film.png", "wb") as file:
+        file.truncate(40 * 1024**3)  # sparse
+    with pytest.raises(TooLargeError):
+        read_bytes(str(tmp_path), "tar:films.tar#film.png@512+42949672960")
+    dataset = Dataset.create(tmp_path / "data", 24)
+    rows = [SourceRow(uri=name, captions=("words",)) for name in ("0.png", "film.png", "1.png")]
+    sync_listing(dataset, rows, config_hash="x", before_commit=lambda: None)
+    scan.scan_unit(dataset, 0, root=str(source), config_hash="x")
+    scanned = rows_of(dataset, SCAN)
+    assert [entry["fault"] for entry in scanned.values()] == [None, "file_too_large", None]
+    assert "40.0 GiB, over 2" in scanned[1]["detail"]
