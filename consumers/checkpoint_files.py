@@ -197,6 +197,18 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> FileRecord:
     return describe(folder / STATE)
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's `state.json`. Raises `CheckpointError` if it is damaged, which its size need not tell."""
+    file = path / STATE
+    try:
+        state = json.loads(patiently(file.read_text, str(file)))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file} cannot be read: it holds no object")
+    return state
+
+
 def write_certificate(folder: Path, certificate: Mapping[str, Any]) -> FileRecord:
     """Write `certificate.json` and describe it for the manifest."""
     write_json(folder / CERTIFICATE, certificate)

@@ -22,6 +22,7 @@ from consumers.checkpoint_files import (
     list_checkpoints,
     rank_file,
     read_manifest,
+    read_state,
 )
 from consumers.parameter_groups import FROZEN
 from qwenimg_dist.models.safetensors_directory import TensorEntry, WeightsError, read_header
@@ -85,12 +86,12 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.num_ranks, _ = read_manifest(path)
+        self.state = read_state(path)
         try:
-            self.state: dict[str, Any] = json.loads(patiently((path / STATE).read_text, str(path / STATE)))
             self.step = int(self.state["step"])
             self._frozen = {str(n) for n, p in self.state["parameters"].items() if p.get("group") == FROZEN}
             self._shapes = {str(n): tuple(map(int, p["shape"])) for n, p in self.state["parameters"].items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path / STATE} cannot be read ({type(error).__name__}: {error})") from error
         self._pieces: dict[str, list[_Stored]] = {}
         for rank in range(self.num_ranks):

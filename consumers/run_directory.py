@@ -22,7 +22,14 @@ from typing import Any, Final
 import torch
 import yaml
 
-from consumers.checkpoint_files import STATE, list_checkpoints, no_valid_checkpoint, space_fault, sweep
+from consumers.checkpoint_files import (
+    CheckpointError,
+    list_checkpoints,
+    no_valid_checkpoint,
+    read_state,
+    space_fault,
+    sweep,
+)
 from consumers.curriculum import plan
 from consumers.data_sets import check_ready, data_dirs, kinds_of, ledger_config
 from consumers.judges import FILE as JUDGES
@@ -193,9 +200,17 @@ def check_tracking(config: Config, run_dir: Path, *, fresh: bool) -> None:
     """Raise ValueError if this machine has no key for the tracker that is asked for, before weights are loaded for it.
 
     A run that was tracked before goes on without: its log says so when it opens."""
-    valid = [] if fresh else [info for info in list_checkpoints(run_dir) if info.fault is None]
-    if not valid or json.loads((valid[-1].path / STATE).read_text()).get("wandb_id") is None:
+    if config.logger.wandb == "online" and (fresh or not _was_tracked(run_dir)):
         check_key(config.logger)
+
+
+def _was_tracked(run_dir: Path) -> bool:
+    """By the checkpoint that the run will go on from, as far as one can tell before the bytes are hashed."""
+    for info in reversed(list_checkpoints(run_dir)):
+        if info.fault is None:
+            with contextlib.suppress(CheckpointError):  # of the right size, and damaged: the resume passes it over too
+                return read_state(info.path).get("wandb_id") is not None
+    return False
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ saves and ends with exit code 0; the same command goes on. Several data sets: `d
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -87,9 +86,15 @@ def _dry_run(config: Config) -> int:
 
 def already_ended(config: Config, run_dir: Path) -> Ended | None:
     """How a run that has come to its last step ended; None if there is something left to train."""
+    from consumers.checkpoint_files import CheckpointError
+
     if not _is_complete(config, run_dir):
         return None
-    if degraded := _verdict(config, run_dir):
+    try:
+        degraded = _verdict(config, run_dir)
+    except CheckpointError:  # of the right size, and damaged: the ranks pass it over and go on from the one before
+        return None
+    if degraded:
         return Ended(outcome="failed", code=1, message=f"error: {degraded}")
     return Ended(outcome="complete", code=0, message=f"training complete already: {run_dir}")
 
@@ -105,14 +110,14 @@ def _is_complete(config: Config, run_dir: Path) -> bool:
 
 def _verdict(config: Config, run_dir: Path) -> str:
     """Why the guard ended a run at its last step; empty if it did not."""
-    from consumers.checkpoint_files import STATE, list_checkpoints
+    from consumers.checkpoint_files import list_checkpoints, read_state
     from consumers.guard import Guard
     from consumers.held_out import read_start, start_from_json
 
     start = start_from_json(read_start(run_dir))
     newest = [info for info in list_checkpoints(run_dir) if info.fault is None][-1]
-    state = json.loads((newest.path / STATE).read_text())
-    return Guard(config.evaluate, start.losses if start else {}, state.get("guard")).verdict
+    guard = read_state(newest.path).get("guard")
+    return Guard(config.evaluate, start.losses if start else {}, guard).verdict
 
 
 def _needs(cluster: ClusterConfig) -> dict[str, float]:

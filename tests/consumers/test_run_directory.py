@@ -6,16 +6,21 @@ import errno
 import fcntl
 import math
 import os
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 from small_run import overrides
 from written_checkpoint import write_bare_checkpoint
 
 from consumers import checkpoint_files, run_directory
-from consumers.checkpoint_files import checkpoint_bytes, checkpoints_dir, rank_file, space_fault, step_name
+from consumers.checkpoint import share_of_faults
+from consumers.checkpoint_files import STATE, checkpoint_bytes, checkpoints_dir, rank_file, space_fault, step_name
+from consumers.ranks import Ranks
 from consumers.run_directory import _MOVED_BY_FRESH, check_tracking, move_aside, preflight, run_lock
+from qwenimg_dist.commands.train import already_ended
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.errors import DataError, LockedError
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
@@ -53,6 +58,23 @@ def test_only_a_run_that_was_tracked_before_may_go_on_without_a_key(
     check_tracking(off, tmp_path, fresh=True)
     (checkpoints_dir(tmp_path) / step_name(12)).mkdir()  # torn: the one before counts
     check_tracking(online, tmp_path, fresh=False)
+
+
+def test_a_state_that_cannot_be_read_is_left_to_the_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the size that the manifest lists, so only the resume, which hashes it, goes on from the one before."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    write_bare_checkpoint(tmp_path, 4, {"wandb_id": "abc"})
+    state = write_bare_checkpoint(tmp_path, 8, {"wandb_id": "abc"}) / STATE
+    state.write_bytes(bytes(state.stat().st_size))
+    check_tracking(load_config(["logger=online"]), tmp_path, fresh=False)
+    check_tracking(load_config([]), tmp_path, fresh=False)
+    ended = load_config(["train.steps=8"])
+    assert already_ended(ended, tmp_path) is None
+    assert share_of_faults(state.parent, Ranks(rank=0, world_size=1, device=torch.device("cpu")))
+    assert already_ended(load_config(["train.steps=4"]), tmp_path) is None
+    shutil.rmtree(state.parent)
+    assert already_ended(load_config(["train.steps=4"]), tmp_path) is not None
 
 
 def test_who_holds_the_directory_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
