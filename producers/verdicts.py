@@ -3,7 +3,9 @@
 Place in the flow: `near.py` and `dedup.py` ask for the rows that a later row is a copy of, and for no others. The
 driver knows the answer where the row's unit is ready; else a task of its own opens just those pictures, so that no unit
 waits for another to be encoded. The verdict is of the row's picture and captions alone: not of duplicates, nor of
-resolution classes. So it may be asked at any time and as often as one likes, and need not be kept.
+resolution classes. So it may be asked at any time and as often as one likes, and need not be kept. A picture that
+cannot be opened at the moment counts as admitted, as where no filter looks at pixels: once it can be, its copies would
+all be kept beside it.
 
 Costs one decode more (and the filters' models once more) for each first copy whose unit is not ready when a copy of it
 is settled; units are settled a few ahead of those that are encoded. Where the scores are in the index already, nothing
@@ -25,7 +27,8 @@ from producers.dedup import ADMITTED, REJECTED, UNKNOWN
 from producers.filters.base import Scorers
 from producers.near_index import Ints
 from producers.plan import Plan
-from producers.state import read_record, read_state
+from producers.scan import PASSING
+from producers.state import Decision, read_record, read_state
 from producers.unit import opened_rows
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.schema import DUPLICATE, NEAR_DUPLICATE, ROWS, TOO_SMALL
@@ -83,7 +86,7 @@ class Verdicts:
         for row, status, reason in zip(*(table[name].to_pylist() for name in ("row", "status", "reason")), strict=True):
             self._reach(row)
             if self._states[row] == UNKNOWN and reason not in _NOT_OF_PIXELS:
-                self._states[row] = ADMITTED if status == "kept" else REJECTED
+                self._states[row] = ADMITTED if status == "kept" or reason in PASSING else REJECTED
 
 
 def rows_to_judge(dataset: Dataset, unit: int, rows: Sequence[int], plan: Plan, scorers: Scorers) -> list[Assessment]:
@@ -97,8 +100,12 @@ def judge_rows(
     known: Sequence[Assessment], *, plan: Plan, root: str, scorers: Scorers, num_threads: int = 1
 ) -> dict[int, bool]:
     """Row -> whether the filters on pixels admit it; opens what must be opened."""
-    verdicts = {one.row.row: one.decision.kept for one in known if one.decision is not None}
+    verdicts = {one.row.row: _admitted(one.decision) for one in known if one.decision is not None}
     to_open = [one for one in known if one.decision is None]
     for opened in opened_rows(to_open, plan, root, scorers, num_threads):
-        verdicts[opened.assessment.row.row] = opened.decision.kept
+        verdicts[opened.assessment.row.row] = _admitted(opened.decision)
     return verdicts
+
+
+def _admitted(decision: Decision) -> bool:
+    return decision.kept or decision.reason in PASSING

@@ -32,9 +32,11 @@ from producers import pictures
 from producers.dedup import ADMITTED, REJECTED, UNKNOWN, DedupRule
 from producers.driver import Driver
 from producers.filters.base import BoundFilter, Filter, FilterParams, Rejection, number
+from producers.load import ImageFault
 from producers.near import settle
 from producers.near_index import HammingIndex
 from producers.plan import Plan
+from producers.scan import UNREADABLE
 from producers.sources import open_source
 from producers.workers import InlineWorkers, Outcome, Task
 from qwenimg_dist.compose import load_config
@@ -138,6 +140,35 @@ def count_opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(pictures, "open_verified", counted)
     return opened
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_first_copy_that_cannot_be_opened_for_a_moment_still_counts(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Whether its copy asks for the verdict, or reads the decision of its unit when it comes later."""
+    open_verified, failures = pictures.open_verified, ["03.jpg"]
+
+    def failing_once(root: str, uri: str, sha256: str | None) -> Any:
+        if uri in failures:
+            failures.remove(uri)
+            raise ImageFault(UNREADABLE, "Stale file handle")
+        return open_verified(root, uri, sha256)
+
+    monkeypatch.setattr(pictures, "open_verified", failing_once)
+    dataset = Dataset.create(tmp_path / "data", UNIT_SIZE)
+    if late:
+        aside = [file for file in source.iterdir() if int(file.stem) > 3]
+        for file in aside:
+            file.rename(tmp_path / file.name)
+        produce_here(source, dataset, near_plan(), FakeEncoders())
+        assert statuses(dataset)[3] == "unreadable"
+        for file in aside:
+            (tmp_path / file.name).rename(file)
+    produce_here(source, dataset, near_plan(), FakeEncoders())
+    assert not failures
+    produce_here(source, dataset, near_plan(), FakeEncoders())
+    assert statuses(dataset) == EXPECTED
 
 
 class _Shuffled(InlineWorkers):
