@@ -40,10 +40,17 @@ class Failure:
     kind: FailureKind
     message: str
     trace: str
+    machine: bool = False
+    """A whole machine went, and that is all: nothing can be laid to the task's charge."""
 
 
 class EncoderGoneError(RuntimeError):
     """The encoder that a loader feeds died, or does not answer. Nothing is wrong with the loader, nor with its unit."""
+
+    def __init__(self, message: str, *, machine: bool = False) -> None:
+        super().__init__(message)
+        self.machine = machine
+        """It went with its whole machine."""
 
 
 class EncoderFailedError(RuntimeError):
@@ -65,7 +72,7 @@ def describe_failure(error: Exception) -> Failure:
     if (isinstance(error, OSError) and error.errno in _FULL) or "No space left on device" in str(error):
         kind = "full_disk"
     elif isinstance(error, EncoderGoneError):
-        return Failure(kind="encoder_gone", message=str(error), trace="")
+        return Failure(kind="encoder_gone", message=str(error), trace="", machine=error.machine)
     elif _is_out_of_memory(error):
         kind = "out_of_memory"
     elif isinstance(error, UnitConflictError | SourceGoneError | OSError):

@@ -4,7 +4,8 @@ Place in the flow: `driver.py` sees it as `Workers`. Ray carries control message
 replaced (`actor_slots.py`), its task is tried again on another, and after `cluster.unit_retries` further tries the
 error names the unit and the cause. Units are safe to repeat, also while the first try still runs: only one can commit.
 A repeated task is a careful one, which finds the picture that kills its process (`poison.py`); deaths that bring it
-nearer to that picture are no failures of the unit.
+nearer to that picture are no failures of the unit. Neither are deaths of whole machines, up to a number that is no
+chance any more.
 
 With `cluster.loaders_per_producer` the actors here are loaders, and each producer is an encoder beside them
 (`encoder_group.py`). A picture still kills only the loader that opens it. When an encoder dies, the units that its
@@ -17,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import ray
 
@@ -29,6 +30,10 @@ from producers.poison import Trail, read_trail, trail_file
 from producers.ray_cluster import check_room, needs
 from producers.workers import Outcome, ProduceError, Task
 from qwenimg_dist.config import ClusterConfig
+
+_MACHINES_LOST: Final = 20
+"""So often a task may lose its machine, with loaders twice at a time: a spot machine's end is nobody's fault, but a
+unit that takes every machine with it must end the run."""
 
 
 @dataclass
@@ -52,6 +57,7 @@ class RayWorkers:
         self._groups: list[EncoderGroup] = []
         self._retry: deque[Task] = deque()
         self._failures: Counter[tuple[str, int]] = Counter()
+        self._machines_lost: Counter[tuple[str, int]] = Counter()
         self._slots = ActorSlots[Task, _Place](
             self._places(),
             cluster,
@@ -84,7 +90,7 @@ class RayWorkers:
         outcomes = []
         for event in self._slots.wait(timeout_s):
             if isinstance(event, Loss):
-                self._again(event.task, event.why, careful=not event.machine)
+                self._again(event.task, event.why, careful=not event.machine, machine=event.machine)
             elif (outcome := self._answered(event)) is not None:
                 outcomes.append(outcome)
         return outcomes
@@ -135,14 +141,22 @@ class RayWorkers:
             place = answer.slot.place
             assert place.group is not None  # only loaders have an encoder elsewhere
             place.group.replace(place.encoder)
-        self._again(task, reply.failure.message)
+        self._again(task, reply.failure.message, machine=reply.failure.machine)
         return None
 
-    def _again(self, task: Task, why: str, *, careful: bool = False) -> None:
+    def _again(self, task: Task, why: str, *, careful: bool = False, machine: bool = False) -> None:
         """Try the task once more, or raise if it was tried often enough."""
         trail = self._trail(task)
+        if machine:
+            self._machines_lost[task.kind, task.unit] += 1
+            if (lost := self._machines_lost[task.kind, task.unit]) > _MACHINES_LOST:
+                raise ProduceError(
+                    f"unit {task.unit}: {task.kind} lost its machine {lost} times, last: {why}; what is committed is "
+                    "kept. If other units go well, its pictures take more memory than a machine has: "
+                    f"{LESS_MEMORY}; else the machines do not last for one unit"
+                )
         # Each such death counts against a picture, and of these only so many are believed.
-        if not (task.careful and careful and trail is not None and trail.opening is not None):
+        elif not (task.careful and careful and trail is not None and trail.opening is not None):
             self._failures[task.kind, task.unit] += 1
         failures = self._failures[task.kind, task.unit]
         if failures > self._cluster.unit_retries:

@@ -16,7 +16,7 @@ from typing import Any, overload
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from producers.deaths import why_died
+from producers.deaths import machine_died, why_died
 from producers.messages import EncoderFailedError, EncoderGoneError, Failure
 from producers.pictures import Pixels
 from producers.write import EditPrompt
@@ -54,7 +54,8 @@ class RemoteEncoders:
             raise EncoderGoneError("the encoder did not answer within cluster.unit_timeout_s") from error
         except RayError as error:
             less = "lower encode.image_batch_pixels or encode.text_batch_tokens"
-            raise EncoderGoneError(why_died(error, who="the encoder", less_memory=less)) from error
+            why = why_died(error, who="the encoder", less_memory=less)
+            raise EncoderGoneError(why, machine=machine_died(error)) from error
         if isinstance(answer, Failure):
             raise EncoderFailedError(answer)
         return answer

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Generic, TypeVar
 
 import pytest
 import ray
 
-from producers import actor_slots
-from producers.actor import Job
+from producers import actor_slots, pool
+from producers.actor import Job, Reply
+from producers.actor_slots import Answer, Loss
+from producers.messages import EncoderGoneError, describe_failure
 from producers.pool import RayWorkers
 from producers.ray_cluster import ray_session
 from producers.workers import ProduceError, Task
 from qwenimg_dist.config import ClusterConfig
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 @pytest.fixture
@@ -59,3 +66,55 @@ def wait_in_vain(workers: RayWorkers) -> None:
 class _Holder:
     def there(self) -> Task:
         return Task(kind="scan", unit=0)
+
+
+class _Losing(Generic[A, B]):
+    """`ActorSlots` whose one actor is lost, or says what it is told to, at each task."""
+
+    num_idle = 1
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.events: list[Any] = []
+        self.num_submitted = 0
+
+    def submit(self, task: Task) -> None:
+        self.num_submitted += 1
+
+    def wait(self, timeout_s: float) -> list[Any]:
+        return [self.events.pop(0)] if self.events else []
+
+
+def losing(
+    monkeypatch: pytest.MonkeyPatch, root: Path, cluster: ClusterConfig
+) -> tuple[RayWorkers, _Losing[Task, Any]]:
+    monkeypatch.setattr(pool, "ActorSlots", _Losing)
+    monkeypatch.setattr(pool, "check_room", lambda cluster: None)
+    workers = RayWorkers(make_job(root), cluster)
+    assert isinstance(workers._slots, _Losing)
+    return workers, workers._slots
+
+
+def test_dead_machines_are_no_failures_of_the_unit_up_to_a_number(
+    tmp_path: Path, cluster: ClusterConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Task(kind="encode", unit=3)
+    workers, slots = losing(monkeypatch, tmp_path, cluster)
+    machine_gone, killed = (Loss(task=task, why="gone", machine=machine) for machine in (True, False))
+    group = SimpleNamespace(replace=lambda seen: None)
+    slot = SimpleNamespace(place=SimpleNamespace(group=group, encoder=None))
+    failure = describe_failure(EncoderGoneError("its machine died or lost contact", machine=True))
+    encoder_gone: Answer[Task, Any] = Answer(slot=slot, task=task, reply=Reply(failure=failure))  # type: ignore[arg-type]
+    slots.events = [machine_gone, encoder_gone] * 10 + [killed] * cluster.unit_retries
+    tries = len(slots.events)
+    for _ in range(tries + 1):
+        assert workers.wait(0.0) == []
+    assert slots.num_submitted == tries  # each is tried again
+    slots.events = [killed]
+    with pytest.raises(ProduceError, match=r"unit 3: encode failed 4 times, last: gone.*cluster\.unit_retries"):
+        workers.wait(0.0)
+    workers, slots = losing(monkeypatch, tmp_path, cluster)
+    slots.events = [machine_gone] * 21
+    for _ in range(20):
+        assert workers.wait(0.0) == []
+    with pytest.raises(ProduceError, match="unit 3: encode lost its machine 21 times, last: gone"):
+        workers.wait(0.0)
