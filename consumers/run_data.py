@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -30,8 +31,18 @@ from qwenimg_dist.data.replay import take_over
 _POLL_S: Final = 1.0
 
 
-def await_batch(generations: Generations, ranks: Ranks, hooks: Hooks, step: int) -> None:
-    """Return when the ledger has the batch of `step` on every rank. Collective. Raises `Stopped` if asked to."""
+def _nothing() -> None:
+    return None
+
+
+def await_batch(
+    generations: Generations, ranks: Ranks, hooks: Hooks, step: int, meanwhile: Callable[[], None] = _nothing
+) -> None:
+    """Return when the ledger has the batch of `step` on every rank. Collective. Raises `Stopped` if asked to.
+
+    `meanwhile` is called on every rank, again and again while producers are waited for, which may take hours; it may be
+    collective.
+    """
     waiting = False
     while not generations.settled:
         answer = ranks.on_first(lambda: [generations.advance(step), generations.count])
@@ -40,6 +51,7 @@ def await_batch(generations: Generations, ranks: Ranks, hooks: Hooks, step: int)
             return
         if ranks.any(hooks.stop_requested()):
             raise Stopped
+        meanwhile()
         hooks.stage("waiting for producers")
         if not waiting:
             say_once(ranks, hooks, f"step {step}: waiting for producers")

@@ -1,8 +1,8 @@
 """When the loop saves, and what belongs to a save: logs made durable before, copy and report after.
 
-Place in the flow: the trainer calls `save` when one is due, `take_in` at every step for one that is written beside
-training, and runs inside `settled`, so that the run never ends amid one that can still be whole. What is written is
-`saver.py`'s matter.
+Place in the flow: the trainer calls `save` when one is due, `take_in` at every step, and while it waits for producers,
+for one that is written beside training, and runs inside `settled`, so that the run never ends amid one that can still
+be whole. What is written is `saver.py`'s matter.
 """
 
 from __future__ import annotations

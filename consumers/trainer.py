@@ -90,7 +90,7 @@ def _loop(session: Session) -> Outcome:
 
         # ---- Step -> phase -> this rank's cut of the global batch.
         try:
-            await_batch(session.generations, ranks, session.hooks, progress.step)
+            await_batch(session.generations, ranks, session.hooks, progress.step, lambda: _take_in(session))
         except Stopped:
             break
         session.hooks.stage("reading the batch")
@@ -134,6 +134,10 @@ def _loop(session: Session) -> Outcome:
     if saved_step < progress.step:
         save(session, wait=True)
     return "complete" if progress.step >= last_step else "stopped"
+
+
+def _take_in(session: Session) -> None:
+    take_in(session, *session.ranks.max(session.saver.flags()))
 
 
 def _play(session: Session, batch: RankBatch) -> Round | None:
