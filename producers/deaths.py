@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterable
 from typing import Any, Final
@@ -16,7 +15,7 @@ from typing import Any, Final
 import ray
 from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayActorError, RayError
 
-from producers.messages import Seat
+from producers.messages import Seat, process_mark
 
 LESS_MEMORY: Final = "lower encode.image_batch_pixels or filters.resolution.max_pixels, or run fewer producers"
 _END_S: Final = 2.0
@@ -27,29 +26,27 @@ def end_actors(actors: Iterable[tuple[Any, Seat | None]]) -> None:
     """End actors, given with their seat where it is known.
 
     Ray asks the processes to end themselves, which a hung one does not hear; on this machine it is killed besides. Not
-    at once: Ray reports a process that is killed while it ends as one that crashed.
+    at once: Ray reports a process that is killed while it ends as one that crashed. Other machines and containers may
+    have processes with the same number, under the same host name, and so may this one once the actor is dead: only
+    what bears the seat's mark is killed.
     """
-    here = socket.gethostname()
-    left = set()
+    left: set[Seat] = set()
     for actor, seat in actors:
         with contextlib.suppress(RayError, ValueError):
             ray.kill(actor, no_restart=True)
-        if seat is not None and seat.host == here:
-            left.add(seat.pid)
+        if seat is not None:
+            left.add(seat)
     deadline = time.monotonic() + _END_S
-    while (left := {pid for pid in left if _is_there(pid)}) and time.monotonic() < deadline:
+    while (left := {seat for seat in left if _is_here(seat)}) and time.monotonic() < deadline:
         time.sleep(0.02)
-    for pid in left:
+    for seat in left:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(seat.pid, signal.SIGKILL)
 
 
-def _is_there(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
+def _is_here(seat: Seat) -> bool:
+    """Whether the process is one of this machine, seen from here, and still the same."""
+    return bool(seat.mark) and process_mark(seat.pid) == seat.mark
 
 
 def why_died(error: RayError, *, who: str = "the producer", less_memory: str = LESS_MEMORY) -> str:

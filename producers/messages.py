@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import traceback
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final, Literal
 
 from producers.commit import UnitConflictError
@@ -26,13 +26,27 @@ _NO_MEMORY: Final = ("can't allocate memory", "could not create a primitive", "b
 class Seat:
     """Where an actor runs."""
 
-    host: str
     pid: int
+    mark: str
+    """See `process_mark`."""
 
 
 def own_seat() -> Seat:
     """Of the process that asks."""
-    return Seat(host=socket.gethostname(), pid=os.getpid())
+    return Seat(pid=os.getpid(), mark=process_mark(os.getpid()))
+
+
+def process_mark(pid: int) -> str:
+    """What no other process has, of any machine, container or time: its machine's boot, pid namespace and start. Empty
+    where this process sees none with this number (or is not on Linux)."""
+    try:
+        started = (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        )  # the name before may hold spaces
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')} {started}"
+    except (OSError, IndexError):
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)

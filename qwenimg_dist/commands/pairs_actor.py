@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import socket
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from producers.messages import Seat
+from producers.messages import Seat, own_seat
 from qwenimg_dist.commands.pairs_book import PICTURES, seeds_of
 from qwenimg_dist.config import Config
 from qwenimg_dist.debug import fault_point
@@ -76,7 +75,7 @@ class PairActor:
 
     def ready(self) -> Seat:
         """Answers once the actor is placed and made."""
-        return Seat(host=socket.gethostname(), pid=os.getpid())
+        return own_seat()
 
     def run(self, task: PromptTask) -> Reply:
         """Make the prompt's pair. Never raises for what it meets."""

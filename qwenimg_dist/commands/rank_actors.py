@@ -9,25 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import zip_longest
 from typing import Any, Final
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from producers.deaths import why_died
+from producers.deaths import end_actors, why_died
+from producers.messages import Seat as Process
+from producers.messages import own_seat
 from qwenimg_dist.config import ClusterConfig
 
 _ENVIRONMENT: Final = {"TOKENIZERS_PARALLELISM": "false", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 """Every rank sees all GPUs of its node, and takes its own by LOCAL_RANK, as under torchrun."""
-
-_END_S: Final = 2.0
 
 
 class RanksError(RuntimeError):
@@ -40,7 +38,7 @@ class Seat:
 
     host: str
     ip: str
-    pid: int
+    process: Process
     gpu: int | None
 
 
@@ -52,7 +50,7 @@ class _RankActor:
         return Seat(
             host=socket.gethostname(),
             ip=ray.util.get_node_ip_address(),
-            pid=os.getpid(),
+            process=own_seat(),
             gpu=int(gpus[0]) if gpus else None,
         )
 
@@ -92,7 +90,7 @@ class RankActors:
             }
             seen[seat.ip] += 1
             pending.append(actor.call.remote(environment, function, *given))
-        names = [f"rank {rank} on {seat.host} (pid {seat.pid})" for rank, seat in enumerate(self.seats)]
+        names = [f"rank {rank} on {seat.host} (pid {seat.process.pid})" for rank, seat in enumerate(self.seats)]
         return _answers(pending, names, timeout_s)
 
 
@@ -118,21 +116,7 @@ def rank_actors(cluster: ClusterConfig, *, start_timeout_s: float) -> Iterator[R
         (port,) = _answers([actors[0].free_port.remote()], ["rank 0"], start_timeout_s)
         yield RankActors(actors, [seats[at] for at in order], port)
     finally:
-        _end(actors, {seat.pid for seat in seats if seat.host == socket.gethostname()})
-
-
-def _end(actors: Sequence[Any], here: set[int]) -> None:
-    """Ray asks the processes to end themselves, which a stopped one does not hear; of those on this machine what is
-    left after a moment is killed. Not at once: Ray would report it as a crash."""
-    for actor in actors:
-        with contextlib.suppress(RayError, ValueError):
-            ray.kill(actor, no_restart=True)
-    deadline = time.monotonic() + _END_S
-    while any(Path(f"/proc/{pid}").exists() for pid in here) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for pid in here:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+        end_actors(zip_longest(actors, (seat.process for seat in seats)))  # which is whose does not matter
 
 
 def _answers(pending: Sequence[Any], names: Sequence[str], timeout_s: float) -> list[Any]:
