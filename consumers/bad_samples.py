@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from consumers.batch import RankBatch
 from consumers.errors import TrainingError
+from consumers.ranks import AgreedError
 from qwenimg_dist.metrics import JsonLines
 from qwenimg_dist.patience import StorageAwayError
 
@@ -26,7 +27,7 @@ FILE: Final = "bad_samples.jsonl"
 
 
 def next_batch(session: Session) -> RankBatch:
-    """The batch of step `progress.step`. Collective. Raises ValueError on every rank for what one of them refuses, and
+    """The batch of step `progress.step`. Collective. Raises `AgreedError` for what one rank refuses, on every rank, and
     `StorageAwayError`, which counts no sample, where storage was away."""
     ranks, batch = session.ranks, None
     met: Exception | None = None
@@ -76,7 +77,7 @@ def _note(session: Session, missed: Sequence[dict[str, Any]]) -> None:
         )
     if count > allowed:  # also by those of a checkpoint, if fewer are allowed since
         latest = f": {missed[0]['problem']}" if missed else ""
-        raise ValueError(
+        raise AgreedError(
             f"{count} samples could not be read up to step {step}, data.max_bad_samples={allowed}{latest}. All of them "
             f"stand in {session.run_dir / FILE}; the same command goes on from the last checkpoint"
         )

@@ -23,6 +23,10 @@ _TOLD_BYTES: Final = 1024
 _Result = TypeVar("_Result")
 
 
+class AgreedError(ValueError):
+    """What one rank refused, raised on every rank at the same place: they may go on to agree on what is left to do."""
+
+
 @dataclass
 class Waited:
     """Seconds that this rank has spent in reductions: the fewer, the later it came to them."""
@@ -62,7 +66,7 @@ class Ranks:
         told = self.gather_bytes(problem.encode()[:_TOLD_BYTES].ljust(_TOLD_BYTES))
         return next(text for data in told if (text := data.decode(errors="replace").strip()))
 
-    def first_error(self, error: Exception | None) -> ValueError | StorageAwayError | None:
+    def first_error(self, error: Exception | None) -> AgreedError | StorageAwayError | None:
         """What to raise on every rank if one of them met an error, with its message; None if no rank did.
 
         `StorageAwayError`, by which the gang starts anew, if storage that was away is all that any of them met.
@@ -73,11 +77,11 @@ class Ranks:
             return None
         mine = error if refuses or not refused else None
         told = self.first_problem((str(mine) or type(mine).__name__) if mine is not None else "")
-        return ValueError(told) if refused else StorageAwayError(told)
+        return AgreedError(told) if refused else StorageAwayError(told)
 
     def together(self, action: Callable[[], _Result]) -> _Result:
-        """Run a local action on every rank. What one rank refuses is raised on all of them, as ValueError; storage that
-        was away on one as `StorageAwayError`.
+        """Run a local action on every rank. What one rank refuses is raised on all of them, as `AgreedError`; storage
+        that was away on one as `StorageAwayError`.
 
         A rank that raised alone would leave the others waiting in their next collective, and its reason unheard.
         """

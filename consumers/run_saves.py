@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 
 from consumers.errors import TrainingError
+from consumers.ranks import AgreedError
 from consumers.remote_checkpoints import RemoteCheckpoints
 from consumers.session import Session
 from consumers.throughput import RANK_COLUMNS
@@ -31,10 +32,11 @@ def check_log(session: Session) -> None:
 
 @contextlib.contextmanager
 def settled(session: Session) -> Iterator[None]:
-    """Whatever all ranks end with together, the save under way is finished first."""
+    """Whatever all ranks end with together, the save under way is finished first. A ValueError that is no `AgreedError`
+    may be one rank's alone: to finish a save is to wait for the others."""
     try:
         yield
-    except TrainingError:
+    except (TrainingError, AgreedError):
         with contextlib.suppress(TrainingError, StorageAwayError):  # the first one is the one to tell
             _finish_save(session)
         raise

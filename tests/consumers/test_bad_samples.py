@@ -13,7 +13,7 @@ import pytest
 from consumers.bad_samples import FILE, _note, next_batch
 from consumers.errors import TrainingError
 from consumers.hooks import Hooks
-from consumers.ranks import Ranks
+from consumers.ranks import AgreedError, Ranks
 from consumers.session import Progress
 from qwenimg_dist.data.errors import DataError
 from qwenimg_dist.patience import StorageAwayError
@@ -43,8 +43,8 @@ class Unreadable:
 @pytest.mark.parametrize(
     ("met", "raised"),
     [
-        (DataError("a.tar has 5 bytes, 6 were committed"), ValueError),
-        (OSError(errno.ENOSPC, "No space left on device"), ValueError),
+        (DataError("a.tar has 5 bytes, 6 were committed"), AgreedError),
+        (OSError(errno.ENOSPC, "No space left on device"), AgreedError),
         (OSError(errno.ESTALE, "Stale file handle"), StorageAwayError),
         (StorageError(errno.EIO, "could not read a.tar after 13 tries", "s3://b/a"), StorageAwayError),
         (StorageAwayError("a.tar: Input/output error"), StorageAwayError),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 Results = Callable[[str], dict[str, Any]]
-REFUSED, AWAY = "ValueError", "StorageAwayError"
+REFUSED, AWAY = "AgreedError", "StorageAwayError"
 
 
 def test_both_ranks_raise_the_same_and_a_refusal_comes_first(results: Results) -> None:

@@ -1,4 +1,5 @@
-"""A save that is written beside training is committed as soon as it is written, whatever the run does meanwhile."""
+"""A save that is written beside training is committed as soon as it is written, whatever the run does meanwhile, and
+where all ranks end together."""
 
 from __future__ import annotations
 
@@ -14,13 +15,16 @@ from fake_dataset import FakeProducer
 from growing_run import make_config, open_run, produce_units
 
 from consumers import checkpoint_files, run_data
+from consumers.bad_samples import _note, next_batch
 from consumers.checkpoint_files import list_checkpoints
 from consumers.hooks import Hooks
 from consumers.ranks import Ranks
+from consumers.run_saves import settled
 from consumers.saver import Saver
 from consumers.session import Progress
 from consumers.trainer import _loop
 from qwenimg_dist.compose import load_config
+from qwenimg_dist.data.errors import DataError
 
 WAITING = "waiting for producers"
 
@@ -104,3 +108,42 @@ def test_it_is_committed_while_the_run_waits_for_producers(tmp_path: Path, gate:
     assert (seen[0], seen[-1]) == ([], [step])
     assert said[-1] == f"saved step {step}"
     assert stages.index(WAITING) < stages.index("finishing a save")
+
+
+class Stream:
+    """Gives no batch: a tar is cut off."""
+
+    def get(self, step: int) -> Any:
+        raise DataError(f"a.tar ends amid the batch of step {step}")
+
+
+def test_what_all_ranks_refuse_together_costs_no_save(tmp_path: Path, gate: threading.Event) -> None:
+    run = session(tmp_path, Hooks(), 4)
+    run.stream = Stream()
+    begin(run)
+    threading.Timer(0.1, gate.set).start()
+    with pytest.raises(ValueError, match=r"a\.tar ends amid the batch of step 4"), settled(run):
+        next_batch(run)
+    assert steps(tmp_path) == [4]
+    run.progress.step = 8
+    begin(run)
+    run.run_dir, run.progress.bad_keys = tmp_path, {"a"}
+    with (
+        pytest.raises(ValueError, match=r"2 samples could not be read up to step 9, data\.max_bad_samples=0"),
+        settled(run),
+    ):
+        _note(run, [{"key": "b", "slot": 0, "problem": "b cannot be read"}])
+    run.saver.close()
+    assert steps(tmp_path) == [4, 8]
+
+
+def test_what_one_rank_meets_alone_is_no_time_to_agree_on_a_save(tmp_path: Path, gate: threading.Event) -> None:
+    """The others are elsewhere, and would be waited for until a time-out."""
+    run = session(tmp_path, Hooks(), 4)
+    begin(run)
+    with pytest.raises(ValueError, match="this rank's own"), settled(run):
+        raise ValueError("this rank's own")
+    assert run.saver.under_way
+    gate.set()
+    run.saver.close()
+    assert steps(tmp_path) == []
