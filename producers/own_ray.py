@@ -1,6 +1,6 @@
 """The Ray that a command starts for itself: on loopback alone, and with a token of its own.
 
-Place in the flow: `pool.ray_session` starts and ends such a Ray inside `private()`. By itself Ray would make the
+Place in the flow: `ray_cluster.ray_session` starts and ends such a Ray inside `private()`. By itself Ray would make the
 machine's outer address of 127.0.0.1 and listen on all of them; and it would write a token that lasts into the user's
 home, where others of a shared machine may read it. What the user set (`RAY_AUTH_MODE`, `RAY_AUTH_TOKEN`) holds. Refuses
 nothing: a Ray without these switches starts as it would have.

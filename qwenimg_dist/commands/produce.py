@@ -37,7 +37,7 @@ from qwenimg_dist.commands.inputs import required
 from qwenimg_dist.commands.produce_rounds import SETTLED_S, rounds
 from qwenimg_dist.commands.stopping import catch_signals, stop_signals
 from qwenimg_dist.compose import load_config
-from qwenimg_dist.config import Config, EditsSource, ManifestSource, PairsSource, SourceConfig
+from qwenimg_dist.config import Config, EditsSource, ManifestSource, PairsSource, SourceConfig, WebdatasetSource
 from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.mirror import data_root
 from qwenimg_dist.data.origin import Origin, known_origin, remember_origin
@@ -193,7 +193,8 @@ def drive(
 
 
 def _retries_missing(source: SourceConfig) -> bool:
-    return isinstance(source, ManifestSource | PairsSource | EditsSource) and source.retry_missing
+    remote = ManifestSource | WebdatasetSource | PairsSource | EditsSource
+    return isinstance(source, remote) and source.retry_missing
 
 
 def _tracked(production: Production, dataset: Dataset, stack: ExitStack) -> list[WandbGauges]:

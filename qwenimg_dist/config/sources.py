@@ -110,6 +110,10 @@ class WebdatasetSource(Section):
     """Labels that the source gives, for `where` and `data.weights`: name -> its key in the `.json` member, or a list of
     keys that name themselves. Text becomes the index column `label_<name>`, numbers `score_<name>`. Changed labels list
     their rows anew and encode nothing."""
+    retry_missing: bool = False
+    """Ask again, once per `produce`, for pictures of tars in a bucket that were not there: for a tar that was removed
+    and put back as it was (of one that was written anew, all pictures are asked for by themselves). Costs a request
+    each, and every unit that has one is gone through again; each such `produce` gives it a further part."""
 
 
 class PairsSource(Section):

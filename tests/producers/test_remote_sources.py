@@ -173,6 +173,30 @@ def test_pictures_of_a_tar_written_anew_are_found_at_the_next_look(url: str, tmp
     assert (change.added, change.recaptioned) == (0, 0)
 
 
+def test_a_tar_that_was_put_back_as_it_was_is_asked_for_again_on_demand(url: str, tmp_path: Path) -> None:
+    draw(tmp_path / "0.png", 0)
+    tar = write_tar(tmp_path / "a.tar", [("0.png", (tmp_path / "0.png").read_bytes()), ("0.txt", b"words")])
+    dataset, plan = Dataset.create(tmp_path / "data", 4), make_plan_for()
+    Storage(url).upload(tar, "a.tar")
+    source = open_source(WebdatasetSource(kind="webdataset", path=url))
+
+    def produced(*, retry_missing: bool = False, removed: bool = False) -> str:
+        workers = InlineWorkers(dataset, plan, source.root, FakeEncoders(), SCORERS)
+        driver = Driver(
+            dataset=dataset, plan=plan, root=source.root, make_workers=lambda: workers, retry_missing=retry_missing
+        )
+        num_rows = driver.list_source(source.find()).num_rows
+        if removed:
+            Storage(url).remove(["a.tar"])
+        driver.produce(driver.pending(), num_rows)
+        return str(rows_of(dataset, ROWS)[0]["reason"])
+
+    assert produced(removed=True) == "missing_file"
+    Storage(url).upload(tar, "a.tar")
+    assert produced() == "missing_file"
+    assert produced(retry_missing=True) == ""
+
+
 @pytest.mark.parametrize(
     ("path", "why"),
     [

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
+from producers import scan
+from producers.load import ImageFault
 from qwenimg_dist.commands import produce
-from qwenimg_dist.compose import load_config
+from qwenimg_dist.compose import conf_dir, load_config
 
 
 def told(*words: str) -> str:
@@ -19,3 +23,23 @@ def test_it_says_which_model_and_asks_whether_the_toy_is_meant() -> None:
         assert "warning" not in told("source.path=/pictures", meant), meant
     real = told("model=qwen_image_2512", "cluster=node_8gpu")
     assert real == "model qwen_image_2512, 256 and 640 and 1328 px, 8 producers on cuda"
+
+
+def test_every_source_that_may_have_remote_pictures_has_the_key_that_a_missing_one_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(root: str, uri: str) -> bytes:
+        raise FileNotFoundError(uri)
+
+    monkeypatch.setattr(scan, "read_bytes", gone)
+    with pytest.raises(ImageFault, match=r"source\.retry_missing=true asks again"):
+        scan.read_or_fault("s3://bucket/tars", "a.jpg")
+    kinds = {file.stem for file in (conf_dir() / "source").glob("*.yaml")}
+    local = {"folder", "prompts", "synthetic_text"}
+    assert kinds > local
+    for kind in kinds - local:
+        for retry in (True, False):
+            source = load_config([f"source={kind}", f"source.retry_missing={str(retry).lower()}"]).source
+            assert produce._retries_missing(source) is retry, kind
+    for kind in local:
+        assert not produce._retries_missing(load_config([f"source={kind}"]).source)
