@@ -5,8 +5,9 @@ comment). A generation reads it when it is recorded, keeps a copy in `RUN/takedo
 without these rows: neither trained on nor validated on. A row taken down later is left out from the next generation on:
 with `follow` that is the next growth or epoch; a run without `follow` has one generation for good, so it must be
 started anew (from its checkpoint's export) to lose the row. A resume repeats its recorded generations exactly, by the
-copies. Refuses a list that is not UTF-8 text, and a run whose earlier generations had a list that the config no longer
-gives.
+copies. A picture in a tar is named by its uri with or without the byte range, and stays named when its tar is written
+anew and it is listed at another place. Refuses a list that is not UTF-8 text, and a run whose earlier generations had
+a list that the config no longer gives.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from qwenimg_dist.files import write_json
 from qwenimg_dist.schema import LISTING, SCAN
 
 FOLDER: Final = "takedown"
+_RANGE: Final = r"^(tar:.*)@\d+\+\d+$"
+"""Of a picture in a tar: where it lies is not its name."""
 _SHOWN: Final = 3
 
 
@@ -104,10 +107,13 @@ def rows_taken_down(dataset: Dataset, units: Sequence[UnitPins], takedown: Taked
         return TakenDown(rows=nothing, matched=())
 
     def rows_of(names: Sequence[str]) -> tuple[Ints, Ints]:
-        entries = pa.array(names, pa.string())
+        # Several entries may name one picture.
+        bare = _without_range(pa.array(names, pa.string())).dictionary_encode()
+        entries = bare.dictionary
         found = [pair for of_unit in parallel(lambda unit: _of_unit(dataset, unit, entries), units) for pair in of_unit]
         rows, matched = ([nothing, *(pair[side] for pair in found)] for side in (0, 1))
-        return np.unique(np.concatenate(rows)), np.unique(np.concatenate(matched))
+        given = np.flatnonzero(np.isin(to_array(bare.indices, np.int64), np.concatenate(matched)))
+        return np.unique(np.concatenate(rows)), given
 
     named, matched = rows_of(takedown.entries)
     contents = {
@@ -125,7 +131,8 @@ def unmatched_note(takedown: Takedown, matched: Iterable[int]) -> str | None:
     first = ", ".join(entry[:100] for entry in strange[:_SHOWN]) + (", ..." if len(strange) > _SHOWN else "")
     return (
         f"{len(strange)} of {len(takedown.entries)} entries of data.takedown name no row of the data so far ({first}): "
-        "an entry is a uri exactly as it is listed (see `data inspect`), a sample key, or a sha256"
+        "an entry is a uri exactly as it is listed (see `data inspect`; of a picture in a tar also without its "
+        "@OFFSET+SIZE), a sample key, or a sha256"
     )
 
 
@@ -137,7 +144,8 @@ def _of_unit(dataset: Dataset, unit: UnitPins, entries: pa.Array) -> list[tuple[
         if not parts:
             continue
         tables = [dataset.read(part, ["row", *columns]) for part in parts]
-        table = newest(pa.concat_tables(tables, promote_options="default"))
+        table = pa.concat_tables(tables, promote_options="default")
+        table = newest(table) if facet == SCAN else table  # whatever a row was ever listed as names it
         rows = to_array(table["row"], np.int64)
         found += [_named(table[name].combine_chunks(), rows, entries) for name in columns if name in table.column_names]
     return found
@@ -164,8 +172,12 @@ def _named(column: Any, rows: Ints, entries: pa.Array) -> tuple[Ints, Ints]:
         column = pc.list_flatten(column)
     if pa.types.is_struct(column.type):
         column = pc.struct_field(column, "sha256")
-    at = to_array(pc.index_in(column, value_set=entries), np.int64, missing=-1)
+    at = to_array(pc.index_in(_without_range(column), value_set=entries), np.int64, missing=-1)
     return rows[at >= 0], at[at >= 0]
+
+
+def _without_range(names: Any) -> Any:
+    return pc.replace_substring_regex(names, pattern=_RANGE, replacement=r"\1")
 
 
 def _copy(run: Path, digest: str) -> Path:

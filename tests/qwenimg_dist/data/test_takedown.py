@@ -156,6 +156,34 @@ def test_a_row_goes_with_any_of_its_pictures(tmp_path: Path) -> None:
         assert rows_taken_down(dataset, units, Takedown(entries=entries)).rows.tolist() == expected
 
 
+def test_a_picture_in_a_tar_stays_taken_down_when_its_tar_is_written_anew(tmp_path: Path) -> None:
+    dataset = Dataset.create(tmp_path / "data", 8)
+    listed = [
+        [(0, "tar:a.tar#0.jpg@512+9", ["tar:a.tar#0b.jpg@1536+9"]), (1, "tar:a.tar#1.jpg@2560+9", None)],
+        [(0, "tar:a.tar#0.jpg@1024+9", ["tar:a.tar#0b.jpg@2048+9"])],  # shifted
+        [(2, "mail@12+34", None), (3, "tar:a@1+2.tar#x@3+4.jpg@99+9", None)],
+    ]
+    for part, entries in enumerate(listed):
+        rows = [{"row": row, "key": f"k{row}", "uri": uri, "others": others} for row, uri, others in entries]
+        table = pa.Table.from_pylist(rows, schema=LISTING_COLUMNS)
+        dataset.commit(Part(facet=LISTING, unit=0, part=part), table, config_hash="")
+    units = [UnitPins(unit=0, rows_parts=1, inputs={LISTING: 3})]
+    for entry, expected in (
+        ("tar:a.tar#0.jpg@512+9", [0]),
+        ("tar:a.tar#0.jpg@1024+9", [0]),
+        ("tar:a.tar#0.jpg", [0]),
+        ("tar:a.tar#0b.jpg@1536+9", [0]),
+        ("tar:a.tar#1.jpg", [1]),
+        ("mail@12+34", [2]),
+        ("mail", []),
+        ("tar:a@1+2.tar#x@3+4.jpg", [3]),
+        ("tar:a@1+2.tar#x", []),
+    ):
+        assert rows_taken_down(dataset, units, Takedown(entries=(entry,))).rows.tolist() == expected, entry
+    names = ("nothing", "tar:a.tar#0.jpg", "tar:a.tar#0.jpg@512+9", "tar:a.tar#0.jpg@9+9")
+    assert rows_taken_down(dataset, units, Takedown(entries=names)).matched == (1, 2, 3)
+
+
 def test_a_list_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00bad")
     for name in ("list.txt", "none.txt"):
