@@ -24,11 +24,11 @@ import torch
 from consumers.checkpoint_files import FileRecord, GivenUp, Piece, remove, write_rank_file
 from consumers.checkpoint_save import Begun, begin_save, commit_save, pieces_of, retire
 from consumers.ema import Ema
+from consumers.watchdog_process import host_memory
 from consumers.zero_engine import Engine
 from qwenimg_dist.config import CheckpointConfig
 
 _JOIN_S: Final = 60.0
-_MEMINFO: Final = Path("/proc/meminfo")
 
 
 class Saver:
@@ -163,15 +163,13 @@ class _HostCopy:
 
 
 def _check_room(num_bytes: int) -> None:
-    """Raise ValueError if this machine's ranks, each with such a buffer, need more than is free."""
+    """Raise ValueError if this machine's ranks, each with such a buffer, need more than is free. Where that is not told
+    here, the allocation shows it."""
     on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    try:
-        fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return  # not told here: the allocation shows it
-    if on_machine * num_bytes > available:
-        raise ValueError(_no_room(num_bytes, f"{on_machine} of them, {available / 1e9:.2f} GB are free"))
+    free, whole = host_memory() or (on_machine * num_bytes, 0)
+    if on_machine * num_bytes > free:
+        there = f"{free / 1e9:.2f} GB are free of the {whole / 1e9:.2f} GB of this machine or container"
+        raise ValueError(_no_room(num_bytes, f"{on_machine} of them, {there}"))
 
 
 def _no_room(num_bytes: int, why: str) -> str:

@@ -21,14 +21,23 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 BYE = b"bye\n"
 _LOOK_S = 1.0
 _OOM_COUNTERS = ("/proc/vmstat", "/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
+_MEMINFO = Path("/proc/meminfo")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", ("active_file", "inactive_file")),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
+)
+"""Limit, use and what of the use is files' (in `memory.stat`), of cgroup v2 and v1."""
 _LITTLE_MEMORY = 0.08
-"""Of the machine: Ray's memory monitor ends processes from 5 % on."""
+"""Of the machine or container: Ray's memory monitor ends processes from 5 % on."""
 _STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk or driver", "Z": "dead"}
 
 
@@ -43,7 +52,7 @@ class Seen:
     oom_kills: list[int] = field(default_factory=list)
     """At the last looks, the newest last."""
     available: list[float] = field(default_factory=list)
-    """Share of the machine's memory, likewise."""
+    """Share of the memory, likewise."""
 
     looked_at: float = 0.0
 
@@ -162,13 +171,42 @@ def oom_kills() -> int:
 
 
 def available_memory() -> float:
-    """Share of the machine's memory that is available, 0..1; 1 where that cannot be read."""
-    try:
-        words = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
-        sizes = {word[0]: float(word[1]) for word in words}
-        return sizes["MemAvailable:"] / sizes["MemTotal:"]
-    except (OSError, ValueError, KeyError, IndexError, ZeroDivisionError):
-        return 1.0
+    """Share of the memory of machine or container that is available, 0..1; 1 where that cannot be read."""
+    free, whole = host_memory() or (1, 1)
+    return free / whole
+
+
+def host_memory() -> tuple[int, int] | None:
+    """(available, all) bytes of the machine, or of the control group around this process that has less to give: a
+    container's limit lies below its machine's memory. None where nothing can be read."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
+        sizes = _sizes(_MEMINFO)
+        found.append((1024 * sizes["MemAvailable:"], 1024 * sizes["MemTotal:"]))
+    for folder in _control_groups():
+        for limit, taken, files in _CGROUP_FILES:
+            with contextlib.suppress(OSError, ValueError, IndexError, KeyError):  # `max`: no limit here
+                whole, sizes = int((folder / limit).read_text()), _sizes(folder / "memory.stat")
+                # As the machine's figure does: what files have left in memory is given up when it is asked for.
+                used = int((folder / taken).read_text()) - sum(sizes[name] for name in files)
+                found.append((max(0, whole - used), whole))
+    return min((pair for pair in found if pair[1]), default=None)
+
+
+def _sizes(file: Path) -> dict[str, int]:
+    words = [line.split() for line in file.read_text().splitlines()]
+    return {word[0]: int(word[1]) for word in words}
+
+
+def _control_groups() -> Iterator[Path]:
+    """Those that this process is in, up to the root, which is the container's own where it sees no further."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in _OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root = _CGROUPS / "memory" if controllers else _CGROUPS
+            if not controllers or "memory" in controllers.split(","):
+                parts = [part for part in path.split("/") if part]
+                yield from (root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1))
 
 
 def _first_of_its_gang(note: Path, begin: float) -> bool:

@@ -15,7 +15,7 @@ from gang_world import EMA_DECAY, FREEZE, GROUPS, World, engine_step, equal, sna
 
 import consumers.checkpoint as checkpoint
 import consumers.checkpoint_files as checkpoint_files
-import consumers.saver as saver_module
+import consumers.watchdog_process as watchdog_process
 from consumers.ema import Ema
 from consumers.errors import TrainingError
 from consumers.saver import Saver
@@ -287,15 +287,15 @@ def check_background(world: World) -> dict[str, Any]:
         saver.finish()
     saver.close()
     found["kept"] = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    meminfo = saver_module._MEMINFO
+    meminfo = watchdog_process._MEMINFO
     if ranks.rank == 1:
-        saver_module._MEMINFO = world.out / "meminfo"  # type: ignore[misc]
+        watchdog_process._MEMINFO = world.out / "meminfo"
         (world.out / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable: 1 kB\n")
     try:
         Saver(engine, ema, run_dir, BACKGROUND)
     except ValueError as error:
         found["no_memory"] = str(error)
-    saver_module._MEMINFO = meminfo  # type: ignore[misc]
+    watchdog_process._MEMINFO = meminfo
     engine.close()
     other.close()
     return found
