@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 
 from consumers.errors import TrainingError
@@ -25,10 +26,10 @@ def main(arguments: list[str]) -> int:
         # A mistyped key is named before torch is imported.
         told = _compare(arguments[1:]) if arguments[:1] == ["eval"] else _train(load_config(arguments))
     except ValueError as error:
-        _say(f"error: {error}" if rank == "0" else f"rank {rank} stopped, rank 0 says why")
+        _say_why(rank, error)
         return 2
     except (TrainingError, StorageAwayError) as error:
-        _say(f"error: {error}" if rank == "0" else f"rank {rank} stopped, rank 0 says why")
+        _say_why(rank, error)
         return 1
     if rank == "0":
         _say(told)
@@ -63,6 +64,17 @@ def _dry_run(config: Config) -> str:
 def _command_id() -> str:
     """The same for every start of the gang by one torchrun: its own process."""
     return f"torchrun-{os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+
+
+def _say_why(rank: str, error: Exception) -> None:
+    """Once, by rank 0, what all ranks have agreed on; by each rank what it met before there were others to tell."""
+    process_group = sys.modules.get("consumers.process_group")  # brings torch
+    if rank == "0":
+        _say(f"error: {error}")
+    elif process_group is None or not process_group.has_joined():
+        _say(f"error: rank {rank} on {socket.gethostname()}, before it joined the others: {error}")
+    else:
+        _say(f"rank {rank} stopped, rank 0 says why")
 
 
 def _say(line: str) -> None:

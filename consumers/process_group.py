@@ -19,6 +19,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 _OWN_STORE: Final = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+_joined = False
 
 
 def join(backend: str, timeout: timedelta) -> None:
@@ -28,14 +29,22 @@ def join(backend: str, timeout: timedelta) -> None:
     On one node the number of the restart keeps them apart; nodes may count differently, so there it must be turned off:
     raises ValueError where it is not, and a restart may come.
     """
+    global _joined
     _check_restarts()
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restart == "0" or not _on_agents_store():
         dist.init_process_group(backend, timeout=timeout)
+        _joined = True
         return
     store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
     prefixed = distributed_c10d.PrefixStore(f"restart-{restart}", store)
     dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout)
+    _joined = True
+
+
+def has_joined() -> bool:
+    """Whether this process was ever among the ranks, also once it has left: only then do the others know of its end."""
+    return _joined
 
 
 def _on_agents_store() -> bool:
