@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from producers import fence
@@ -29,7 +29,8 @@ from producers.sources.base import Found, can_be_read, is_being_written
 from producers.state import PassingFault, is_done, passing_faults, read_record
 from producers.unit import UnitReport
 from producers.verdicts import Verdicts
-from producers.workers import Task, Workers
+from producers.visible import parts_of_driver, wait_for_parts
+from producers.workers import Outcome, Task, Workers
 from qwenimg_dist.data.facets import Dataset
 from qwenimg_dist.schema import LISTING, SCAN, SOURCE_COMPLETE
 
@@ -103,6 +104,8 @@ class Driver:
     """(unit, row) of faults that were tried again by this driver."""
     _watched: set[int] = field(default_factory=set)
     """Units with rows whose file may turn up."""
+    _parts: dict[int, Mapping[str, int]] = field(default_factory=dict)
+    """Unit -> what its last outcome told."""
 
     def list_source(self, found: Found) -> ListingChange:
         """Commit what is new in the source."""
@@ -145,7 +148,7 @@ class Driver:
                 task = schedule.next_task(self._has_room)
                 if task is None:
                     break
-                workers.submit(task)
+                workers.submit(self._with_parts(task))
                 begun[task.kind, task.unit] += 1
             if self.stopping() and schedule.in_flight == 0:
                 return False
@@ -154,7 +157,7 @@ class Driver:
                 self.observer.tick()
                 continue
             for outcome in workers.wait(_POLL_S):
-                self.dataset.refresh_unit(outcome.task.unit)  # it may have been done on another machine
+                self._see(outcome)
                 self._verdicts.learn(outcome.verdicts)
                 if not begun[outcome.task.kind, outcome.task.unit]:
                     continue  # of a round that broke off
@@ -169,6 +172,15 @@ class Driver:
             self.observer.tick()
         return True
 
+    def _with_parts(self, task: Task) -> Task:
+        told = parts_of_driver(self.dataset, task.unit, self.plan)
+        return replace(task, parts={**self._parts.get(task.unit, {}), **told})
+
+    def _see(self, outcome: Outcome) -> None:
+        """It may have been done on another machine."""
+        wait_for_parts(self.dataset, outcome.task.unit, outcome.parts)
+        self._parts[outcome.task.unit] = outcome.parts
+
     def _has_room(self, unit: int, num_encoding: int) -> bool:
         return self.hold is None or self.hold.room(unit, num_encoding)
 
@@ -180,12 +192,12 @@ class Driver:
         while todo or in_flight:
             while todo and not self.stopping() and workers.num_idle() > 0:
                 one = todo.popleft()
-                workers.submit(one.scan(self.min_age_s))
+                workers.submit(self._with_parts(one.scan(self.min_age_s)))
                 in_flight += 1
             if self.stopping() and in_flight == 0:
                 return False
             for outcome in workers.wait(_POLL_S):
-                self.dataset.refresh_unit(outcome.task.unit)
+                self._see(outcome)
                 in_flight -= 1
             self.observer.tick()
         return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from producers.decide import Assessment
@@ -20,6 +20,7 @@ from producers.scan import scan_unit
 from producers.sieve import sieve_unit
 from producers.unit import UnitReport, assess_unit, produce_unit
 from producers.verdicts import judge_rows, rows_to_judge
+from producers.visible import parts_of_workers, wait_for_parts
 from producers.write import Encoders
 from qwenimg_dist.data.facets import Dataset
 
@@ -41,6 +42,8 @@ class Task:
     """Rows to scan once more, though they were scanned."""
     min_age_s: float = 0.0
     """For a scan: local files touched more recently may still be written."""
+    parts: Mapping[str, int] = field(default_factory=dict)
+    """Facet -> how many parts of the unit there are (`visible.py`)."""
     careful: bool = False
     """Open one picture at a time and leave a trail, since an earlier try took its process with it."""
     why: str = ""
@@ -56,6 +59,8 @@ class Outcome:
     """Of an encoded unit."""
     verdicts: Mapping[int, bool] = field(default_factory=dict)
     """Row -> whether the filters on pixels admit it."""
+    parts: Mapping[str, int] = field(default_factory=dict)
+    """As of the task, of what workers commit."""
 
 
 class Workers(Protocol):
@@ -94,7 +99,21 @@ def run_task(
 
     Raises `PoisonError` if a careful task finds more than `max_poison_rows` pictures that kill.
     """
-    dataset.refresh_unit(task.unit)
+    wait_for_parts(dataset, task.unit, task.parts)
+    outcome = _run(task, dataset, plan, root, encoders, scorers, num_threads, max_poison_rows)
+    return replace(outcome, parts=parts_of_workers(dataset, task.unit, plan))
+
+
+def _run(
+    task: Task,
+    dataset: Dataset,
+    plan: Plan,
+    root: str,
+    encoders: Callable[[], Encoders],
+    scorers: Scorers,
+    num_threads: int,
+    max_poison_rows: int,
+) -> Outcome:
     watch = None
     if task.careful:
         watch = Watch(dataset.root, task.kind, task.unit, why=task.why, limit=max_poison_rows)

@@ -1,7 +1,8 @@
 """Shared storage: what one node writes every node reads, a rename is atomic, there is room, and it is fast enough.
 
 Looked at where `run.path`, `data.path`, the paths of `data.mix` and `objective.reference_path` are or will be. A nonce
-is written by the first node and read on each (network file systems may show it late: the delay is told); each node then
+is written by the first node and read on each (network file systems may show it late: the delay is told), after each has
+asked for its name while it was not there, as producers do: NFS remembers that for up to a minute. Each node then
 replaces a file of its own by rename, and tries a lock that the first one holds (`locks.py`). Everything is removed
 again. Of a bucket every node lists a name; paths that are only read are looked for (`inputs.py`). Without any path
 there is nothing to look at.
@@ -25,7 +26,8 @@ from qwenimg_dist.config import Config, DpoConfig
 from qwenimg_dist.storage import Patience, Storage
 
 _PREFIX: Final = ".qwenimg-dist-doctor-"
-_VISIBLE_S: Final = 15.0
+_VISIBLE_S: Final = 65.0
+"""An NFS client asks a directory anew after 60 s at the latest, by default."""
 _LATE_S: Final = 2.0
 _SLOW_MB_S: Final = 200.0
 _BRIEF: Final = Patience(attempts=7)
@@ -91,6 +93,7 @@ def _check_path(context: Context, key: str, path: str) -> list[Finding]:
     nonce = secrets.token_hex(16)
     head, limit = context.nodes.head, context.timeout_s
     name = f"{key}={path}"
+    context.nodes.ask(look, path, nonce, timeout_s=limit)
     written = context.nodes.ask_one(head, write, path, nonce, context.config.doctor.speed_mb, timeout_s=limit)
     if written.faults:
         fix = "check that it is mounted, writable and not full"
@@ -114,10 +117,22 @@ def _check_path(context: Context, key: str, path: str) -> list[Finding]:
     return found
 
 
-def write(path: str, nonce: str, speed_mb: int) -> dict[str, Any]:
-    """Write the nonce into the nearest existing folder; measure how fast `speed_mb` are written and fsynced."""
+def look(path: str, nonce: str) -> bool:
+    """Whether the nonce's file is there already: asked before it is written, so that a client that remembers the answer
+    for a while shows it."""
+    return _file(path, nonce).exists()
+
+
+def _file(path: str, nonce: str) -> Path:
+    """In the nearest existing folder."""
     folder = next(one for one in (Path(path), *Path(path).parents) if one.is_dir())
-    file = folder / f"{_PREFIX}{nonce[:8]}"
+    return folder / f"{_PREFIX}{nonce[:8]}"
+
+
+def write(path: str, nonce: str, speed_mb: int) -> dict[str, Any]:
+    """Write the nonce; measure how fast `speed_mb` are written and fsynced."""
+    file = _file(path, nonce)
+    folder = file.parent
     free = shutil.disk_usage(folder).free
     block, seconds = os.urandom(1 << 20), 0.0
     try:
@@ -219,5 +234,5 @@ def judge_read(name: str, there: dict[str, Any]) -> list[Finding]:
         return [failure(name, there["problem"], _MOUNT)]
     if there["delay_s"] > _LATE_S:
         told = f"a file that another node wrote was seen {there['delay_s']:.1f} s later"
-        return [warning(name, told, "shorter attribute caching of the mount (NFS: actimeo)")]
+        return [warning(name, told, "mount it with lookupcache=positive, or shorter attribute caching (NFS: actimeo)")]
     return []

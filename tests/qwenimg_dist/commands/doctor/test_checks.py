@@ -10,15 +10,18 @@ import resource
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 
 from qwenimg_dist.commands.doctor import clocks, cluster, disks, gpus, hub, ports, storage, versions, wandb
 from qwenimg_dist.commands.doctor.findings import Finding
+from qwenimg_dist.commands.doctor.nodes import Answers
 from qwenimg_dist.compose import load_config
 
 
@@ -98,7 +101,9 @@ def test_storage_that_others_do_not_see_or_that_does_not_rename_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "_VISIBLE_S", 0.3)
+    assert not storage.look(str(tmp_path / "later" / "run"), "n" * 32)
     made = storage.write(str(tmp_path / "later" / "run"), "n" * 32, 2)
+    assert storage.look(str(tmp_path / "later" / "run"), "n" * 32)
     assert made["folder"] == str(tmp_path)  # the nearest that exists
     seen = storage.read(made["file"], "n" * 32)
     assert storage.judge_read("a", seen) == []
@@ -109,13 +114,35 @@ def test_storage_that_others_do_not_see_or_that_does_not_rename_is_a_failure(
     assert found.state == "failure"
     assert "cannot be read" in found.told
     assert "mount the same file system" in found.fix
-    assert states(storage.judge_read("a", {"problem": "", "delay_s": 9.0})) == ["warning"]
+    (late,) = storage.judge_read("a", {"problem": "", "delay_s": 9.0})
+    assert late.state == "warning"
+    assert "lookupcache=positive" in late.fix
     with tmpfs(tmp_path / "ro", 1024**2) as folder:
         written = storage.write(str(folder), "n" * 32, 0)
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         with pytest.raises(OSError, match="Read-only"):
             storage.write(str(folder), "k" * 32, 0)
         assert "rename failed" in storage.read(written["file"], "n" * 32)["problem"]
+
+
+def test_every_node_asks_for_the_nonce_before_it_is_written() -> None:
+    """Else no client could remember that it was not there, as it does while producers work."""
+    asked: list[str] = []
+
+    class Nodes:
+        head = SimpleNamespace(name="head")
+
+        def ask(self, function: Callable[..., Any], *given: Any, timeout_s: float) -> Answers:
+            asked.append(f"all {function.__name__}")
+            return Answers(values={}, faults={})
+
+        def ask_one(self, node: Any, function: Callable[..., Any], *given: Any, timeout_s: float) -> Answers:
+            asked.append(f"{node.name} {function.__name__}")
+            return Answers(values={}, faults={node.name: "full"})
+
+    context: Any = SimpleNamespace(nodes=Nodes(), timeout_s=1.0, config=load_config([]))
+    assert states(storage._check_path(context, "run.path", "/shared")) == ["failure"]
+    assert asked == ["all look", "head write"]
 
 
 def test_room_is_held_against_the_checkpoints() -> None:
