@@ -18,7 +18,7 @@ from consumers.batch import RankBatch
 from consumers.errors import TrainingError
 from consumers.ranks import AgreedError
 from qwenimg_dist.metrics import JsonLines
-from qwenimg_dist.patience import StorageAwayError
+from qwenimg_dist.patience import StorageAwayError, is_away
 
 if TYPE_CHECKING:
     from consumers.session import Session
@@ -56,25 +56,26 @@ def _note(session: Session, missed: Sequence[dict[str, Any]]) -> None:
     step, new = progress.step + 1, [one for one in missed if one["key"] not in progress.bad_keys]
     progress.bad_keys.update(one["key"] for one in new)
     count = len(progress.bad_keys)
-    problem = ""
+    met: Exception | None = None
     if session.ranks.is_first and missed:
         try:
             log = JsonLines(session.run_dir / FILE)
             log.write(step, {"samples": list(missed)})
             log.close()
         except OSError as error:
-            problem = f"{session.run_dir / FILE}: {error.strerror or error}"
+            kind = StorageAwayError if is_away(error) else ValueError
+            met = kind(f"{session.run_dir / FILE}: {error.strerror or error}")
         if new:
             more = f", and {len(new) - 1} more" if len(new) > 1 else ""
             session.hooks.say(
                 f"warning: step {step} goes without unreadable samples, {count} so far "
                 f"(data.max_bad_samples={allowed}): {new[0]['problem']}{more}"
             )
-    if told := session.ranks.first_problem(problem):
-        raise TrainingError(
-            f"step {step} goes without unreadable samples, which cannot be written down: {told}. Make room; the same "
-            "command goes on from the last checkpoint"
-        )
+    if (told := session.ranks.first_error(met)) is not None:
+        what = f"step {step} goes without unreadable samples, which cannot be written down: {told}"
+        if isinstance(told, StorageAwayError):
+            raise StorageAwayError(what)
+        raise TrainingError(f"{what}. Make room; the same command goes on from the last checkpoint")
     if count > allowed:  # also by those of a checkpoint, if fewer are allowed since
         latest = f": {missed[0]['problem']}" if missed else ""
         raise AgreedError(

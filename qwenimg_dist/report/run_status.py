@@ -8,6 +8,7 @@ something was last written.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import time
@@ -177,8 +178,11 @@ def _phase(run_dir: Path, step: int) -> str | None:
 
 def _checkpoints(run_dir: Path) -> dict[int, float]:
     """Step -> when it was committed."""
-    manifests = (run_dir / "checkpoints").glob("step-*/manifest.json")
-    return {int(one.parent.name.removeprefix("step-")): one.stat().st_mtime for one in manifests}
+    found = {}
+    for manifest in (run_dir / "checkpoints").glob("step-*/manifest.json"):
+        with contextlib.suppress(FileNotFoundError):  # retired meanwhile
+            found[int(manifest.parent.name.removeprefix("step-"))] = manifest.stat().st_mtime
+    return found
 
 
 def _silent_s(run_dir: Path, now: float) -> float | None:

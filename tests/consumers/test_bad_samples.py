@@ -16,6 +16,7 @@ from consumers.hooks import Hooks
 from consumers.ranks import AgreedError, Ranks
 from consumers.session import Progress
 from qwenimg_dist.data.errors import DataError
+from qwenimg_dist.metrics import JsonLines
 from qwenimg_dist.patience import StorageAwayError
 from qwenimg_dist.storage import StorageError
 
@@ -88,4 +89,17 @@ def test_fewer_are_allowed_than_the_checkpoint_has_had(tmp_path: Path, again: tu
 def test_what_cannot_be_written_down_ends_the_run_on_all_ranks(tmp_path: Path) -> None:
     (tmp_path / FILE).symlink_to("/dev/full")
     with pytest.raises(TrainingError, match=r"cannot be written down: .*bad_samples.jsonl: No space left on device"):
+        _note(session(tmp_path, 2, set()), missed("a"))
+
+
+def test_storage_that_is_away_when_it_is_written_down_starts_the_gang_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no room to be made, and a restart finds it back."""
+
+    def stale(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(JsonLines, "write", stale)
+    with pytest.raises(StorageAwayError, match=r"cannot be written down: .*bad_samples\.jsonl: Stale file handle$"):
         _note(session(tmp_path, 2, set()), missed("a"))

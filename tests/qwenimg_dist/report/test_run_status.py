@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_dataset import FakeProducer, make_rows
@@ -97,3 +99,21 @@ def test_the_command_shows_it_and_speaks_json(run_dir: Path, capsys: pytest.Capt
     assert json.loads(capsys.readouterr().out)["last_checkpoint"] == 100
     assert main(["run", "status", f"run.path={run_dir / 'nothing'}"]) == 2
     assert "not a run directory" in capsys.readouterr().err
+
+
+def test_a_checkpoint_may_be_retired_while_it_is_looked_at(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    retired = run_dir / "checkpoints" / "step-00000050" / "manifest.json"
+    retired.parent.mkdir()
+    retired.write_text("{}")
+    look = Path.stat
+
+    def stat(path: Path, **options: Any) -> os.stat_result:
+        found = look(path, **options)
+        if path == retired:  # right after the first look at it
+            shutil.rmtree(retired.parent)
+        return found
+
+    monkeypatch.setattr(Path, "stat", stat)
+    found = run_status(run_dir, NOW)
+    assert not retired.parent.exists()
+    assert (found.last_checkpoint, found.checkpoints) == (100, 1)
