@@ -220,8 +220,14 @@ def is_being_written(root: str, uri: str, min_age_s: float) -> bool:
     if "://" in place:
         return False
     with suppress(OSError, ValueError):  # not there, or no name that a file can have
-        return -_CLOCKS_APART_S < time.time() - os.stat(place).st_mtime < min_age_s
+        return is_young(os.stat(place).st_mtime, min_age_s)
     return False
+
+
+def is_young(modified_s: float, min_age_s: float) -> bool:
+    """Whether a file with this date may still be written, when files count as written once they were not touched for
+    `min_age_s`; 0 asks nothing."""
+    return min_age_s > 0 and -_CLOCKS_APART_S < time.time() - modified_s < min_age_s
 
 
 def clean_captions(value: Any) -> tuple[tuple[str, ...], str | None]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from producers.sources.base import (
     SourceRow,
     clean_captions,
     encode_uri,
+    is_young,
     with_labels,
 )
 from producers.sources.metadata import Captions, Described
@@ -78,8 +78,7 @@ class Folder:
 
     def find(self, *, min_age_s: float = 0.0) -> Found:
         """See `Source.find`."""
-        newest = time.time() - min_age_s if min_age_s > 0 else None
-        walk = self._walk(newest)
+        walk = self._walk(min_age_s)
         if self._captions == "metadata" and not walk.metadata:
             raise ValueError(f"{self._root}: source.captions=metadata, but there is no {METADATA}")
         # Nearer files override.
@@ -95,7 +94,7 @@ class Folder:
         if len(described):
             seen = walk.pictures.hashes()
             for path in list(described.not_in(np.union1d(seen, walk.young.hashes()) if len(walk.young) else seen)):
-                if newest is None or _is_picture(path) or _modified(self._root / path) <= newest:
+                if _is_picture(path) or not is_young(_modified(self._root / path), min_age_s):
                     walk.pictures.append(path)
         stems = walk.pictures.hashes(lambda path: posixpath.splitext(path)[0]) if len(walk.texts) else None
         if stems is not None:
@@ -134,7 +133,7 @@ class Folder:
                     break
         return SourceRow(uri=encode_uri(path), captions=captions, caption_kinds=kinds, fault=fault)
 
-    def _walk(self, newest: float | None) -> _Walk:
+    def _walk(self, min_age_s: float) -> _Walk:
         if not self._root.is_dir():
             raise ValueError(f"source.path={self._root} is not a folder that can be read")
         walk = _Walk()
@@ -154,7 +153,7 @@ class Folder:
                         if _is_folder(entry):
                             inside.append(path)
                         else:
-                            _sort_file(walk, entry, path, newest)
+                            _sort_file(walk, entry, path, min_age_s)
             except OSError as error:
                 raise ValueError(
                     f"{self._root / folder} cannot be read ({error.strerror}): check its rights"
@@ -170,13 +169,13 @@ def describe(ignored: Counter[str]) -> str:
     return f"{ignored.total()} files that are no pictures: {kinds}" if ignored else "it is empty"
 
 
-def _sort_file(walk: _Walk, entry: os.DirEntry[str], path: str, newest: float | None) -> None:
+def _sort_file(walk: _Walk, entry: os.DirEntry[str], path: str, min_age_s: float) -> None:
     stem, extension = posixpath.splitext(path)
     kind = extension.lower()
     if entry.name == METADATA:
         walk.metadata.append(path)
     elif kind in EXTENSIONS:
-        (walk.pictures if newest is None or _modified(entry) <= newest else walk.young).append(path)
+        (walk.young if min_age_s > 0 and is_young(_modified(entry), min_age_s) else walk.pictures).append(path)
     elif kind == ".txt":
         walk.texts.append(stem)
         walk.text_extensions.add(extension)

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import glob
 import json
-import math
 import os
 import posixpath
 import re
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -30,6 +28,7 @@ from producers.sources.base import (
     Found,
     SourceRow,
     captions_of_kinds,
+    is_young,
     with_labels,
 )
 from producers.sources.folder import EXTENSIONS
@@ -93,8 +92,7 @@ class Webdataset:
         """See `Source.find`. Looks for tars, at the first time into them up to the first caption; the rows walk them.
         A further look gives rows only of tars that are new, or other than when an earlier look walked them to the end:
         what was listed stays listed."""
-        newest = time.time() - min_age_s if min_age_s > 0 else math.inf
-        tars = {tar: one for tar, one in self._there().items() if one.modified_s <= newest}
+        tars = {tar: one for tar, one in self._there().items() if not is_young(one.modified_s, min_age_s)}
         if not self._is_usable:
             self._check(tars)
             self._is_usable = True

@@ -48,6 +48,7 @@ SUMMARY: Final = "a source of pictures and captions -> filtered, encoded shards 
 
 _WORKERS_GONE_S: Final = 150.0
 """Those on other machines outlive a Ray head that was killed by the minute that Ray looks for it."""
+_NO_AGE_S: Final = 1e-9
 _TRACKING: Final = ".tracking"
 """Of W&B, in the data set: hidden, since every other folder is a facet."""
 
@@ -94,7 +95,9 @@ def prepare(config: Config, args: Sequence[str] = ()) -> Production:
     required(config.data.path, "data.path")
     check_key(config.logger)
     source = open_source(config.source)
-    found = source.find()
+    # Of a source that is followed, a last line half written is left for the next look; young pictures are listed, and
+    # the scan leaves them for later.
+    found = source.find(min_age_s=_NO_AGE_S if config.follow else 0.0)
     pipeline_dir, plan = _plan(config)
     told = tuple(_intent(config, args))
     return Production(config=config, source=source, found=found, pipeline_dir=pipeline_dir, plan=plan, told=told)

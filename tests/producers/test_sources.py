@@ -217,6 +217,10 @@ def test_a_file_that_is_still_being_written_is_left_for_later(tmp_path: Path) ->
     touch(tmp_path, "old.png", "new.png", text="words")
     os.utime(tmp_path / "old.png", (time.time() - 60,) * 2)
     assert [row.uri for row in find(tmp_path, min_age_s=30).rows] == ["old.png"]
+    touch(tmp_path, "wrong date.png", text="words")
+    os.utime(tmp_path / "wrong date.png", (time.time() + 3600,) * 2)
+    assert [row.uri for row in find(tmp_path, min_age_s=30).rows] == ["old.png", "wrong date.png"]
+    (tmp_path / "wrong date.png").unlink()
     touch(tmp_path, "new raw", "old raw")
     os.utime(tmp_path / "old raw", (time.time() - 60,) * 2)
     names = ("old.png", "new.png", "new raw", "old raw", "gone.png", "gone")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from producer_world import make_plan_for
 
 from producers import scan
 from producers.load import ImageFault
@@ -43,3 +46,16 @@ def test_every_source_that_may_have_remote_pictures_has_the_key_that_a_missing_o
             assert produce._retries_missing(source) is retry, kind
     for kind in local:
         assert not produce._retries_missing(load_config([f"source={kind}"]).source)
+
+
+def test_the_first_look_of_a_followed_source_leaves_a_line_half_written_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any beginning of a prompt is a prompt, and would stay listed."""
+    monkeypatch.setattr(produce, "_plan", lambda config: (tmp_path, make_plan_for()))
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\na blue squ")
+    for follow, seen in (("true", ["a red circle"]), ("false", ["a red circle", "a blue squ"])):
+        words = ["source=prompts", f"source.path={file}", f"data.path={tmp_path / 'data'}", f"follow={follow}"]
+        found = produce.prepare(load_config(words), words).found
+        assert [row.captions[0] for row in found.rows] == seen
