@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= offline
 
-.PHONY: demo demo-post test test-all lint format bench install clean
+.PHONY: demo demo-post test pytest test-all lint format bench install clean
 
 install: $(STAMP)
 
@@ -39,12 +39,17 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Two workers, file by file (tests/conftest.py).
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+# Lint beside the first tests, which wait now and then; two workers, file by file (tests/conftest.py).
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+
+test: install
+	$(MAKE) -j 2 lint pytest
+
+pytest: install
+	$(PYTEST)
 
 test-all: lint
-	$(BIN)/python -m pytest -m "not gpu and not bench"
+	$(PYTEST) -m "not gpu and not bench"
 
 bench: install
 	$(BIN)/python tests/bench/all.py --quick

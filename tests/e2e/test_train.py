@@ -193,6 +193,7 @@ def test_stopped_by_sigterm_and_resumed_on_one_rank(root: Path, reference: Path)
         assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_no_valid_checkpoint_is_no_fresh_start_unless_asked(root: Path, reference: Path) -> None:
     run_dir = root / "broken"
     shutil.copytree(reference, run_dir)
