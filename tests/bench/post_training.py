@@ -3,7 +3,8 @@
     sft               flow matching on 4 pictures
     dpo precomputed   2 pairs, the reference's errors given with the batch: no second model
     dpo online        2 pairs, a second, frozen model asked for the reference's errors
-    grpo              4 pictures of one prompt, drawn, judged by the rule of the demo, and trained on
+    grpo              4 pictures of one prompt, drawn, judged by their brightness, and trained on: the demo's rule has
+                      nothing to choose among an untrained model's, and a group whose rewards are alike is left out
 
 Memory: one step of the engine (loss, backward, clip, AdamW, EMA) by the objectives and the engine themselves, every
 variant in a process of its own. It is the peak (VmHWM) over the baseline after imports and start of the process group,
@@ -15,8 +16,8 @@ forwards: one without a backward is 1, one with it 3, so that in steps of finetu
     sft = dpo precomputed = 1        dpo online = (1 + 3) / 3        grpo = g (steps + reference + 3 window updates) / 3
 
 g is 2 with guidance, whose forwards have the empty prompt's rows beside; `reference` is the window with a KL weight. It
-leaves out AdamW, the decoder and the reward, of which the last is asked while the next pictures are drawn: `rollout s`,
-`reward s` (what is waited for after the last picture) and `update s` are the step's own parts, as the run logs them.
+leaves out AdamW, the decoder and the reward, which here is next to nothing: `rollout s`, `reward s` (what is waited for
+after the last picture) and `update s` are the step's own parts, as the run logs them.
 
     python tests/bench/post_training.py [--quick] [--repeats 3] [--only memory|time] [--out FILE]
 
@@ -173,7 +174,7 @@ def theory(config: Any) -> float:
 
 
 def write_data(pipeline: Path, folder: Path) -> None:
-    """Pictures, pairs and prompts, of which the demo's rule can judge what is drawn."""
+    """Pictures, pairs and prompts."""
     from dataclasses import replace
 
     from fake_dataset import FakeProducer, make_rows
@@ -201,16 +202,22 @@ def _time(job: dict[str, Any]) -> Figures:
     """A run of the trainer on this rank, by its own log."""
     import shutil
 
+    from trying_rewards import Bright
+
+    from consumers.hooks import Hooks
     from consumers.trainer import train
     from qwenimg_dist.compose import load_config
+    from qwenimg_dist.rewards.base import WeightedRewards
 
     folder = Path(job["data"])
     config = load_config(overrides(job["variant"], Path(job["pipeline"]), folder))
     before = time.process_time()
-    train(config)
+    train(config, Hooks(score=WeightedRewards([Bright()], {"bright": 1.0}).score))
     used = time.process_time() - before
     log = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][WARMUP:]
     shutil.rmtree(folder / "run")
+    if config.objective.kind == "grpo" and not all("reward/group_std" in line for line in log):
+        raise RuntimeError("a group's rewards were alike: nothing was trained on, and the times mean nothing")
 
     def median(name: str) -> float:
         return float(statistics.median(line[name] for line in log))
