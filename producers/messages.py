@@ -40,11 +40,9 @@ def process_mark(pid: int) -> str:
     """What no other process has, of any machine, container or time: its machine's boot, pid namespace and start. Empty
     where this process sees none with this number (or is not on Linux)."""
     try:
-        started = (
-            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        )  # the name before may hold spaces
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before may hold spaces
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')} {started}"
+        return f"{boot} {os.readlink('/proc/self/ns/pid')} {fields[19]}"
     except (OSError, IndexError):
         return ""
 
