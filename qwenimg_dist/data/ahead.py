@@ -3,7 +3,7 @@
 Place in the flow: rank 0 keeps `RUN/progress.json` up to date while the run follows (`generations.py`), and producers
 that are to be held back read it (`producers/hold.py`). It says which units are not, or only in part, trained on, and
 which ones the run waits for. It is a help, not a record: nothing is lost with it, and the order of samples does not
-depend on it.
+depend on it. A thread writes it, since replacing a file waits for the disk, which no step should.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -75,6 +77,48 @@ def untrained(used: Iterable[Stretch]) -> tuple[int, tuple[Stretch, ...]]:
         for first, end in zip(starts, ends, strict=True)
         if left[first] > 0
     )
+
+
+class ProgressWriter:
+    """Writes a run's progress in a thread: always the newest, and not each one where the disk is slow."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="progress")
+        self._lock = threading.Lock()
+        self._newest: dict[str, Any] | None = None
+        self._writing: Future[None] | None = None
+
+    def tell(self, step: int, used: Iterable[Stretch], *, awaited: int, done: bool) -> None:
+        """`used` is the used share of every generation; the rest as in `RunProgress`. Returns at once. Raises what the
+        write before raised."""
+        newest = {"step": step, "used": tuple(used), "awaited": awaited, "done": done}
+        with self._lock:
+            self._newest = newest
+            if self._writing is not None and self._writing.done():
+                self._writing.result()
+            if self._writing is None:
+                self._writing = self._thread.submit(self._write)
+
+    def flush(self) -> None:
+        """Return when what was told is written. Raises what writing raised."""
+        with self._lock:
+            writing = self._writing
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Write what was told last, and end the thread."""
+        self._thread.shutdown(wait=True)
+
+    def _write(self) -> None:
+        while True:
+            with self._lock:
+                newest, self._newest = self._newest, None
+                if newest is None:
+                    self._writing = None
+                    return
+            write_progress(self._run, **newest)
 
 
 def write_progress(run: Path, step: int, used: Iterable[Stretch], *, awaited: int, done: bool) -> None:

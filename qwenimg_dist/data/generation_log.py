@@ -77,10 +77,12 @@ def append_line(file: Path, line: Generation) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     _, end = read_lines(file)
     fault_point("generation_write")
-    with open(file, "r+b" if file.exists() else "xb") as sink:
+    is_new = not file.exists()
+    with open(file, "xb" if is_new else "r+b") as sink:
         sink.truncate(end)
         sink.seek(end)
         sink.write(json.dumps(asdict(line), sort_keys=True).encode() + b"\n")
         sink.flush()
         os.fsync(sink.fileno())
-    fsync_dir(file.parent)
+    if is_new:
+        fsync_dir(file.parent)

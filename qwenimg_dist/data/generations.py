@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
-from qwenimg_dist.data.ahead import Stretch, write_progress
+from qwenimg_dist.data.ahead import ProgressWriter, Stretch
 from qwenimg_dist.data.catalog import HEAD, Catalog, Ints, RunFacets
 from qwenimg_dist.data.catalogs import Catalogs
 from qwenimg_dist.data.early import EARLY_STEPS, EarlyLook
@@ -73,6 +73,7 @@ class Generations:
         )
         self._early_steps = early_steps
         self._early = EarlyLook()
+        self.progress = ProgressWriter(run)
         self._told = -float("inf")
         self._told_awaited = 0
         self.lines: list[Generation] = []
@@ -151,6 +152,7 @@ class Generations:
     def close(self) -> None:
         """Rank 0: end what `advance` began."""
         self._early.close()
+        self.progress.close()
 
     def _record(self, lines: Sequence[Generation]) -> None:
         for line in lines:
@@ -186,7 +188,7 @@ class Generations:
         used = {phase: iter(self.ledger.used(phase, step)) for phase in {phase for phase, _ in mine}}
         stretches = [Stretch(first=line.first_unit, end=line.units, share=next(used[phase])) for phase, line in mine]
         done = step + 1 >= self.config.phases[-1].last_step
-        write_progress(self.run, step, stretches, awaited=awaited, done=done)
+        self.progress.tell(step, stretches, awaited=awaited, done=done)
 
     def refresh(self, count: int | None = None) -> None:
         """Read lines that were appended since. With `count`, wait until that many are visible (shared file systems
