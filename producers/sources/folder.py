@@ -92,8 +92,7 @@ class Folder:
         )
         broken = look_through(described.broken())
         if len(described):
-            seen = walk.pictures.hashes()
-            for path in list(described.not_in(np.union1d(seen, walk.young.hashes()) if len(walk.young) else seen)):
+            for path in _named_only(described, walk):
                 if _is_picture(path) or not is_young(_modified(self._root / path), min_age_s):
                     walk.pictures.append(path)
         stems = walk.pictures.hashes(lambda path: posixpath.splitext(path)[0]) if len(walk.texts) else None
@@ -160,6 +159,12 @@ class Folder:
                 ) from error
             todo += sorted(inside, key=os.fsencode)  # always the same one of two links to a folder
         return walk
+
+
+def _named_only(described: Described, walk: _Walk) -> list[str]:
+    """Paths that a `metadata.jsonl` names and the walk did not see."""
+    seen = walk.pictures.hashes()
+    return list(described.not_in(np.union1d(seen, walk.young.hashes()) if len(walk.young) else seen))
 
 
 def describe(ignored: Counter[str]) -> str:
