@@ -17,6 +17,7 @@ from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.config_of_run import config_for_eval
 from qwenimg_dist.patience import StorageAwayError
+from qwenimg_dist.storage import StorageError
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +29,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         _say_why(rank, error)
         return 2
-    except (TrainingError, StorageAwayError) as error:
+    except (TrainingError, StorageAwayError, StorageError) as error:
         _say_why(rank, error)
         return 1
     if rank == "0":

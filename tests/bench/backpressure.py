@@ -9,7 +9,7 @@ threads that take as long per unit as the pace wants (30 % more or less, at rand
 training looks every 0.1 s in the place of every second, since steps are some ten times shorter than real ones. At the
 start, when a single unit is ready, training waits for the next ones: that is in the whole's share.
 
-    python tests/bench/backpressure.py [--quick] [--repeats 3] [--out FILE]
+    python tests/bench/backpressure.py [--quick] [--step-s 1] [--repeats 3] [--out FILE]
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ UNIT: Final = 8
 """Rows per unit, and samples per step: a step takes a unit."""
 WORKERS: Final = 4
 HEADROOM: Final = 1.2
-STEP_S: Final = 1.0
+
 BOUND_UNITS: Final = 16
 RESOLUTION: Final = 64
 TEXT_WIDTH: Final = 256
@@ -126,8 +126,8 @@ class PacedWorkers:
 class World:
     """A source and both sides of it."""
 
-    def __init__(self, root: Path, source: Path, num_units: int) -> None:
-        self.num_units = num_units
+    def __init__(self, root: Path, source: Path, num_units: int, step_s: float) -> None:
+        self.num_units, self.step_s = num_units, step_s
         self.plan = make_plan(
             load_config(["filters=[broken]", "dedup.near=false"]),  # every row is kept: a step takes a unit
             text_facet=text_facet(FINGERPRINT),
@@ -142,7 +142,7 @@ class World:
     def produce(self, bound: int) -> None:
         """Until everything is there, or `stop`."""
         scorers = Scorers(Resources(pipeline_dir=pipeline_dir(load_config([]).model), device="cpu"))
-        unit_s = STEP_S * WORKERS / HEADROOM
+        unit_s = self.step_s * WORKERS / HEADROOM
         workers = PacedWorkers(self.dataset, self.plan, self.source.root, scorers, unit_s)
         driver = Driver(
             dataset=self.dataset,
@@ -179,7 +179,7 @@ class World:
         waits: list[float] = []
         epochs = set()
         for step in range(1, num_steps):
-            time.sleep(STEP_S)
+            time.sleep(self.step_s)
             begin = time.perf_counter()
             await_batch(run, ranks, Hooks(), step)
             epochs.add(stream.get(step).batch.epoch)
@@ -188,7 +188,10 @@ class World:
         run.close()
         assert epochs == {0}, "a later epoch waits for nobody"
         half = waits[len(waits) // 2 :]
-        return _share(waits), _share(half)
+        return self._share(waits), self._share(half)
+
+    def _share(self, waits: Sequence[float]) -> float:
+        return sum(waits) / (sum(waits) + self.step_s * len(waits))
 
     def ahead(self) -> float:
         told = read_progress(self.run)
@@ -198,10 +201,6 @@ class World:
             parts = [part for facet in self.plan.facets for part in self.dataset.unit_parts(facet, unit)]
             sizes[unit] = part_bytes(self.dataset, parts)
         return bytes_ahead(told, sizes)
-
-
-def _share(waits: Sequence[float]) -> float:
-    return sum(waits) / (sum(waits) + STEP_S * len(waits))
 
 
 def write_source(folder: Path, num_units: int) -> None:
@@ -215,7 +214,7 @@ def write_source(folder: Path, num_units: int) -> None:
 
 
 def bytes_of_a_unit(root: Path, source: Path) -> int:
-    world = World(root, source, 1)
+    world = World(root, source, 1, step_s=1.0)
     thread = threading.Thread(target=world.produce, args=(1,))
     thread.start()
     while not (units := world.dataset.units(ROWS)):
@@ -226,9 +225,9 @@ def bytes_of_a_unit(root: Path, source: Path) -> int:
     return part_bytes(world.dataset, parts)
 
 
-def stalled(root: Path, source: Path, num_units: int, bound: int) -> Figures:
+def stalled(root: Path, source: Path, num_units: int, bound: int, step_s: float) -> Figures:
     folder = root / f"stalled-{time.monotonic_ns()}"
-    world = World(folder, source, num_units)
+    world = World(folder, source, num_units, step_s)
     thread = threading.Thread(target=world.produce, args=(bound,))
     thread.start()
     world.train(6, bound)
@@ -243,9 +242,9 @@ def stalled(root: Path, source: Path, num_units: int, bound: int) -> Figures:
     return {"bytes ahead / bound": world.ahead() / bound}
 
 
-def waiting(root: Path, source: Path, num_units: int, bound: int) -> Figures:
+def waiting(root: Path, source: Path, num_units: int, bound: int, step_s: float) -> Figures:
     folder = root / f"waiting-{time.monotonic_ns()}"
-    world = World(folder, source, num_units)
+    world = World(folder, source, num_units, step_s)
     thread = threading.Thread(target=world.produce, args=(bound,))
     thread.start()
     whole, half = world.train(num_units, bound)
@@ -255,7 +254,9 @@ def waiting(root: Path, source: Path, num_units: int, bound: int) -> Figures:
 
 
 def main() -> int:
-    args = parser(__doc__, repeats=3).parse_args()
+    options = parser(__doc__, repeats=3)
+    options.add_argument("--step-s", type=float, default=1.0)
+    args = options.parse_args()
     torch.set_num_threads(1)
     run_data._POLL_S = 0.1  # type: ignore[misc]
     num_units = 40 if args.quick else 96
@@ -264,13 +265,19 @@ def main() -> int:
         write_source(source, num_units)
         bound = BOUND_UNITS * bytes_of_a_unit(folder / "one", source)
         variants: dict[str, Any] = {
-            "stalled": partial(stalled, folder, source, num_units, bound),
-            "waiting": partial(waiting, folder, source, num_units, bound),
+            "stalled": partial(stalled, folder, source, num_units, bound, args.step_s),
+            "waiting": partial(waiting, folder, source, num_units, bound, args.step_s),
         }
         report = Report(
             name="backpressure",
             what=f"producers at {HEADROOM} times the demand, held back by about {BOUND_UNITS} units",
-            settings={"units": num_units, "rows": UNIT, "workers": WORKERS, "step_s": STEP_S, "bound_mb": bound / 1e6},
+            settings={
+                "units": num_units,
+                "rows": UNIT,
+                "workers": WORKERS,
+                "step_s": args.step_s,
+                "bound_mb": bound / 1e6,
+            },
             targets=["bytes ahead <= 1.1 x the bound", "wait <= 1 % of the time"],
         )
         for name, figures in interleaved(variants, repeats=1 if args.quick else num_repeats(args), warmup=0).items():

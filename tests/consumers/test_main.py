@@ -27,6 +27,34 @@ def test_what_keeps_a_rank_from_joining_is_said_by_itself(tmp_path: Path) -> Non
     assert "torch finds no GPU here" in ended.stderr
 
 
+def test_a_bucket_that_is_away_at_the_start_is_said_in_a_line(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    hasty = (
+        "import sys; from qwenimg_dist import storage; from consumers.__main__ import main\n"
+        "storage.PATIENCE = storage.Patience(attempts=2, first_s=0.01)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    away = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    ended = subprocess.run(
+        [sys.executable, "-c", hasty, f"run.path={tmp_path / 'run'}", "checkpoint.remote=s3://bucket/run"],
+        env={**os.environ, **away},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert "error: s3://bucket/run" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_what_the_ranks_agreed_on_is_said_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
