@@ -29,6 +29,13 @@ UNITS = 10
 UNIT_SIZE = 2
 
 
+def advance(consumer: Generations, step: int) -> str:
+    """As training does; what it tells producers is there when they look."""
+    answer = consumer.advance(step)
+    consumer.progress.flush()
+    return answer
+
+
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver_module, "_POLL_S", 0.001)
@@ -129,7 +136,7 @@ def test_a_stalled_run_holds_them_and_one_that_trains_is_followed_to_the_end(wor
         most = max(most, sum(world.sizes) - trained)
         if len(world.sizes) == 5 and not stalled():
             return False
-        if consumer.advance(step) == "ready":
+        if advance(consumer, step) == "ready":
             step += 1
         return False
 
@@ -137,7 +144,7 @@ def test_a_stalled_run_holds_them_and_one_that_trains_is_followed_to_the_end(wor
     assert len(world.sizes) == UNITS
     assert most <= 1.1 * bound
     while step < 2 * UNITS + 3:  # epochs after everything is there hold nobody, and need no further unit
-        assert consumer.advance(step) == "ready"
+        assert advance(consumer, step) == "ready"
         step += 1
 
 
@@ -146,7 +153,7 @@ def test_a_run_that_needs_more_than_the_bound_is_not_left_waiting(world: World, 
 
     def train() -> bool:
         nonlocal step
-        if consumer.advance(step) == "ready":
+        if advance(consumer, step) == "ready":
             step += 1
         return next(polls, None) is None
 
@@ -161,7 +168,7 @@ def test_a_run_that_waits_gets_no_more_than_it_waits_for(world: World, tmp_path:
 
     def wait() -> bool:
         if not world.sizes:
-            consumer.advance(0)
+            advance(consumer, 0)
         return polls()
 
     assert not world.drive(int(0.4 * size), wait)
@@ -171,7 +178,7 @@ def test_a_run_that_waits_gets_no_more_than_it_waits_for(world: World, tmp_path:
 def test_a_run_that_died_while_it_waited_is_not_produced_for_without_end(world: World, tmp_path: Path) -> None:
     consumer = world.consumer()
     assert world.dataset.units(ROWS) == []
-    assert consumer.advance(0) == "wait"
+    assert advance(consumer, 0) == "wait"
     told = read_progress(world.run)
     assert told is not None
     assert told.awaited == 1
@@ -184,11 +191,11 @@ def test_a_run_at_its_last_step_or_without_follow_holds_nobody(world: World, tmp
     size = size_of_a_unit(tmp_path)
     assert not world.drive(int(1.4 * size), after(100))
     consumer = world.consumer(steps=1)
-    assert consumer.advance(0) == "ready"
+    assert advance(consumer, 0) == "ready"
     assert world.drive(int(1.4 * size), after(10_000))
 
     other = World(tmp_path / "settled")
     assert not other.drive(int(1.4 * size), after(100))
     settled = other.consumer(follow=False)
-    assert settled.advance(0) == "ready"
+    assert advance(settled, 0) == "ready"
     assert other.drive(int(1.4 * size), after(10_000))

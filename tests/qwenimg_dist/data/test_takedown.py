@@ -128,6 +128,7 @@ def test_with_follow_rows_leave_with_the_next_generation(
     assert len(set(keys_of(generations, range(6)))) == 12
     assert set(keys_of(generations, range(6, 12))) == {row.key for row in producer.rows} - {producer.rows[4].key}
     assert [bool(line.takedown) for line in read_lines(run / FILE)[0]] == [False, True]
+    generations.close()
     shutil.rmtree(run / "index")
     (copy,) = (run / "takedown").iterdir()
     again = open_run(run, producer, config(takedown), follow=True)
