@@ -7,6 +7,7 @@ them.
 """
 
 from qwenimg_dist.config.commands import ClusterConfig, InspectConfig, LoggerConfig, PlanConfig
+from qwenimg_dist.config.curriculum import FlowConfig, FlowMatchingConfig, Phase
 from qwenimg_dist.config.data import EditEncodeConfig
 from qwenimg_dist.config.identity import flatten, stable_hash, training_identity
 from qwenimg_dist.config.pairs import PairsConfig
@@ -23,14 +24,7 @@ from qwenimg_dist.config.sources import (
     SyntheticTextSource,
     WebdatasetSource,
 )
-from qwenimg_dist.config.training import (
-    CheckpointConfig,
-    EvaluateConfig,
-    FlowConfig,
-    FlowMatchingConfig,
-    OptimConfig,
-    Phase,
-)
+from qwenimg_dist.config.training import CheckpointConfig, EvaluateConfig, OptimConfig
 from qwenimg_dist.config.tree import Config, ModelConfig
 
 __all__ = [

@@ -14,8 +14,8 @@ from pydantic import (
     model_validator,
 )
 
+from qwenimg_dist.config.curriculum import FlowConfig, FlowMatchingConfig
 from qwenimg_dist.config.section import Section
-from qwenimg_dist.config.training import FlowConfig, FlowMatchingConfig
 
 
 class StartFromConfig(Section):

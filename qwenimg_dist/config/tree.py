@@ -18,20 +18,14 @@ from qwenimg_dist.config.commands import (
     RunConfig,
     SampleConfig,
 )
+from qwenimg_dist.config.curriculum import CurriculumConfig
 from qwenimg_dist.config.data import CaptionsConfig, DataConfig, DedupConfig, EncodeConfig
 from qwenimg_dist.config.pairs import PairsConfig
 from qwenimg_dist.config.post_training import DpoConfig, ObjectiveConfig, StartFrom, StartFromConfig
 from qwenimg_dist.config.reward import RewardConfig
 from qwenimg_dist.config.section import Section
 from qwenimg_dist.config.sources import SourceConfig
-from qwenimg_dist.config.training import (
-    CheckpointConfig,
-    CurriculumConfig,
-    EngineConfig,
-    EvaluateConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from qwenimg_dist.config.training import CheckpointConfig, EngineConfig, EvaluateConfig, OptimConfig, TrainConfig
 
 
 class ModelConfig(Section):

@@ -7,15 +7,14 @@ import pytest
 from qwenimg_dist.commands.config import explanations
 from qwenimg_dist.commands.main import main
 from qwenimg_dist.config import Config
+from qwenimg_dist.config.curriculum import FlowMatchingConfig, Phase
 from qwenimg_dist.config.data import DataConfig, MixedDataset
 from qwenimg_dist.config.training import (
     CheckpointConfig,
     EngineConfig,
     EvaluateConfig,
-    FlowMatchingConfig,
     OptimConfig,
     ParameterGroupConfig,
-    Phase,
     TrainConfig,
 )
 
