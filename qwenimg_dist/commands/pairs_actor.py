@@ -1,7 +1,8 @@
 """One worker of `pairs`: draws a prompt's pictures, has them judged, writes the best and the worst.
 
 Place in the flow: `pairs_pool.py` makes these as Ray actors and hands each one prompt at a time. Pictures go from here
-to the folder, only the record travels. Models are loaded at the first prompt.
+to the folder, only the record travels. Models are loaded at the first prompt. What waiting or a fresh process may mend
+is told apart from what would meet every prompt.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qwenimg_dist.commands.pairs_book import PICTURES, seeds_of
 from qwenimg_dist.config import Config
 from qwenimg_dist.debug import fault_point
 from qwenimg_dist.files import write_bytes
+from qwenimg_dist.patience import is_away, patiently
 from qwenimg_dist.rewards.base import Prompt, Scores, Values
 
 if TYPE_CHECKING:
@@ -53,12 +55,15 @@ class PromptTask:
 class Reply:
     """What became of one prompt."""
 
-    outcome: Literal["kept", "tie", "failed", "fatal"]
-    """`failed`: fewer than two pictures could be judged. `fatal`: no other prompt would fare better."""
+    outcome: Literal["kept", "tie", "failed", "lost", "fatal"]
+    """`failed`: fewer than two pictures could be judged. `lost`: storage or this process failed, another process may
+    fare better with the same prompt. `fatal`: no other prompt would fare better."""
     record: Mapping[str, Any]
     num_unjudged: int = 0
     """Pictures without a total."""
     notes: tuple[str, ...] = ()
+    trace: str = ""
+    """Of `lost`, for whoever looks for the cause."""
 
 
 class PairActor:
@@ -85,8 +90,11 @@ class PairActor:
         except ValueError as error:
             return Reply(outcome="fatal", record={}, notes=(str(error),))
         except Exception as error:
-            told = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-            return Reply(outcome="fatal", record={}, notes=(told,))
+            told, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+            # A full disk, a missing file. Libraries that wrap an error leave its number out, and may hide anything.
+            if isinstance(error, OSError) and error.errno is not None and not is_away(error):
+                return Reply(outcome="fatal", record={}, notes=(f"{told}\n{trace}",))
+            return Reply(outcome="lost", record={}, notes=(told,), trace=trace)
 
     def _load(self) -> tuple[Painter, RewardService]:
         if self._loaded is None:
@@ -96,7 +104,7 @@ class PairActor:
             from qwenimg_dist.rewards.service import RewardService
 
             torch.set_num_threads(self._job.num_threads)
-            painter = Painter.load(self._config)
+            painter = patiently(lambda: Painter.load(self._config), "loading the pipeline")
             self._loaded = painter, RewardService(self._config.reward)
         return self._loaded
 
@@ -151,9 +159,13 @@ def _of(scores: Scores, index: int) -> dict[str, float]:
 
 def _save(folder: Path, files: Sequence[str], pictures: Sequence[Image.Image], which: Sequence[int]) -> None:
     for index in which:
-        for stray in (folder / files[index]).parent.glob(f".tmp-{Path(files[index]).name}-*"):
-            stray.unlink(missing_ok=True)  # of a worker that was killed over it
-        sink = io.BytesIO()
+        file, sink = folder / files[index], io.BytesIO()
         pictures[index].save(sink, format="PNG")
-        write_bytes(folder / files[index], sink.getvalue())
+        patiently(lambda: _replace(file, sink.getvalue()), str(file))  # noqa: B023 - called at once
         fault_point("pairs_picture")
+
+
+def _replace(file: Path, data: bytes) -> None:
+    for stray in file.parent.glob(f".tmp-{file.name}-*"):
+        stray.unlink(missing_ok=True)  # of a worker that was killed over it
+    write_bytes(file, data)

@@ -1,8 +1,8 @@
 """The Ray actors of `pairs`: as many as there are producers, each at one prompt at a time.
 
-Place in the flow: `pairs.py` submits prompts and waits for replies. An actor that died or does not answer for
-`cluster.unit_timeout_s` is replaced (`producers/actor_slots.py`) and its prompt done again, at most
-`cluster.unit_retries` times. Prompts are safe to repeat: the same files under the same names.
+Place in the flow: `pairs.py` submits prompts and waits for replies. An actor that died, does not answer for
+`cluster.unit_timeout_s` (`producers/actor_slots.py`) or says that its process failed is replaced and its prompt done
+again, at most `cluster.unit_retries` times. Prompts are safe to repeat: the same files under the same names.
 """
 
 from __future__ import annotations
@@ -65,10 +65,16 @@ class Pool:
         replies = []
         for event in self._slots.wait(timeout_s):
             if isinstance(event, Loss):
-                self._again(event)
+                self._again(event.task, event.why, machine=event.machine)
+                continue
+            reply = event.reply
+            assert isinstance(reply, Reply)
+            if reply.outcome == "lost":
+                # What it holds it may not give back: a broken CUDA context, memory.
+                self._slots.renew(event.slot)
+                self._again(event.task, _with_way_out(reply.notes[0]), trace=reply.trace)
             else:
-                assert isinstance(event.reply, Reply)
-                replies.append((event.task, event.reply))
+                replies.append((event.task, reply))
         return replies
 
     def close(self) -> None:
@@ -88,15 +94,19 @@ class Pool:
             .remote(self._job)
         )
 
-    def _again(self, lost: Loss[PromptTask]) -> None:
-        key = lost.task.key
-        self._failures[key] += not lost.machine
-        if self._failures[key] > self._cluster.unit_retries:
+    def _again(self, task: PromptTask, why: str, *, machine: bool = False, trace: str = "") -> None:
+        self._failures[task.key] += not machine
+        if (failures := self._failures[task.key]) > self._cluster.unit_retries:
             raise PairsError(
-                f"prompt {lost.task.text!r} failed {self._failures[key]} times, last: {lost.why}; what is done is "
-                "kept. Set cluster.unit_retries to try more often"
+                f"prompt {task.text!r} failed {failures} times, last: {why}; what is done is kept. Set "
+                f"cluster.unit_retries to try more often\n{trace}".rstrip()
             )
-        self._retry.append(lost.task)
+        self._retry.append(task)
+
+
+def _with_way_out(why: str) -> str:
+    """torch's own error, and Python's."""
+    return f"{why}: {_LESS_MEMORY}" if why.startswith(("OutOfMemoryError", "MemoryError")) else why
 
 
 def _run(slot: Slot[PromptTask, None]) -> Any:
