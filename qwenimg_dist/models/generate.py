@@ -30,6 +30,8 @@ from qwenimg_dist.models.vae import SIDE_MULTIPLE, LatentCodec
 LABEL_SIZE_PX = 12
 MARGIN_PX = 4
 MIN_CELL_PX = 96
+_MAX_CELLS_PIXELS = 80_000_000
+"""Of all cells of a grid: Pillow, and with it W&B, takes a picture of twice this for an attack; few viewers show it."""
 
 
 def load_scheduler_config(pipeline_dir: str | Path) -> dict[str, Any]:
@@ -142,19 +144,19 @@ def save_grid(images: Sequence[Image.Image], labels: Sequence[str], path: str | 
     """Writes a PNG of `images` row by row with `labels` under the cells, wrapped to the cell's width.
 
     Cells take the largest picture's size. Where that is under 96 px, every pixel becomes a square of pixels, so that
-    tiny pictures can be seen and labels fit. The built-in font has Latin letters only.
+    tiny pictures can be seen and labels fit; where all cells together have more pixels than viewers take, they are
+    scaled down. The built-in font has Latin letters only.
     """
     if not images or len(labels) != len(images) or columns < 1:
         raise ValueError(f"{len(images)} images, {len(labels)} labels, {columns} columns: nothing to lay out")
     columns = min(columns, len(images))
-    factor = math.ceil(MIN_CELL_PX / max(i.width for i in images))
-    images = [i.resize((i.width * factor, i.height * factor), Image.Resampling.NEAREST) for i in images]
+    rows = math.ceil(len(images) / columns)
+    images = _to_be_seen(images, rows * columns)
     cell_width, cell_height = max(i.width for i in images), max(i.height for i in images)
     font = ImageFont.load_default(LABEL_SIZE_PX)
     wrapped = [_wrap(label, font, cell_width) for label in labels]
     label_height = max(len(lines) for lines in wrapped) * (LABEL_SIZE_PX + 2)
     step_x, step_y = cell_width + MARGIN_PX, cell_height + label_height + MARGIN_PX
-    rows = math.ceil(len(images) / columns)
     grid = Image.new("RGB", (columns * step_x + MARGIN_PX, rows * step_y + MARGIN_PX), "white")
     draw = ImageDraw.Draw(grid)
     for index, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
@@ -166,6 +168,15 @@ def save_grid(images: Sequence[Image.Image], labels: Sequence[str], path: str | 
     target.parent.mkdir(parents=True, exist_ok=True)
     grid.save(target, format="PNG")
     return target
+
+
+def _to_be_seen(images: Sequence[Image.Image], num_cells: int) -> list[Image.Image]:
+    """Tiny pictures with every pixel a square of pixels; many large ones smaller, all by the same factor."""
+    width, height = max(i.width for i in images), max(i.height for i in images)
+    factor, how = float(math.ceil(MIN_CELL_PX / width)), Image.Resampling.NEAREST
+    if (most := math.sqrt(_MAX_CELLS_PIXELS / (num_cells * width * height))) < factor:
+        factor, how = most, Image.Resampling.LANCZOS
+    return [i.resize((max(1, int(i.width * factor)), max(1, int(i.height * factor))), how) for i in images]
 
 
 def _wrap(label: str, font: Any, width: int) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from diffusers import QwenImagePipeline
 from PIL import Image
 
+from qwenimg_dist.models import generate as models_generate
 from qwenimg_dist.models.generate import (
     generate,
     generate_latents,
@@ -179,3 +180,19 @@ def test_grid_holds_every_picture_in_place(tmp_path: Path) -> None:
     assert min(below.convert("L").getdata()) < 100, "labels are drawn"
     with pytest.raises(ValueError, match="nothing to lay out"):
         save_grid([], [], tmp_path / "none.png")
+
+
+def test_a_grid_of_many_large_pictures_stays_one_that_can_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models_generate, "_MAX_CELLS_PIXELS", 100_000)  # 6 cells of 200x300 are 360,000
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 120_000)
+    images = [Image.new("RGB", (200, 300 if i else 150), (40 * i, 0, 0)) for i in range(5)]
+    grid = Image.open(save_grid(images, ["a"] * 5, tmp_path / "g.png", columns=3))
+    cell = (grid.width - 4) // 3 - 4
+    assert 90_000 < 6 * cell * cell * 1.5 <= 100_000
+    assert [
+        grid.getpixel((4 + i % 3 * (cell + 4) + 20, 4 + i // 3 * (grid.height - 4) // 2 + 12)) for i in range(5)
+    ] == [(40 * i, 0, 0) for i in range(5)]
+    below_the_flat_one = grid.getpixel((24, 4 + cell))
+    assert below_the_flat_one == (255, 255, 255)  # proportions are kept

@@ -102,6 +102,21 @@ def test_large_pictures_are_scaled_down_small_ones_kept(tmp_path: Path) -> None:
         assert (read.format, read.size) == ("JPEG", (2400, 240))
 
 
+def test_a_grid_larger_than_pillow_opens_by_itself_is_scaled_down_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = tmp_path / "large.png"
+    large.write_bytes(png(3000, 300))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400_000)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(large)
+    data = Picture.read(large).data
+    assert Image.MAX_IMAGE_PIXELS == 400_000
+    monkeypatch.undo()
+    with Image.open(io.BytesIO(data)) as read:
+        assert (read.format, read.size) == ("JPEG", (2400, 240))
+
+
 def test_other_bytes_are_no_picture() -> None:
     with pytest.raises(ValueError, match="must be PNG, JPEG or WebP"):
         Picture(data=b"GIF89a").html()
