@@ -174,7 +174,7 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
 
         _on_first(ranks, lambda: truncate_logs(prepared.run_dir, progress.step))
         _on_first(ranks, lambda: _describe(prepared.run_dir, config, ranks, loaded))
-        log = ranks.together(lambda: _open_log(config, prepared, loaded) if ranks.is_first else None)
+        log = ranks.together(lambda: _open_log(config, prepared, loaded, hooks) if ranks.is_first else None)
         stack.callback(lambda: log.close() if log else None)
 
         known = int(loaded.state["generations"]) if loaded else 0
@@ -304,13 +304,14 @@ def _progress(loaded: Loaded | None, prepared: Prepared, ranks: Ranks, hooks: Ho
     )
 
 
-def _open_log(config: Config, prepared: Prepared, loaded: Loaded | None) -> RunLog:
+def _open_log(config: Config, prepared: Prepared, loaded: Loaded | None, hooks: Hooks) -> RunLog:
     return RunLog(
         config.logger,
         prepared.run_dir,
         samples=config.train.log_samples,
         wandb_id=loaded.state.get("wandb_id") if loaded else None,
         values=training_identity(config),
+        say=hooks.say,
     )
 
 

@@ -2,11 +2,13 @@
 
 Place in the flow: the driver's process makes one where `logger` asks for it, beside the Ray gauges; both are told by
 the progress display. Over units brought up to date by this start: pictures opened and kept, reasons, rate, what is
-left; at the end the funnel as a table. Refuses to fail producing: a tracker that is lost is said once and left out.
+left; at the end the funnel as a table. Refuses to fail producing: a tracker that is lost, or does not start again, is
+said once and left out.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections import Counter
@@ -22,6 +24,21 @@ from qwenimg_dist.report.table import Table
 
 _EVERY_S: Final = 10.0
 """A curve needs no point per unit, and a server none per second."""
+
+
+def start_tracking(config: LoggerConfig, folder: Path, *, group: str, say: Callable[[str], None]) -> WandbGauges | None:
+    """Offline files go to `folder`. Where W&B does not start, a first start says so (ValueError); producing that was
+    tracked before, as the folder tells, goes on without, as training does: None, and a line."""
+    is_first = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    try:
+        return WandbGauges(config, folder, group=group)
+    except ValueError as error:
+        if is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        say(f"warning: {error}; producing goes on without it")
+        return None
 
 
 class WandbGauges:

@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
@@ -213,7 +212,10 @@ class RunLog:
         samples: bool,
         wandb_id: str | None,
         values: Mapping[str, Any],
+        say: Callable[[str], None],
     ) -> None:
+        """`say` hears once what becomes of W&B: a rank's own stderr is shown to nobody under Ray."""
+        self._say = say
         self._metrics = JsonLines(run_dir / "metrics.jsonl")
         self._tables = JsonLines(run_dir / "tables.jsonl")
         self._samples = JsonLines(run_dir / "samples.jsonl") if samples else None
@@ -226,7 +228,7 @@ class RunLog:
         self._wandb: Wandb | None = None
         self._wandb_id = wandb_id
         if config.wandb != "off":
-            self._wandb = _start_wandb(config, run_dir, wandb_id, values)
+            self._wandb = _start_wandb(config, run_dir, wandb_id, values, say)
         if self._wandb and self._wandb.run_id:
             self._wandb_id = self._wandb.run_id
 
@@ -285,11 +287,17 @@ class RunLog:
         try:
             action(self._wandb)
         except Exception as error:  # a lost tracker must not cost a training run
-            sys.stderr.write(f"warning: W&B failed and is off from here on ({type(error).__name__}: {error})\n")
+            self._say(f"warning: W&B failed and is off from here on ({type(error).__name__}: {error})")
             self._wandb = None
 
 
-def _start_wandb(config: LoggerConfig, run_dir: Path, wandb_id: str | None, values: Mapping[str, Any]) -> Wandb | None:
+def _start_wandb(
+    config: LoggerConfig,
+    run_dir: Path,
+    wandb_id: str | None,
+    values: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> Wandb | None:
     """A first start says what is wrong (ValueError); a run that was tracked before goes on without."""
     try:
         return Wandb(config, run_dir, run_id=wandb_id, values=values)
@@ -297,7 +305,7 @@ def _start_wandb(config: LoggerConfig, run_dir: Path, wandb_id: str | None, valu
         what = f"W&B does not start ({type(error).__name__}: {error})"
         if wandb_id is None:
             raise ValueError(f"{what}: log in, or choose logger=offline or logger=off") from error
-        sys.stderr.write(f"warning: {what}; the run goes on without it\n")
+        say(f"warning: {what}; the run goes on without it")
         return None
 
 

@@ -30,7 +30,7 @@ from producers.plan import Plan, make_plan
 from producers.progress import ProduceProgress
 from producers.sources import open_source, sample_kind
 from producers.sources.base import Found, Source
-from producers.tracking import WandbGauges
+from producers.tracking import WandbGauges, start_tracking
 from producers.workers import ProduceError, Workers
 from qwenimg_dist.commands.data import look_closer
 from qwenimg_dist.commands.inputs import required
@@ -170,7 +170,7 @@ def drive(
             from producers.ray_metrics import RayGauges
 
             join_ray()
-            progress.gauges = [RayGauges(), *_tracked(production, dataset, stack)]
+            progress.gauges = [RayGauges(), *_tracked(production, dataset, stack, progress.say)]
             workers = RayWorkers(_job(production), config.cluster)
             stack.callback(workers.close)
             catch_signals(stop)
@@ -200,15 +200,18 @@ def _retries_missing(source: SourceConfig) -> bool:
     return isinstance(source, remote) and source.retry_missing
 
 
-def _tracked(production: Production, dataset: Dataset, stack: ExitStack) -> list[WandbGauges]:
+def _tracked(
+    production: Production, dataset: Dataset, stack: ExitStack, say: Callable[[str], None]
+) -> list[WandbGauges]:
     """W&B, where the logger asks for it; it gets the funnel at the end of the stack."""
     config = production.config
     if config.logger.wandb == "off":
         return []
     run_or_data = Path(config.run.path) if config.run.path else production.data_path
-    folder = production.data_path / _TRACKING
-    folder.mkdir(exist_ok=True)
-    gauges = WandbGauges(config.logger, folder, group=run_or_data.resolve().name)
+    group = run_or_data.resolve().name
+    gauges = start_tracking(config.logger, production.data_path / _TRACKING, group=group, say=say)
+    if gauges is None:
+        return []
     stack.callback(lambda: gauges.finish(funnel(dataset).tables()))
     return [gauges]
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -57,13 +58,15 @@ def run(args: list[str]) -> int:
     prepare_environment()
     cluster, stop = config.cluster, threading.Event()
     with ray_session(cluster, cpus=_cpus(cluster)), stop_signals(stop):
-        check_room_for_both(cluster, machines())
-        grown = grown_ranks(cluster, machines()) if cluster.elastic else cluster.ranks
-        check_ranks(config, grown)
+        check_room(cluster, machines())
+        check_ranks(config, cluster.ranks)
+        no_room = room_beside(cluster, machines())
+        if no_room and config.follow:  # something to produce may come at any time
+            raise ValueError(no_room)
         with Training(training_config, run_dir) as training:
-            producing = Producing(production, training.console)
-            both = Both(training, producing, stop, ranks=cluster.ranks, grown=grown)
-            ended = both.go()
+            producing = Producing(production, training.console, no_room=no_room)
+            grown = partial(ranks_now, config, machines) if cluster.elastic else None
+            ended = Both(training, producing, stop, ranks=cluster.ranks, grown=grown).go()
     if producing.listed.is_set():
         produce.show_funnel(production, Console(soft_wrap=True))
     return conclude(ended, producing, stopped=stop.is_set())
@@ -102,12 +105,11 @@ def _cpus(cluster: ClusterConfig) -> float:
     return cluster.ranks * cluster.cpus_per_rank + cluster.producers * cluster.producer_cpus + cluster.reward_cpus
 
 
-def check_room_for_both(cluster: ClusterConfig, machines: Sequence[Mapping[str, float]]) -> None:
-    """Raise ValueError if these machines, were they free, have no room for the ranks and a producer beside them.
+def room_beside(cluster: ClusterConfig, machines: Sequence[Mapping[str, float]]) -> str:
+    """Why these machines, were they free, have no room for a producer beside the ranks; empty if they have.
 
     Ray would wait for it for ever. Fewer producers than asked for will do: the others start when there is room.
     """
-    check_room(cluster, machines)
     need = {"CPU": cluster.producer_cpus, "GPU": cluster.gpus_per_producer}
     for index, machine in enumerate(machines):
         if any(machine.get(name, 0.0) < amount for name, amount in need.items()):
@@ -116,9 +118,9 @@ def check_room_for_both(cluster: ClusterConfig, machines: Sequence[Mapping[str, 
         for name, amount in need.items():
             left[index][name] = left[index].get(name, 0.0) - amount
         if places(cluster, left) >= cluster.ranks:
-            return
+            return ""
     there = "; ".join(f"{m.get('CPU', 0.0):g} CPUs and {m.get('GPU', 0.0):g} GPUs" for m in machines)
-    raise ValueError(
+    return (
         f"beside cluster.ranks={cluster.ranks} ranks there is no room for a producer ({need['CPU']:g} CPUs and "
         f"{need['GPU']:g} GPUs), Ray has machines of {there}: lower cluster.ranks (cluster.elastic=true gives the "
         "producers' places to ranks once the source is exhausted), let CPUs produce "
@@ -135,6 +137,13 @@ def grown_ranks(cluster: ClusterConfig, machines: Sequence[Mapping[str, float]])
     return max(cluster.ranks, min(cluster.ranks + freed, places(cluster, machines)))
 
 
+def ranks_now(config: Config, machines: Callable[[], Sequence[Mapping[str, float]]]) -> int:
+    """As `grown_ranks`, of the machines that there are by now (of those at the start, some may have died), and as many
+    of them as can be cut into the groups of `engine.hpz_partition`."""
+    ranks = grown_ranks(config.cluster, machines())
+    return max(config.cluster.ranks, ranks - ranks % config.engine.hpz_partition)
+
+
 def check_ranks(config: Config, ranks: int) -> None:
     """Before anything starts: whether a gang of this size can be cut as the config says."""
     from consumers.zero_settings import check_hpz
@@ -145,9 +154,11 @@ def check_ranks(config: Config, ranks: int) -> None:
 class Producing(threading.Thread):
     """`produce` in a thread of its own: the main thread keeps the signals and the training side."""
 
-    def __init__(self, production: produce.Production, console: Console) -> None:
+    def __init__(self, production: produce.Production, console: Console, *, no_room: str) -> None:
+        """`no_room`: why no producer could start, which is a failure if there is anything to produce; or empty."""
         super().__init__(daemon=True, name="produce")
         self._production = production
+        self.no_room = no_room
         self._progress = ProduceProgress(console, bar=False, line_every_s=_LINE_EVERY_S)
         self.stop = threading.Event()
         """Set, and started tasks are finished and no other is begun."""
@@ -171,6 +182,8 @@ class Producing(threading.Thread):
             self._fail(1, f"{type(error).__name__}: {error}")
 
     def _note(self, num_pending: int) -> None:
+        if num_pending and self.no_room:
+            raise ValueError(self.no_room)
         self.num_pending = num_pending
         self.listed.set()
 
@@ -182,11 +195,19 @@ class Both:
     """Drives the two sides from the main thread until training has ended."""
 
     def __init__(
-        self, training: Training, producing: Producing, stop: threading.Event, *, ranks: int, grown: int
+        self,
+        training: Training,
+        producing: Producing,
+        stop: threading.Event,
+        *,
+        ranks: int,
+        grown: Callable[[], int] | None,
     ) -> None:
-        """`grown`: ranks that training goes on with when the source is exhausted."""
+        """`grown` gives the ranks that training goes on with when the source is exhausted; None: it does not grow."""
         self._training, self._producing, self._stop = training, producing, stop
-        self._ranks, self._grown = ranks, grown
+        self._ranks, self._count_grown = ranks, grown
+        self._grown = 0
+        """0: not counted yet."""
 
     def go(self) -> Ended | None:
         """Start both; returns how training ended, None if it was not begun. The producers have ended then, too."""
@@ -198,14 +219,17 @@ class Both:
         return ended
 
     def _may_start(self) -> bool:
-        """A gang that would grow waits until it is known whether there is anything to produce at all."""
-        if self._grown == self._ranks:
+        """Where it matters whether there is anything to produce at all, that is waited for: a gang that would grow is
+        large at once if there is nothing, and it needs no producer's room then."""
+        if self._count_grown is None and not self._producing.no_room:
             return True
         while self._producing.is_alive() and not self._producing.listed.wait(_POLL_S):
             if self._stop.is_set():
                 return False
-        if self._producing.failure is None and not self._producing.num_pending:
-            self._ranks = self._grown
+        if self._producing.failure is not None:
+            return False
+        if self._count_grown is not None and not self._producing.num_pending:
+            self._ranks = max(self._ranks, self._count_grown())
         return not self._stop.is_set()
 
     def _train(self) -> Ended:
@@ -214,7 +238,7 @@ class Both:
         while True:
             alive = self._training.poll()
             leaving = self._stop.is_set() or self._producing.failure is not None
-            grows = self._producing.finished and self._grown > self._ranks
+            grows = self._grows()
             if leaving:
                 self._producing.stop.set()
             if alive and leaving:
@@ -226,8 +250,18 @@ class Both:
                 ended = self._training.ended()
                 if ended.outcome != "stopped" or leaving or not grows:
                     return ended
-                self._ranks = self._grown
+                assert self._count_grown is not None
+                # Machines may have died while the ranks saved.
+                self._ranks = self._grown = max(self._ranks, self._count_grown())
                 self._training.start(self._ranks)
+
+    def _grows(self) -> bool:
+        """Whether the source is exhausted, and there is room for more ranks by then; counted once."""
+        if self._count_grown is None or not self._producing.finished:
+            return False
+        if not self._grown:
+            self._grown = max(self._ranks, self._count_grown())
+        return self._grown > self._ranks
 
 
 def conclude(ended: Ended | None, producing: Producing, *, stopped: bool) -> int:

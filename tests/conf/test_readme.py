@@ -32,6 +32,7 @@ def words_of(line: str) -> list[str]:
 def test_a_command_line_of_the_readme_composes(line: str) -> None:
     command, *words = words_of(line)
     assert command in COMMANDS, line
+    assert not [word for word in words if word.startswith("[")], f"a shell hands it on as it is: {line}"
     given = [word for word in words if "=" in word]
     load_config(given)
 

@@ -10,7 +10,7 @@ import pytest
 from wandb_file import finished, offline_files
 
 from producers import tracking
-from producers.tracking import WandbGauges
+from producers.tracking import WandbGauges, start_tracking
 from producers.unit import UnitReport
 from qwenimg_dist.config import LoggerConfig
 from qwenimg_dist.report.table import Table
@@ -52,3 +52,27 @@ def test_a_lost_tracker_is_said_once_and_producing_goes_on(
         gauges.state(images_per_s=1.0, units_left=0, left_s=0.0)
     gauges.finish([])
     assert capsys.readouterr().err.count("gone") == 1
+
+
+def test_only_producing_that_was_tracked_before_goes_on_without_a_tracker_that_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    folder, said = tmp_path / ".tracking", list[str]()
+    config = LoggerConfig(wandb="offline")
+    with monkeypatch.context() as away:
+        away.setattr(tracking, "Wandb", unreachable)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="no route"):
+                start_tracking(config, folder, group="g", say=said.append)
+    gauges = start_tracking(config, folder, group="g", say=said.append)
+    assert gauges is not None
+    gauges.finish([])
+    assert said == []
+    monkeypatch.setattr(tracking, "Wandb", unreachable)
+    assert start_tracking(config, folder, group="g", say=said.append) is None
+    (line,) = said
+    assert "no route" in line
+    assert line.endswith("goes on without it")

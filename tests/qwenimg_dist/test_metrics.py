@@ -118,7 +118,7 @@ def test_offline_files_hold_metrics_pictures_and_tables_and_no_secret(
     grid = run_dir / "grid.png"
     Image.new("RGB", (48, 32), "red").save(grid)
     config = LoggerConfig(wandb="offline", project="test")
-    log = RunLog(config, run_dir, samples=True, wandb_id="of-an-online-attempt", values={"optim.lr": 1e-3})
+    log = RunLog(config, run_dir, samples=True, wandb_id="of-an-online-attempt", values={"optim.lr": 1e-3}, say=print)
     log.metrics(1, {"train/loss": 2.0, "eval/bucket/64x32": 0.5, "norms/grad/all": 3.0})
     log.metrics(1, {"train/loss": 2.0})  # a resumed run repeats a step
     log.metrics(7, {"train/loss": 1.0} | {f"train/metric_{n}": n / 7 for n in range(2000)})  # longer than a block
@@ -163,7 +163,9 @@ def test_offline_files_hold_metrics_pictures_and_tables_and_no_secret(
 
 def test_offline_attempts_of_a_run_share_a_group(tmp_path: Path) -> None:
     for step in (1, 2):
-        log = RunLog(LoggerConfig(wandb="offline", project="t"), tmp_path, samples=False, wandb_id=None, values={})
+        log = RunLog(
+            LoggerConfig(wandb="offline", project="t"), tmp_path, samples=False, wandb_id=None, values={}, say=print
+        )
         log.metrics(step, {"train/loss": 1.0})
         log.close()
     found = [finished(file) for file in offline_files(tmp_path)]
@@ -197,7 +199,7 @@ def test_online_continues_the_run_of_the_checkpoint_and_no_other(
         return Run()
 
     monkeypatch.setattr(wandb, "init", init)
-    log = RunLog(LoggerConfig(wandb="online", group="g"), tmp_path, samples=False, wandb_id=known, values={})
+    log = RunLog(LoggerConfig(wandb="online", group="g"), tmp_path, samples=False, wandb_id=known, values={}, say=print)
     log.metrics(5, {"train/loss": 1.0})
     assert (asked["id"], asked["resume"], asked["group"], asked["mode"]) == (known, resume, "g", "online")
     assert log.wandb_id == (known or "new")
@@ -208,22 +210,42 @@ def test_online_continues_the_run_of_the_checkpoint_and_no_other(
     assert log.wandb_id == (known or "new")
 
 
-def test_a_failing_tracker_does_not_fail_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = RunLog(LoggerConfig(wandb="offline", project="test"), tmp_path, samples=False, wandb_id=None, values={})
+def test_a_failing_tracker_does_not_fail_the_run_and_is_said_where_it_is_heard(tmp_path: Path) -> None:
+    said: list[str] = []
+    config = LoggerConfig(wandb="offline", project="test")
+    log = RunLog(config, tmp_path, samples=False, wandb_id=None, values={}, say=said.append)
     assert log._wandb is not None
     log._wandb.close()
     log._wandb._run = None  # type: ignore[assignment]
     log.metrics(1, {"train/loss": 1.0})
     log.metrics(2, {"train/loss": 1.0})
     log.close()
-    assert capsys.readouterr().err.count("W&B failed") == 1
+    assert [line.split(" (")[0] for line in said] == ["warning: W&B failed and is off from here on"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_that_was_tracked_goes_on_without_a_tracker_that_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def unreachable(**_: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    said: list[str] = []
+    config = LoggerConfig(wandb="online", project="test")
+    log = RunLog(config, tmp_path, samples=False, wandb_id="known", values={}, say=said.append)
+    assert said == ["warning: W&B does not start (ConnectionError: no route); the run goes on without it"]
+    assert log.wandb_id == "known"
+    with pytest.raises(ValueError, match="logger=offline"):
+        RunLog(config, tmp_path, samples=False, wandb_id=None, values={}, say=said.append)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_remembered_for_the_trainer_and_nothing_is_written_after_it(tmp_path: Path) -> None:
     (tmp_path / "tables.jsonl").symlink_to("/dev/full")
-    log = RunLog(LoggerConfig(), tmp_path, samples=True, wandb_id=None, values={})
+    log = RunLog(LoggerConfig(), tmp_path, samples=True, wandb_id=None, values={}, say=print)
     log.metrics(1, {"train/loss": 1.0})
     assert log.problem == ""
     log.table(2, "worst_held_out", ("key",), [["a"]])

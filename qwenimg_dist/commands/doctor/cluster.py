@@ -22,7 +22,7 @@ import ray
 from producers.ray_cluster import check_room as check_producers
 from producers.ray_cluster import machines
 from qwenimg_dist.commands.doctor.findings import Context, Finding, failure, ok, warning
-from qwenimg_dist.commands.run import check_room_for_both
+from qwenimg_dist.commands.run import room_beside
 from qwenimg_dist.commands.train import check_room as check_ranks
 from qwenimg_dist.config import ClusterConfig
 
@@ -61,11 +61,10 @@ def _room(cluster: ClusterConfig) -> list[Finding]:
             found.append(failure(f"room for {name}", str(error), "as it says"))
     if not (cluster.address or os.environ.get("RAY_ADDRESS")):
         return found  # a Ray of one's own takes the CPUs that it is told
-    try:
-        check_room_for_both(cluster, machines())
+    if no_room := room_beside(cluster, machines()):
+        found.append(warning("room for run", no_room, "as it says; `produce` first and `train` then may have room"))
+    else:
         found.append(ok("room for run", "ranks and a producer beside them"))
-    except ValueError as error:
-        found.append(warning("room for run", str(error), "as it says; `produce` first and `train` then may have room"))
     return found
 
 

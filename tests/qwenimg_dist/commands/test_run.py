@@ -6,8 +6,9 @@ import threading
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from qwenimg_dist.commands.run import Both, check_config, check_room_for_both, conclude, grown_ranks
+from qwenimg_dist.commands.run import Both, Producing, check_config, conclude, grown_ranks, ranks_now, room_beside
 from qwenimg_dist.commands.train import Ended
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import ClusterConfig
@@ -53,11 +54,7 @@ def test_the_training_side_follows_whatever_the_source_does() -> None:
 def test_the_ranks_and_a_producer_must_have_room_at_once(
     settings: dict[str, Any], machines: list[dict[str, float]], refused: bool
 ) -> None:
-    if refused:
-        with pytest.raises(ValueError, match=r"cluster\.ranks="):
-            check_room_for_both(cluster(**settings), machines)
-    else:
-        check_room_for_both(cluster(**settings), machines)
+    assert ("cluster.ranks=" in room_beside(cluster(**settings), machines)) == refused
 
 
 @pytest.mark.parametrize(
@@ -78,7 +75,8 @@ def test_places_that_become_ranks(settings: dict[str, Any], machines: list[dict[
 class FakeProducing:
     """The producing side, scripted; what drives it (`Both`) is real."""
 
-    def __init__(self, num_pending: int = 3, fails: Ended | None = None) -> None:
+    def __init__(self, num_pending: int = 3, fails: Ended | None = None, no_room: str = "") -> None:
+        self.no_room = no_room
         self.stop, self.listed = threading.Event(), threading.Event()
         self.num_pending, self.failure, self.finished = num_pending, None, False
         self._fails = fails
@@ -128,16 +126,62 @@ def test_the_gang_grows_when_the_source_is_exhausted_and_is_large_at_once_if_it_
 ) -> None:
     producing: Any = FakeProducing(num_pending)
     training: Any = FakeTraining(producing)
-    ended = Both(training, producing, threading.Event(), ranks=2, grown=3).go()
+    ended = Both(training, producing, threading.Event(), ranks=2, grown=lambda: 3).go()
     assert training.starts == starts
     assert ended is not None
     assert ended.outcome == "complete"
 
 
+@pytest.mark.parametrize(("counts", "starts"), [([2], [2]), ([1], [2]), ([3, 2], [2, 2]), ([3, 4], [2, 4])])
+def test_the_gang_grows_into_the_machines_that_there_are_by_then(counts: list[int], starts: list[int]) -> None:
+    """Some died while producers worked, or while the ranks saved."""
+    producing: Any = FakeProducing()
+    training: Any = FakeTraining(producing)
+    left = iter(counts)
+    ended = Both(training, producing, threading.Event(), ranks=2, grown=lambda: next(left)).go()
+    assert training.starts == starts
+    assert ended is not None
+    assert ended.outcome == "complete"
+    assert next(left, None) is None
+
+
+def test_no_room_for_a_producer_is_a_failure_only_if_there_is_something_to_produce() -> None:
+    nothing: Any = FakeProducing(num_pending=0, no_room="there is no room")
+    training: Any = FakeTraining(nothing)
+    ended = Both(training, nothing, threading.Event(), ranks=2, grown=None).go()
+    assert training.starts == [2]
+    assert ended is not None
+
+    class Refused(FakeProducing):
+        def start(self) -> None:
+            self.failure = Ended(outcome="failed", code=2, message="error: producing failed: there is no room")
+            self.stop.set()
+
+    refused: Any = Refused(no_room="there is no room")
+    training = FakeTraining(refused)
+    assert Both(training, refused, threading.Event(), ranks=2, grown=None).go() is None
+    assert training.starts == []
+    assert conclude(None, refused, stopped=False) == 2
+
+    production: Any = None
+    real = Producing(production, Console(), no_room="there is no room")
+    with pytest.raises(ValueError, match="there is no room"):
+        real._note(3)
+    assert not real.listed.is_set()
+    real._note(0)
+    assert real.listed.is_set()
+
+
+@pytest.mark.parametrize(("hpz", "ranks"), [(1, 7), (2, 6), (4, 4)])
+def test_a_gang_grows_to_what_can_be_cut(hpz: int, ranks: int) -> None:
+    asked = ["cluster.ranks=4", "cluster.producers=3", "cluster.cpus_per_producer=1", f"engine.hpz_partition={hpz}"]
+    assert ranks_now(load_config(asked), lambda: [NODE]) == ranks
+
+
 def test_a_side_that_fails_ends_the_other_and_tells_the_way_on(capsys: pytest.CaptureFixture[str]) -> None:
     producing: Any = FakeProducing(fails=Ended(outcome="failed", code=1, message="error: producing failed: unit 7"))
     training: Any = FakeTraining(producing)
-    ended = Both(training, producing, threading.Event(), ranks=2, grown=2).go()
+    ended = Both(training, producing, threading.Event(), ranks=2, grown=None).go()
     assert ended is not None
     assert ended.outcome == "stopped"
     assert conclude(ended, producing, stopped=False) == 1
@@ -152,7 +196,7 @@ def test_a_stop_ends_both_with_exit_code_0(capsys: pytest.CaptureFixture[str]) -
     training: Any = FakeTraining(producing)
     stop = threading.Event()
     stop.set()
-    ended = Both(training, producing, stop, ranks=2, grown=2).go()
+    ended = Both(training, producing, stop, ranks=2, grown=None).go()
     assert producing.stop.is_set()
     assert conclude(ended, producing, stopped=True) == 0
     assert "the same command goes on" in capsys.readouterr().err
