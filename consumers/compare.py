@@ -13,6 +13,7 @@ import gc
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from consumers.reference_pass import Watch
 from consumers.run_data import open_data
 from consumers.run_directory import Prepared, facets_of, run_lock
 from consumers.trainer import stop_signals
-from consumers.validation_data import validation_generations
+from consumers.validation_data import for_measuring, validation_generations
 from consumers.watchdog import watched
 from consumers.zero_engine import FrozenModel
 from qwenimg_dist.compose import validate
@@ -180,7 +181,8 @@ def _prepare(comparison: Comparison) -> Prepared:
         data_dirs=dirs,
         pipeline=comparison.pipeline,
         facets=facets,
-        ledger=ledger_config(config, plan(config)),
+        # Held-out rows are those of `data.where` alone; nothing is trained, so nothing need be there to train on.
+        ledger=replace(ledger_config(config, for_measuring(plan(config))), weights={}),
         model_fingerprint=comparison.sides["model"].fingerprint,
     )
 

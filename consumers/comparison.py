@@ -20,7 +20,7 @@ from consumers.pictures import Cell
 from consumers.start_from import StartWeights, check_architecture, open_weights, read_record
 from qwenimg_dist.compose import validate
 from qwenimg_dist.config import Config, StartFromConfig, stable_hash
-from qwenimg_dist.files import write_json
+from qwenimg_dist.files import write_bytes, write_json
 from qwenimg_dist.models.pipeline import CERTIFICATE, fingerprint_component, pipeline_dir
 from qwenimg_dist.prompts_file import prompts_of
 from qwenimg_dist.rewards import refusals, what_counts
@@ -107,12 +107,16 @@ def pin(config: Config) -> Config:
     tree["run"] = {"path": str(out)}
     tree["model"] |= {"path": str(found.pipeline), "revision": None}
     tree["follow"] = False
+    # The held-out rows are those of the data as it is now, whatever order the run repeated; that file may be gone.
+    tree["train"]["replay_generations"] = None
     _check_out(out, found.about())
-    # Where a prompts' file lies, only this machine may know: the ranks read them from the result's folder.
-    prompts = [{"prompt": prompt.text, **prompt.metadata} for prompt in found.prompts]
     write_json(out / ABOUT, found.about())
-    (out / "prompts.jsonl").write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in prompts))
-    tree["sample"] |= {"prompts": [], "prompts_file": str(out / "prompts.jsonl") if prompts else None}
+    if config.sample.prompts_file is not None:
+        # Where it lies, only this machine may know: the ranks read it from the result's folder.
+        rows = [{**one.metadata, "prompt": one.text} for one in found.prompts[len(config.sample.prompts) :]]
+        file = out / "prompts.jsonl"
+        write_bytes(file, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows).encode())
+        tree["sample"]["prompts_file"] = str(file)
     return validate(tree)
 
 

@@ -8,6 +8,7 @@ held out there is held out here. Refuses a data set that holds no images for thi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,7 @@ from qwenimg_dist.data.facets import DataError, Dataset
 from qwenimg_dist.data.generations import Generations
 from qwenimg_dist.data.ledger_config import LedgerConfig
 from qwenimg_dist.data.mirror import data_root
+from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.data.pins import ready_units, why_not_ready
 from qwenimg_dist.models.identity import latents_facet_names, text_facet_name
 from qwenimg_dist.schema import PROMPT
@@ -41,6 +43,11 @@ def validation_generations(
     return made
 
 
+def for_measuring(phases: Sequence[PlannedPhase]) -> tuple[PlannedPhase, ...]:
+    """Without what narrows them, which is of the rows that the run trained on: other data may lack the columns."""
+    return tuple(replace(phase, where=None, row_weights={}, mix=None) for phase in phases)
+
+
 def _open(config: Config, prepared: Prepared, folder: Path) -> Generations:
     latents = latents_facet_names(prepared.pipeline, config)
     classes = sorted({resolution for phase in prepared.ledger.phases for resolution in phase.weights})
@@ -54,10 +61,8 @@ def _open(config: Config, prepared: Prepared, folder: Path) -> Generations:
             raise DataError(why_not_ready(dataset, facets))
     except DataError as error:
         raise DataError(f"evaluate.data_path: {error}") from error
-    # What narrows the phases is of the run's own rows.
-    phases = tuple(replace(phase, where=None, row_weights={}, mix=None) for phase in prepared.ledger.phases)
     ledger = LedgerConfig(
-        phases=phases,
+        phases=for_measuring(prepared.ledger.phases),
         seed=config.train.seed,
         caption_dropout=0.0,
         where=None,

@@ -21,9 +21,10 @@ from qwenimg_dist.config import Config
 _FIXED: Final = ("stage", "curriculum", "optim", "train", "start_from", "source", "filters", "filter_set", "captions")
 
 
-def config_of_run(run_dir: Path, overrides: Sequence[str]) -> Config:
-    """See the module's docstring. Raises `ConfigError` for an override that it refuses, ValueError for a directory
-    without a config that can be read."""
+def config_of_run(run_dir: Path, overrides: Sequence[str], *, trains: bool = True) -> Config:
+    """See the module's docstring. `trains=False`: phases have no `mix` of their own, which names data sets that an
+    override may take away. Raises `ConfigError` for an override that it refuses, ValueError for a directory without a
+    config that can be read."""
     file = run_dir / "config.yaml"
     try:
         kept = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -45,15 +46,18 @@ def config_of_run(run_dir: Path, overrides: Sequence[str]) -> Config:
                 raise ConfigError(f"{override}: the run in {run_dir} has model={tree['model']['name']}: leave it out")
             continue
         _take(tree, given, keys)
+    if not trains:
+        tree["curriculum"] = _without_mix(tree["curriculum"])
     return validate(tree)
 
 
 def config_for_eval(overrides: Sequence[str]) -> Config:
-    """That of the run whose checkpoint or export is judged, where it can be found; else of the overrides alone."""
+    """That of the run whose checkpoint or export is judged, where it can be found; else of the overrides alone. It may
+    be judged on other data sets than it was trained on: how its phases mixed those is left out."""
     given = load_config(overrides)
     place = given.eval.path or given.run.path
     run_dir = _run_of(Path(place)) if place else None
-    return given if run_dir is None else config_of_run(run_dir, overrides)
+    return given if run_dir is None else config_of_run(run_dir, overrides, trains=False)
 
 
 def config_for_drawing(overrides: Sequence[str]) -> Config:
@@ -77,6 +81,14 @@ def _run_of(path: Path) -> Path | None:
         except (OSError, ValueError, KeyError, TypeError):
             return None
     return path if (path / "config.yaml").is_file() else None
+
+
+def _without_mix(curriculum: Any) -> Any:
+    """Whatever else is there is for the validation to judge."""
+    phases = curriculum.get("phases") if isinstance(curriculum, dict) else None
+    if not isinstance(phases, list):
+        return curriculum
+    return {**curriculum, "phases": [{**one, "mix": None} if isinstance(one, dict) else one for one in phases]}
 
 
 def _take(tree: dict[str, Any], given: dict[str, Any], keys: Sequence[str]) -> None:

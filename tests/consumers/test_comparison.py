@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from small_run import overrides
 from written_checkpoint import write_checkpoint
 
+from consumers.compare import _open_held_out
 from consumers.comparison import pin, plan_comparison
+from consumers.hooks import Hooks
 from consumers.pictures import Cell
+from consumers.ranks import Ranks
 from consumers.start_from import open_weights
 from qwenimg_dist.compose import load_config
-from qwenimg_dist.config import StartFromConfig
+from qwenimg_dist.config import Config, StartFromConfig
 from qwenimg_dist.config_of_run import config_for_eval
 from qwenimg_dist.models.pipeline import fingerprint_component
 
@@ -77,6 +82,41 @@ def test_pinned_it_is_the_same_whatever_is_saved_later(root: Path) -> None:
         ("a sign", {}),
     ]
     assert found.cells == [Cell(prompt=p, seed=s) for p in (0, 1) for s in (4, 5)]
+
+
+def test_prompts_of_the_command_and_of_a_file_stay_as_they_are_the_empty_one_too(root: Path) -> None:
+    (root / "prompts.jsonl").write_text('{"prompt": 5, "caption": "a sign"}\n')
+    words = [f"run.path={root / 'child'}", "sample.prompts=['',' a cross ']"]
+    for more, last in (([], []), ([f"sample.prompts_file={root / 'prompts.jsonl'}"], ["a sign"])):
+        found = plan_comparison(pin(config_for_eval([*words, *more])))
+        assert [one.text for one in found.prompts] == ["", " a cross ", *last]
+
+
+def test_held_out_losses_need_nothing_of_what_the_run_trained_on(root: Path) -> None:
+    """Its phases' selections and mixes name columns and data sets, and the order it repeated lies in another run."""
+    child = f"run.path={root / 'child'}"
+    without = classes_of(pin(config_for_eval([child])))
+    narrowed = [
+        "curriculum.phases.low.where=text_level == 0",
+        "+curriculum.phases.high.weights={'theme == \"x\"': 2}",
+        "data.weights={'no_such_column > 1': 2}",
+        f"data.mix={{photos: {{path: {root / 'gone'}, weight: 1}}, text: {{path: {root / 'gone2'}, weight: 1}}}}",
+        "+curriculum.phases.low.mix={photos: 2}",
+        f"train.replay_generations={root / 'gone' / 'generations.jsonl'}",
+    ]
+    tree = load_config([word for word in overrides(root, "child", *narrowed) if not word.startswith("data.path")])
+    (root / "child" / "config.yaml").write_text(yaml.safe_dump(tree.model_dump(mode="json")))
+    other = [child, f"data.path={root / 'data'}", "data.mix={}", f"eval.out={root / 'out'}"]
+    assert classes_of(pin(config_for_eval(other))) == without
+    assert without[64]
+
+
+def classes_of(config: Config) -> dict[int, tuple[str, ...]]:
+    """Keys of the held-out samples, by resolution."""
+    alone = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+    with contextlib.ExitStack() as stack:
+        held_out = _open_held_out(plan_comparison(config), alone, Hooks(), stack)
+    return {resolution: one.keys for resolution, one in held_out.classes.items()}
 
 
 def test_another_comparison_has_another_folder_and_is_not_mixed_into_one(root: Path) -> None:
