@@ -28,7 +28,7 @@ from consumers.evaluate import HeldOut, Measured
 from consumers.held_out import find_other_classes, make_held_out
 from consumers.held_out_pairs import pair_metrics
 from consumers.hooks import Hooks, Stopped
-from consumers.pictures import Sampling, TextFolder, draw_pictures, judge_pictures
+from consumers.pictures import Sampling, TextFolder, draw_pictures, judge_pictures, missing_cells, read_picture
 from consumers.ranks import Ranks
 from consumers.reference_pass import Watch
 from consumers.run_data import open_data
@@ -121,7 +121,7 @@ def _measure(comparison: Comparison, ranks: Ranks, hooks: Hooks) -> None:
 def _done(comparison: Comparison, name: str) -> bool:
     """Whether a model need not be loaded again."""
     folder = comparison.out / "pictures" / name
-    drawn = all(cell.file(folder).is_file() for cell in comparison.cells)
+    drawn = not (comparison.cells and missing_cells(comparison.cells, folder))
     return drawn and bool(comparison.no_losses or _losses(comparison.out, name).is_file())
 
 
@@ -295,8 +295,6 @@ def _measured(kept: Mapping[str, Any]) -> Measured:
 
 def _grids(comparison: Comparison, rewards: Mapping[str, Any] | None) -> list[told.GridPair]:
     """Both models' pictures of the same cells: the first ones, and those whose reward changed most."""
-    from PIL import Image
-
     cells, prompts, shown = comparison.cells, comparison.prompts, comparison.config.eval.shown
     if not cells:
         return []
@@ -315,10 +313,8 @@ def _grids(comparison: Comparison, rewards: Mapping[str, Any] | None) -> list[to
             continue
         files = []
         for name in SIDES:
-            pictures = []
-            for index in indices:
-                with Image.open(cells[index].file(comparison.out / "pictures" / name)) as picture:
-                    pictures.append(picture.convert("RGB"))
+            folder = comparison.out / "pictures" / name
+            pictures = [read_picture(cells[index].file(folder)) for index in indices]
             labels = [prompts[cells[index].prompt].text for index in indices]
             file = comparison.out / f"grid-{number}-{name}.png"
             files.append(save_grid(pictures, labels, file, columns=_GRID_COLUMNS))

@@ -9,8 +9,8 @@ Noise belongs to the seed alone: the same cell of two models begins at the same 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +28,11 @@ from consumers.reference_pass import Watch
 from consumers.zero_engine import FrozenModel
 from qwenimg_dist.config import Config
 from qwenimg_dist.debug import fault_point
-from qwenimg_dist.files import temporary_name
+from qwenimg_dist.files import write_bytes
 from qwenimg_dist.models.generate import generate_latents, seeded_noise, to_pictures
 from qwenimg_dist.models.text_encoder import TextEncoder
 from qwenimg_dist.models.vae import LatentCodec
+from qwenimg_dist.patience import patiently
 from qwenimg_dist.rewards.base import Prompt, Score, Scores
 
 _JUDGED_AT_ONCE: Final = 16
@@ -72,7 +73,8 @@ class TextFolder:
 
     def read(self, text: str) -> torch.Tensor:
         """(T, D) fp32."""
-        features: torch.Tensor = safetensors.torch.load_file(self._file(text))["text"]
+        file = self._file(text)
+        features: torch.Tensor = safetensors.torch.load(patiently(file.read_bytes, str(file)))["text"]
         return features
 
     def encode(self, config: Config, pipeline: Path, texts: Sequence[str], ranks: Ranks, watch: Watch) -> None:
@@ -89,7 +91,7 @@ class TextFolder:
             for text in missing:
                 watch.stage("encoding the prompts")
                 features = encoder.encode([text])[0].float().cpu().contiguous()
-                _replace(self._file(text), safetensors.torch.save({"text": features}))
+                write_bytes(self._file(text), safetensors.torch.save({"text": features}))
             del encoder
             if ranks.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -98,6 +100,26 @@ class TextFolder:
 
     def _file(self, text: str) -> Path:
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
+
+
+def missing_cells(cells: Sequence[Cell], folder: Path) -> list[int]:
+    """Those without a file. By the folder's listing: NFS remembers for a while that a name asked for was not there, on
+    this whole machine, and other machines draw it meanwhile."""
+    try:
+        there = set(patiently(lambda: os.listdir(folder), str(folder)))
+    except FileNotFoundError:
+        there = set()
+    return [i for i, cell in enumerate(cells) if cell.file(folder).name not in there]
+
+
+def read_picture(file: Path) -> Image.Image:
+    """A cell's file, as RGB."""
+
+    def opened() -> Image.Image:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+
+    return patiently(opened, str(file))
 
 
 @torch.no_grad()
@@ -114,7 +136,7 @@ def draw_pictures(
 ) -> None:
     """Draw the cells that have no file in `folder` yet. Collective. Raises ValueError on all ranks where one cannot
     write, and what `watch.stop` raises."""
-    missing: list[int] = ranks.on_first(lambda: [i for i, cell in enumerate(cells) if not cell.file(folder).is_file()])
+    missing: list[int] = ranks.on_first(lambda: missing_cells(cells, folder))
     per_round = sampling.batch_size * ranks.world_size
     negative = ranks.together(lambda: texts.read(sampling.negative_prompt))
     rounds = range(0, len(missing), per_round)
@@ -153,7 +175,9 @@ def judge_pictures(
         for first in range(0, len(mine), _JUDGED_AT_ONCE):
             watch.stage("judging pictures")
             some = [cells[i] for i in mine[first : first + _JUDGED_AT_ONCE]]
-            parts.append(score([_read(cell.file(folder)) for cell in some], [prompts[cell.prompt] for cell in some]))
+            parts.append(
+                score([read_picture(cell.file(folder)) for cell in some], [prompts[cell.prompt] for cell in some])
+            )
         watch.stage("waiting for the other ranks' rewards")
         return parts
 
@@ -188,28 +212,9 @@ def _numbers(parts: Sequence[Values]) -> list[float | None]:
     return [float(value) if np.isfinite(value) else None for part in parts for value in part]
 
 
-def _read(file: Path) -> Image.Image:
-    with Image.open(file) as picture:
-        return picture.convert("RGB")
-
-
 def _save(codec: LatentCodec, latents: torch.Tensor, files: Sequence[Path]) -> None:
     for one, file in zip(latents, files, strict=True):
         (picture,) = to_pictures(codec.decode(one[None]))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(file)
-        try:
-            picture.save(temporary, format="PNG")
-            os.replace(temporary, file)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
-
-def _replace(file: Path, data: bytes) -> None:
-    temporary = temporary_name(file)
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+        sink = io.BytesIO()
+        picture.save(sink, format="PNG")
+        patiently(lambda: write_bytes(file, sink.getvalue()), str(file))  # noqa: B023 - called at once
