@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from qwenimg_dist.commands.ckpt_list import checkpoint_table, lineage_of_run
-from qwenimg_dist.commands.inputs import required
+from qwenimg_dist.commands.inputs import required, wanted_weights
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import Config
 from qwenimg_dist.config_of_run import config_of_run
@@ -83,11 +83,12 @@ def export_run(config: Config, args: list[str]) -> int:
 
     # The model is the one that the run trained, whatever the defaults of this command line are.
     source = pipeline_dir(config_of_run(run_dir, args).model)
+    which = wanted_weights(config, open_checkpoint(run_dir, config.export.step))  # said before all is hashed
     # Read twice, once for the hashes: what is exported leaves the reach of the manifest.
     reader = open_checkpoint(run_dir, config.export.step, verify=True)
     temporary = out.with_name(f".tmp-{out.name}-{uuid.uuid4().hex[:8]}")
     try:
-        _write_pipeline(temporary, source, reader, config)
+        _write_pipeline(temporary, source, reader, which, config)
         if out.exists():
             out.rmdir()
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -99,12 +100,13 @@ def export_run(config: Config, args: list[str]) -> int:
     return 0
 
 
-def _write_pipeline(folder: Path, source: Path, reader: CheckpointReader, config: Config) -> None:
+def _write_pipeline(
+    folder: Path, source: Path, reader: CheckpointReader, which: Literal["master", "ema"], config: Config
+) -> None:
     import torch
 
     from qwenimg_dist.models.weights import SafetensorsDirectory, write_sharded
 
-    which: Literal["master", "ema"] = "master" if config.export.weights == "raw" else "ema"
     dtype = getattr(torch, config.export.dtype)
     _take_over(source, folder, leave_out="transformer")
     transformer = folder / "transformer"

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
+    from consumers.checkpoint_reader import CheckpointReader
+    from qwenimg_dist.config import Config
+
 
 def required(value: str | None, key: str) -> str:
     """`value`, or a ValueError that says which key to set."""
@@ -23,6 +26,15 @@ def usable_device(name: Literal["cpu", "cuda"]) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("cluster.device=cuda, but torch finds no GPU here: set cluster.device=cpu")
     return torch.device(name)
+
+
+def wanted_weights(config: Config, reader: CheckpointReader) -> Literal["master", "ema"]:
+    """What `export.weights` means in a checkpoint, or a ValueError that says what to set where it has no average."""
+    if config.export.weights == "raw":
+        return "master"
+    if not reader.has_ema:
+        raise ValueError(f"{reader.path} has no EMA (optim.ema_decay was 0): set export.weights=raw")
+    return "ema"
 
 
 def describe_os_error(error: OSError) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from qwenimg_dist.commands.inputs import usable_device
+from qwenimg_dist.commands.inputs import usable_device, wanted_weights
 from qwenimg_dist.commands.sample import conditions, load_transformer
 from qwenimg_dist.config import Config
 
@@ -127,6 +127,7 @@ def model_of(config: Config, step: int | None) -> tuple[Path, str | None]:
         return pipeline_dir(config.model), None
     run_dir = Path(config.run.path)
     reader = open_checkpoint(run_dir, step)
+    wanted_weights(config, reader)  # refused before any worker is started
     digest = hashlib.sha256((reader.path / MANIFEST).read_bytes()).hexdigest()[:16]
     return pipeline_dir(config.model), f"{digest} {config.export.weights}"
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
-from qwenimg_dist.commands.inputs import usable_device
+from qwenimg_dist.commands.inputs import usable_device, wanted_weights
 from qwenimg_dist.config import Config
 from qwenimg_dist.config_of_run import config_for_drawing
 from qwenimg_dist.models.prompt_enhance import NEGATIVE_PROMPT, enhance
@@ -158,7 +158,7 @@ def _from_checkpoint(run_dir: Path, config: Config, dtype: Any, device: Any) -> 
 
     folder = pipeline_dir(config.model)
     reader = open_checkpoint(run_dir, config.export.step)
-    which: Literal["master", "ema"] = "master" if config.export.weights == "raw" else "ema"
+    which = wanted_weights(config, reader)
     architecture = load_transformer_config(folder / "transformer")
     model = assemble_transformer(architecture, lambda name: reader.read(name, which), dtype=dtype, device=device)
     return folder, model

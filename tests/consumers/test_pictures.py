@@ -57,9 +57,11 @@ def test_what_is_missing_is_told_without_asking_for_a_name(tmp_path: Path, monke
     def stat(path: Any, **_: Any) -> Any:
         raise AssertionError(f"{path} was asked for: if it is not there, NFS remembers that")
 
-    monkeypatch.setattr(os, "stat", stat)
     away(monkeypatch, os, "listdir", "pictures", times=3)
-    assert missing_cells(CELLS, folder) == [0, 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        missing = missing_cells(CELLS, folder)
+    assert missing == [0, 3]
 
 
 def test_a_moment_without_the_storage_costs_no_picture_its_reward(
