@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from consumers.planning.facts import with_phases_of
+from consumers.planning.memory import rewards_on_device
 from consumers.planning.plan import JobPlan, make_job_plan
 from qwenimg_dist.config import Config, DpoConfig, GrpoConfig
 
@@ -105,6 +106,8 @@ def _candidates(plan: JobPlan) -> Iterator[tuple[list[tuple[str, ...]], str]]:
         yield [online], "a pass over the pairs before the first step"
     if isinstance(config.objective, GrpoConfig) and config.objective.kl_weight:
         yield [("objective.kl_weight=0",)], "nothing holds the model to its start"
+    if isinstance(config.objective, GrpoConfig) and rewards_on_device(config):
+        yield [("reward.device=cpu",)], "rewards on CPU cores, seconds per picture (or cluster.reward_actors with GPUs)"
     if config.engine.gather == "block" and not config.engine.compile:
         yield [("engine.gather=layer",)], "more and smaller collectives, a third gathering with checkpointing"
     if config.optim.ema_decay:

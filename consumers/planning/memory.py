@@ -20,12 +20,15 @@ from consumers.stream import PREFETCH, micro_batch_sizes
 from consumers.zero_settings import deepspeed_config
 from qwenimg_dist.config import Config, GrpoConfig
 from qwenimg_dist.estimate import DeviceMemory, device_memory, offloaded_bytes
+from qwenimg_dist.rewards import REWARDS
 from qwenimg_dist.schema import Bucket
 
 _PROCESS_BYTES: Final = 1.5e9
 """A rank's Python with torch, DeepSpeed and diffusers imported, CUDA's host part among it (0.6 GB without)."""
 _VAE_BYTES: Final = 4.0 * 127e6
 """Rollouts keep the VAE on the device, in fp32; what it needs to decode comes when no graph is there."""
+_CONTEXT_BYTES: Final = 0.5e9
+"""CUDA's own, of a further process on a GPU."""
 _LATENT_CHANNELS: Final = 16
 _DTYPE_BYTES: Final = {"bfloat16": 2, "float32": 4}
 GIB: Final = 1024.0**3
@@ -105,8 +108,17 @@ def memory_of(
         bucket_elements=sizes["reduce_bucket_size"],
         update_elements=min(sizes["sub_group_size"] + model.largest // world_size, model.num_trained // world_size),
         graph=graph,
-        other=_VAE_BYTES if isinstance(config.objective, GrpoConfig) else 0.0,
+        other=_VAE_BYTES + rewards_on_device(config) if isinstance(config.objective, GrpoConfig) else 0.0,
     )
+
+
+def rewards_on_device(config: Config) -> float:
+    """What the rewards' process beside a rank takes of its GPU. Reward actors have GPUs of their own."""
+    reward, cluster = config.reward, config.cluster
+    if reward.device != "cuda" or cluster.device != "cuda" or cluster.reward_actors:
+        return 0.0
+    models = sum(REWARDS[name].device_bytes for name in reward.active if name in REWARDS)
+    return _CONTEXT_BYTES + models if models else 0.0
 
 
 def peak_of(config: Config, model: ModelFacts, data: DataFacts, stream: StreamFacts, *, world_size: int) -> Peak:

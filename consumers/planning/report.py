@@ -22,7 +22,7 @@ _PARTS: Final[Mapping[str, str]] = {
     "gradients": "gradients, fp32",
     "ema": "EMA",
     "reference": "frozen reference",
-    "other": "the VAE of rollouts",
+    "other": "the VAE of rollouts, rewards",
     "gathered": "gathered weights, a block's gradients",
     "buffers": "reduction buffers",
     "activations": "activations",

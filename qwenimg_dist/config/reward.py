@@ -32,7 +32,8 @@ class RewardConfig(Section):
     """CPU threads of the rewards' process. There is one such process per rank or actor, and its threads are taken from
     what else works there."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where models such as `clip` and `pickscore` run. On a rank's GPU they need 2 to 4 GB beside the training."""
+    """Where models such as `clip` and `pickscore` run. On a rank's GPU they need 2 to 4 GB beside the training, which
+    `plan` counts."""
 
     @field_validator("weights")
     @classmethod

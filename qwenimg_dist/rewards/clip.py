@@ -40,4 +40,4 @@ def _load(params: Params, resources: Resources) -> Judge:
     return judge
 
 
-REWARD = Kind(params=Params, load=_load, model=_model)
+REWARD = Kind(params=Params, load=_load, model=_model, device_bytes=1.7e9)

@@ -64,5 +64,7 @@ class Kind(Generic[Params]):
     model: Callable[[Params], Path] | None = None
     """Folder of the model that judges, where there is one. Scores are then told apart by its fingerprint, and not by
     `LOCATION`."""
+    device_bytes: float = 0.0
+    """What the model that it names by default takes of a GPU with `reward.device=cuda`, for `plan`."""
     refuse: Callable[[Prompt, Params], str | None] = _judges_all
     """Why no picture of this prompt could be judged; None for a prompt that is right."""

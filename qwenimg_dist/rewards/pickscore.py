@@ -42,4 +42,4 @@ def _load(params: Params, resources: Resources) -> Judge:
     return judge
 
 
-REWARD = Kind(params=Params, load=_load, model=_model)
+REWARD = Kind(params=Params, load=_load, model=_model, device_bytes=3.9e9)

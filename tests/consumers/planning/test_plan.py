@@ -92,6 +92,23 @@ def test_rollouts_are_forwards_without_a_graph_of_every_picture_of_every_group()
     assert passes_of(held.config).trained == build_objective(held.config).forwards_per_batch
 
 
+def test_rewards_beside_a_rank_take_their_part_of_its_gpu() -> None:
+    words = ["cluster=nodes_8x8", "stage=grpo", "reward.weights.pickscore=1", "reward.weights.clip=2"]
+    plain, words = planned(*words).worst.memory, [*words, "reward.device=cuda"]
+    beside = planned(*words).worst.memory
+    assert beside.total - plain.total == pytest.approx(0.5e9 + 3.9e9 + 1.7e9)
+    rule = ["reward.weights.pickscore=0", "reward.weights.clip=0", "reward.weights.shapes=1"]  # loads nothing
+    for elsewhere in (["cluster.reward_actors=8"], ["cluster.device=cpu"], rule):
+        assert planned(*words, *elsewhere).worst.memory.other == plain.other
+    assert planned(*words, "stage=sft").worst.memory.other == 0  # no rewards are asked
+    room = (plain.total + 3e9) / GIB / 0.9
+    given = [*words, f"cluster.device_memory_gib={room:.2f}", "plan.headroom=0.1"]
+    tight = planned(*given)
+    assert tight.faults
+    offered = changes_that_fit(tight, [*FULL, *given], load_config)
+    assert ("reward.device=cpu",) in [change.overrides for change in offered]
+
+
 def test_phases_are_judged_by_their_own_checkpointing_and_budget() -> None:
     found = planned("cluster=node_8gpu", "curriculum.phases.low.activation_checkpointing=false")
     by_phase = {(peak.stream.phase.name, peak.stream.resolution): peak for peak in found.peaks}
