@@ -218,7 +218,8 @@ def write_certificate(folder: Path, certificate: Mapping[str, Any]) -> FileRecor
 def read_certificate(path: Path) -> dict[str, Any] | None:
     """A checkpoint's certificate; None if it was written without one. Raises `CheckpointError` if it is damaged."""
     try:
-        tree = json.loads((path / CERTIFICATE).read_text(encoding="utf-8"))
+        file = path / CERTIFICATE
+        tree = json.loads(patiently(lambda: file.read_text(encoding="utf-8"), str(file)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

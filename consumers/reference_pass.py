@@ -73,8 +73,8 @@ def open_reference(
         start = prepared.start
         if start is not None and start.source is None:
             raise ValueError(
-                f"the reference is the weights that the run started from, and {start.told} is gone: restore it, or "
-                "give where it is now as start_from"
+                f"the reference is the weights that the run started from, and {start.told} is gone ({start.fault}): "
+                "restore it, or give where every rank finds it now as start_from"
             )
         source = start.source if start is not None else None
         frozen = build_frozen(

@@ -4,8 +4,10 @@ Place in the flow: `preflight` finds them, before anything is started; the sessi
 run that still trains may have a newer checkpoint for the next rank that looks, and writes it into `start_from.json`;
 the engine reads its partitions from them, range by range, whatever number of ranks wrote them. A run that goes on
 keeps to what is recorded there: the fingerprint stands for the starting model, so that the path may change, and once
-the run has a checkpoint of its own the source may go. Architecture, text encoder and VAE stay those of `model.path`.
-Refuses a source of another architecture, and one that is not what the run started from.
+the run has a checkpoint of its own the source may go, for one rank as for all: what a rank's machine can see decides
+nothing for it alone. Storage that is away is waited for, and is not a source that has gone. Architecture, text encoder
+and VAE stay those of `model.path`. Refuses a source of another architecture, and one that is not what the run
+started from.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from qwenimg_dist.config import Config, StartFromConfig
 from qwenimg_dist.files import write_json
 from qwenimg_dist.models.pipeline import CERTIFICATE, ID_LENGTH, PROVENANCE, fingerprint_component
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
+from qwenimg_dist.patience import patiently
 
 if TYPE_CHECKING:
     from consumers.ranks import Ranks
@@ -45,6 +48,8 @@ class StartWeights:
     """None where it is gone and the run goes on from a checkpoint of its own."""
     checkpoint: Path | None
     """Where the source is one: its directory, whose bytes the manifest vouches for."""
+    fault: str = ""
+    """Where the source is gone: what was found instead of it, and by which rank."""
 
     @property
     def fingerprint(self) -> str:
@@ -85,7 +90,8 @@ class CheckpointWeights:
 def find_start(
     config: Config, run_dir: Path, pipeline: Path, *, recorded: dict[str, Any] | None
 ) -> StartWeights | None:
-    """What `start_from` names, or what the run `recorded`; None for `model.path`'s own. Raises ValueError."""
+    """What `start_from` names, or what the run `recorded`; None for `model.path`'s own. Raises ValueError, and
+    `StorageAwayError` where that cannot be told now."""
     given = config.start_from.path
     if given is None:
         if recorded is not None:
@@ -114,7 +120,7 @@ def find_start(
     except (ValueError, OSError) as error:
         if recorded is None or not has_own:
             raise ValueError(f"start_from={given}: {error}") from error
-        return StartWeights(record=recorded, source=None, checkpoint=None)
+        return StartWeights(record=recorded, source=None, checkpoint=None, fault=str(error))
     assert found.source is not None
     check_architecture(found.source, pipeline, f"start_from={given}")
     if recorded is not None and found.fingerprint != recorded["fingerprint"]:
@@ -142,11 +148,16 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
 def agree(
     config: Config, run_dir: Path, pipeline: Path, start: StartWeights | None, ranks: Ranks
 ) -> StartWeights | None:
-    """What rank 0 found, or what the run recorded, on every rank; recorded if new. Collective, under the run's lock."""
+    """What rank 0 found, or what the run recorded, on every rank; recorded if new. Without a source on all of them if
+    one finds it gone. Collective, under the run's lock."""
     if config.start_from.path is None:
         return start
     record = ranks.on_first(lambda: read_record(run_dir) or (start.record if start else None))
     agreed = ranks.together(lambda: find_start(config, run_dir, pipeline, recorded=record))
+    assert agreed is not None
+    # Filling the engine from a source has collectives of its own, and a reference without one is refused.
+    if fault := ranks.first_problem(f"rank {ranks.rank}: {agreed.fault}" if agreed.fault else ""):
+        agreed = replace(agreed, source=None, checkpoint=None, fault=fault)
     ranks.on_first(lambda: write_json(run_dir / START_FROM, record))
     return agreed
 
@@ -170,8 +181,12 @@ def parent_of_pipeline(pipeline: Path) -> dict[str, Any] | None:
 
 
 def open_weights(path: Path, wanted: StartFromConfig, *, key: str = "start_from") -> StartWeights:
-    """The weights of a run, of one of its checkpoints, or of a pipeline directory. Raises ValueError; `key` is what
-    messages call the setting."""
+    """The weights of a run, of one of its checkpoints, or of a pipeline directory. Raises ValueError, and
+    `StorageAwayError` where they cannot be seen now; `key` is what messages call the setting."""
+    return patiently(lambda: _open_weights(path, wanted, key), str(path))
+
+
+def _open_weights(path: Path, wanted: StartFromConfig, key: str) -> StartWeights:
     if (path / "model_index.json").is_file():
         if wanted.step is not None:
             raise ValueError(f"an exported pipeline has no steps: leave {key}.step out")

@@ -22,6 +22,7 @@ CHECKS = (
     "bf16",
     "recompute",
     "away",
+    "start_weights",
     "certificate",
     "save",
     "damage",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,13 @@ from consumers.certificate import parent_of_pipeline
 from consumers.checkpoint_files import checkpoints_dir, describe, rank_file, write_manifest
 from consumers.run_directory import preflight
 from consumers.start_from import START_FROM, StartWeights, find_start
+from qwenimg_dist import patience
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import training_identity
 from qwenimg_dist.files import write_json
 from qwenimg_dist.models.pipeline import PROVENANCE
 from qwenimg_dist.models.safetensors_directory import SafetensorsDirectory
+from qwenimg_dist.patience import StorageAwayError
 from qwenimg_dist.report.run_events import lineage_text
 
 
@@ -29,6 +34,9 @@ def root(small_input: Path, tmp_path: Path) -> Path:
     shutil.copytree(small_input / "pipeline", tmp_path / "pipeline")
     (tmp_path / "data").symlink_to(small_input / "data")
     return tmp_path
+
+
+Results = Callable[[str], dict[str, Any]]
 
 
 def find(root: Path, *words: str, recorded: dict[str, Any] | None = None) -> StartWeights | None:
@@ -149,3 +157,49 @@ def test_raw_or_averaged_is_part_of_the_run_and_the_path_is_not(root: Path) -> N
     base = training_identity(load_config(["start_from=a"]))
     assert training_identity(load_config(["start_from=b"])) == base
     assert training_identity(load_config(["start_from.path=a", "start_from.weights=raw"])) != base
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "word"),
+    [
+        (Path, "is_file", "model_index"),
+        (Path, "read_text", "certificate"),
+        (Path, "read_bytes", "manifest"),
+    ],
+)
+def test_a_source_that_is_away_for_a_moment_has_not_gone(
+    root: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, word: str
+) -> None:
+    write_checkpoint(root, "parent", 2)
+    write_checkpoint(root, "child", 1)
+    words = f"start_from={root / 'parent'}"
+    first = find(root, words, "train.fresh=true")
+    assert first is not None
+    real, left = getattr(owner, name), [2]
+
+    def stale(path: Path, *args: Any, **options: Any) -> Any:
+        if word in path.name and "parent" in str(path) and left[0] > 0:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(owner, name, stale)
+    monkeypatch.setattr(patience, "PAUSES_S", (0.0,) * 3)
+    again = find(root, words, recorded=first.record)
+    assert again is not None
+    assert again.source is not None
+    assert left == [0]
+    left[0] = 99
+    with pytest.raises(StorageAwayError, match="Stale file handle"):
+        find(root, words, recorded=first.record)
+
+
+def test_a_source_that_one_rank_cannot_see_is_gone_for_all(results: Results) -> None:
+    found = results("start_weights")
+    assert found["rank 0"] == found["rank 1"]
+    assert found["rank 0"]["seen"] == [True, True, 2, ""]
+    assert found["rank 0"]["hidden"] == [False, False, 2, "rank 1: no mount"]
+    for stage in ("dpo", "grpo"):
+        kind, told = found["rank 0"][stage]
+        assert kind == "ValueError"
+        assert "is gone (rank 1: no mount): restore it, or give where every rank finds it now" in told

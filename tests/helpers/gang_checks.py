@@ -15,12 +15,13 @@ from typing import Any
 import gang_certificate
 import gang_engine
 import gang_saving
+import gang_start
 import torch
 from gang_world import World
 
 from consumers.engine import start_distributed, stop_distributed
 
-MODULES = (gang_engine, gang_saving, gang_certificate)
+MODULES = (gang_engine, gang_saving, gang_certificate, gang_start)
 SCRIPT = str(Path(__file__).resolve())
 
 
