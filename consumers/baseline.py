@@ -1,7 +1,8 @@
 """What a run is compared with: the held-out set and the starting model's errors on it.
 
 Place in the flow: the session calls it between loading and the first step. At step 0 the engine holds the starting
-model, which is measured and written down; a run that goes on reads it back. Deliberately left out: measuring the
+model, which is measured and written down; a run that goes on reads it back. A run that begins again before its first
+checkpoint, from another model, measures that one on the samples that it has. Deliberately left out: measuring the
 starting model later, which would need a second copy of the weights.
 """
 
@@ -61,8 +62,12 @@ def baseline(
     if note := not_validated(list(measured.datasets), classes):
         say(f"warning: {note}")
     held_out = HeldOut(config, classes, start)
-    if start is None and step == 0:
-        start = held_out.start_of(held_out.measure(engine, None, lambda: stage("the starting model's held-out losses")))
+    model = prepared.model_fingerprint
+    if step == 0 and (start is None or start.model != model):
+        if start is not None and start.model:
+            say("warning: the held-out losses at the start were of another model, this one's are measured instead")
+        found = held_out.measure(engine, None, lambda: stage("the starting model's held-out losses"))
+        start = held_out.start_of(found, model)
         ranks.on_first(lambda: write_json(prepared.run_dir / START_LOSS, start.to_json()))
     elif start is None:
         say("warning: nothing was measured at step 0, so nothing guards against degradation")

@@ -118,8 +118,8 @@ class HeldOut:
             columns.append(errors.double().cpu())
         return torch.stack(columns, dim=-1).numpy()
 
-    def start_of(self, measured: Measured) -> Start:
-        """What is kept of the starting model."""
+    def start_of(self, measured: Measured, model: str) -> Start:
+        """What is kept of the starting model with this fingerprint."""
         keys = {r: one.keys for r, one in self.classes.items()}
         quantiles, seed = tuple(self.quantiles), self._seed
         return Start(
@@ -129,6 +129,7 @@ class HeldOut:
             keys=keys,
             errors=measured.errors,
             rejected=measured.rejected,
+            model=model,
         )
 
     def metrics(

@@ -2,9 +2,10 @@
 
 Place in the flow: the session makes it once, after the first generation is there; `evaluate.py` measures on it. The
 classes that the curriculum trains come from the run's catalog, the others that the data set has latents of from
-`other_classes.py`. What was measured at step 0 is written down (`start_loss.json`: keys, quantiles, seed and the
-starting model's error of every sample), and a resumed run takes its set from there, whatever the config or the data
-set say since. Refuses a resolution that the data set has no latents of, and a set that has lost samples.
+`other_classes.py`. What was measured at step 0 is written down (`start_loss.json`: keys, quantiles, seed, which model
+the run starts from and that model's error of every sample), and a resumed run takes its set from there, whatever the
+config or the data set say since. Refuses a resolution that the data set has no latents of, and a set that has lost
+samples.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Start:
     errors: Errors
     rejected: Errors = field(default_factory=dict)
     """Errors of the rejected pictures, of classes that hold pairs; runs from before they were measured have none."""
+    model: str = ""
+    """Fingerprint of the starting model; runs from before it was written down have none."""
 
     @property
     def losses(self) -> dict[int, float]:
@@ -74,6 +77,7 @@ class Start:
             "num_samples": self.num_samples,
             "sigma_quantiles": list(self.quantiles),
             "seed": self.seed,
+            "model": self.model,
             "classes": {
                 str(resolution): {
                     "keys": list(self.keys[resolution]),
@@ -110,6 +114,7 @@ def start_from_json(kept: Mapping[str, Any] | None) -> Start | None:
         keys={resolution: tuple(entry["keys"]) for resolution, entry in classes.items()},
         errors=_arrays(classes, "errors", len(quantiles)),
         rejected=_arrays(classes, "rejected", len(quantiles)),
+        model=kept.get("model", ""),
     )
 
 

@@ -92,7 +92,7 @@ def test_worst_by_loss_and_by_change() -> None:
 
 
 def test_the_start_is_read_back_as_it_was_written() -> None:
-    start = held_out().start_of(Measured(errors=START))
+    start = held_out().start_of(Measured(errors=START), "abc")
     back = start_from_json(start.to_json())
     assert back is not None
     assert (back.keys, back.quantiles, back.seed) == (start.keys, start.quantiles, start.seed)

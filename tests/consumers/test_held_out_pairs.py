@@ -108,7 +108,7 @@ def test_both_pictures_are_measured_with_the_same_noise_and_kept(tmp_path: Path)
     assert measured.errors[64].shape == measured.rejected[64].shape == (9, 2)
     assert not np.allclose(measured.errors[64], measured.rejected[64])
 
-    start = start_from_json(held_out.start_of(measured).to_json())
+    start = start_from_json(held_out.start_of(measured, "abc").to_json())
     assert start is not None
     assert np.array_equal(start.rejected[64], measured.rejected[64])
     better = Measured(errors={64: measured.errors[64] - 0.5}, rejected=measured.rejected)
