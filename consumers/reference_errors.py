@@ -8,7 +8,8 @@ density), so that another run finds what fits and nothing else:
     <id>/block-00000012.npy       a block's errors, renamed into place when whole; a killed pass goes on behind the last
     <id>/errors.npy               all blocks joined at the end, which is what makes a table usable; memory-mapped
 
-NaN stands where a pair could not be read and that was tolerated. Refuses a table that is not whole.
+NaN stands where a pair could not be read and that was tolerated. Refuses a table that is not whole, and never advises
+to remove one that a run may need: past its first step the starting weights are gone.
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ from qwenimg_dist.data.catalog import Catalog, Ints
 from qwenimg_dist.data.catalogs import Catalogs
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.files import fsync_dir, temporary_name, write_json
+from qwenimg_dist.patience import patiently
 from qwenimg_dist.schema import Bucket
 
 BLOCK: Final = 256
 """Pairs that are computed and committed together: a few hundred MB of latents and texts over all ranks."""
+REMOVING: Final = (
+    "Remove the folder only where no run that uses it has made a step: it is computed again then, from the starting "
+    "weights, which training leaves behind"
+)
 _DIGITS: Final = 20
 
 Errors = npt.NDArray[np.float32]
@@ -126,14 +132,16 @@ class ErrorTable:
             self._block(number).unlink(missing_ok=True)
 
     def open(self) -> Errors:
-        """Memory-map the whole table."""
+        """Memory-map the whole table. Raises `DataError`, and `StorageAwayError` where it cannot be seen now."""
         file = self.folder / "errors.npy"
         try:
-            errors: Errors = np.load(file, mmap_mode="r", allow_pickle=False)
+            errors: Errors = patiently(lambda: np.load(file, mmap_mode="r", allow_pickle=False), str(file))
         except (OSError, ValueError) as error:
-            raise DataError(f"{file} cannot be read ({error}): restore it, or remove {self.folder}") from error
+            raise DataError(f"{file} cannot be read ({error}): restore it. {REMOVING}") from error
         if errors.shape != self._shape:
-            raise DataError(f"{file} is of shape {errors.shape}, these pairs have {self._shape}: remove {self.folder}")
+            raise DataError(
+                f"{file} is of shape {errors.shape}, these pairs have {self._shape}: restore it. {REMOVING}"
+            )
         return errors
 
     def _block(self, number: int) -> Path:
@@ -162,7 +170,7 @@ class ReferenceErrors:
             if (at < 0).any():
                 row = int(np.flatnonzero(at < 0)[0])
                 key = catalog.keys[local[row]].decode()
-                raise DataError(f"{table.folder} has no reference errors of pair {key}: remove it, it is made again")
+                raise DataError(f"{table.folder} has no reference errors of pair {key}: restore it. {REMOVING}")
             parts.append((where, errors[at]))
         found = np.empty((len(rows), *parts[0][1].shape[1:]), dtype=np.float32)
         for where, errors in parts:

@@ -27,7 +27,7 @@ import torch
 from consumers.assemble import Assembler
 from consumers.batch import BadSample, MicroBatch, RankBatch
 from consumers.look_ahead import LookAhead
-from consumers.reference_errors import ReferenceErrors
+from consumers.reference_errors import REMOVING, ReferenceErrors
 from qwenimg_dist.data.catalog import Ints
 from qwenimg_dist.data.catalogs import Catalogs
 from qwenimg_dist.data.facets import DataError
@@ -317,7 +317,9 @@ class Stream:
         for at in np.flatnonzero(lost).tolist():
             problem = f"pair {keys[at]} could not be read when the reference's errors were computed"
             if not self._tolerant:
-                raise DataError(f"{problem}: remove the folder of these errors, or set data.max_bad_samples")
+                raise DataError(
+                    f"{problem}, which data.max_bad_samples allowed then: set it to what it was. {REMOVING}"
+                )
             self._assembler.problems.setdefault(at, problem)
         known, reference = torch.from_numpy(~lost), torch.from_numpy(np.nan_to_num(errors))
         made, begin = [], 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +13,9 @@ from fake_catalog import MemoryCatalogs, memory_catalog
 
 import consumers.reference_errors as module
 from consumers.reference_errors import Entries, ErrorTable, ReferenceErrors, entries_of
+from qwenimg_dist import patience
 from qwenimg_dist.data.facets import DataError
+from qwenimg_dist.patience import StorageAwayError
 
 DRAWS = 3
 BUCKETS_OF_ROWS = ([0, 1, 2, 1, -1, 0, 1], [2, 2, 0])
@@ -103,3 +108,31 @@ def test_other_pairs_than_the_tables_are_refused(catalogs: MemoryCatalogs, tmp_p
     table.join()
     with pytest.raises(DataError, match="these pairs have"):
         ErrorTable(tmp_path, {}, entries(catalogs, 1), DRAWS).open()
+
+
+def test_a_table_that_is_away_is_not_damaged_and_none_is_removed_lightly(
+    catalogs: MemoryCatalogs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = ErrorTable(tmp_path, {}, entries(catalogs, 0), DRAWS)
+    write(table, table.missing())
+    table.join()
+    real, left = np.load, [2]
+
+    def stale(file: Path, **options: Any) -> Any:
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(file))
+        return real(file, **options)
+
+    monkeypatch.setattr(np, "load", stale)
+    monkeypatch.setattr(patience, "PAUSES_S", (0.0,) * 3)
+    assert np.array_equal(table.open(), numbers(table.entries))
+    assert left == [0]
+    left[0] = 99
+    with pytest.raises(StorageAwayError, match=r"errors\.npy: Stale file handle"):
+        table.open()
+    left[0] = 0
+    file = table.folder / "errors.npy"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"restore it\. Remove the folder only where no run .* has made a step"):
+        table.open()
