@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from qwenimg_dist.config import Config, GrpoConfig, flatten
 from qwenimg_dist.files import write_json
+from qwenimg_dist.patience import patiently
 from qwenimg_dist.rewards import what_counts
 
 FILE: Final = "rewards.json"
@@ -22,16 +23,19 @@ FILE: Final = "rewards.json"
 def check_judges(config: Config, run_dir: Path) -> dict[str, Any]:
     """What judges this run; empty of a stage without rewards. Writes nothing.
 
-    Raises ValueError if the run was begun with other rewards, or one of them cannot be found.
+    Raises ValueError if the run was begun with other rewards, or one of them cannot be found, and `StorageAwayError`
+    where that cannot be told now.
     """
     if not isinstance(config.objective, GrpoConfig) or not config.reward.active:
         return {}
     here = what_counts(config.reward)
     file = run_dir / FILE
-    if config.train.fresh or not file.is_file():
+    if config.train.fresh:
         return here
     try:
-        there = flatten(json.loads(file.read_text(encoding="utf-8")))
+        there = flatten(json.loads(patiently(lambda: file.read_text(encoding="utf-8"), str(file))))
+    except FileNotFoundError:
+        return here
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read ({error}): restore it, or choose another run.path") from error
     now = flatten(here)

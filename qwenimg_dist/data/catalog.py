@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from qwenimg_dist.data.columns import Columns
 from qwenimg_dist.data.facets import DataError
+from qwenimg_dist.patience import patiently
 from qwenimg_dist.schema import IMAGE, Bucket, Kind, condition_name
 
 CATALOG_VERSION: Final = 3
@@ -167,19 +168,21 @@ class Catalog:
 
     @classmethod
     def open(cls, folder: Path, dataset_root: Path) -> Catalog:
-        """Memory-map a catalog. Raises `DataError` if it is damaged or of another version."""
+        """Memory-map a catalog. Raises `DataError` if it is damaged or of another version, `StorageAwayError` if that
+        cannot be told now."""
         try:
-            head = json.loads((folder / HEAD).read_text())
-            if head["version"] != CATALOG_VERSION:
-                raise DataError(f"{folder} is a catalog of version {head['version']}: remove it, it is made again")
-            return cls._from_head(folder, dataset_root, head)
+            return patiently(lambda: cls._open(folder, dataset_root), str(folder))
         except (OSError, KeyError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{folder} is damaged ({error}): remove it, it is made again from the data set") from error
 
     @classmethod
-    def _from_head(cls, folder: Path, dataset_root: Path, head: dict[str, Any]) -> Catalog:
+    def _open(cls, folder: Path, dataset_root: Path) -> Catalog:
+        head = json.loads((folder / HEAD).read_text())
+        if head["version"] != CATALOG_VERSION:
+            raise DataError(f"{folder} is a catalog of version {head['version']}: remove it, it is made again")
+
         def load(name: str) -> npt.NDArray[Any]:
             array: npt.NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             return array

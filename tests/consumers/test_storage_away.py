@@ -1,4 +1,5 @@
-"""A checkpoint that cannot be seen for a moment is neither missing nor damaged: no earlier one must take its place."""
+"""What cannot be seen for a moment is neither missing nor damaged: a checkpoint, in whose place no earlier one may
+come, a compiled catalog, what judges a run."""
 
 from __future__ import annotations
 
@@ -8,14 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from fake_dataset import FakeProducer, make_rows
 from written_checkpoint import write_bare_checkpoint
 
 from consumers.checkpoint import share_of_faults
 from consumers.checkpoint_files import STATE, checkpoints_dir, list_checkpoints, step_name
+from consumers.judges import FILE, check_judges, hold_to_judges
 from consumers.ranks import Ranks
 from qwenimg_dist import patience
+from qwenimg_dist.compose import load_config
+from qwenimg_dist.data.catalog import HEAD, Catalog
+from qwenimg_dist.data.catalog_build import build_catalog
+from qwenimg_dist.data.pins import ready_units
 from qwenimg_dist.patience import StorageAwayError
 
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
@@ -73,3 +81,29 @@ def test_nor_is_it_a_damaged_one(run_dir: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize(("owner", "name", "word"), [(Path, "read_text", HEAD), (np, "load", "caption_start")])
+def test_a_catalog_is_not_made_again_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, word: str
+) -> None:
+    producer = FakeProducer(tmp_path / "data", unit_size=8, resolutions=(64,))
+    producer.add(make_rows(8))
+    producer.produce(complete=True)
+    units = ready_units(producer.dataset, producer.facets)
+    folder = build_catalog(producer.dataset, units, producer.facets, tmp_path / "index").folder
+    stale(monkeypatch, owner, name, word, times=3)
+    assert Catalog.open(folder, producer.dataset.root).num_rows == 8
+    stale(monkeypatch, owner, name, word, times=99)
+    with pytest.raises(StorageAwayError, match="Stale file handle"):
+        Catalog.open(folder, producer.dataset.root)
+
+
+def test_a_judge_is_not_another_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(["stage=grpo", "reward.weights.shapes=1"])
+    begun = hold_to_judges(config, tmp_path)
+    stale(monkeypatch, Path, "read_text", FILE, times=3)
+    assert check_judges(config, tmp_path) == begun
+    stale(monkeypatch, Path, "read_text", FILE, times=99)
+    with pytest.raises(StorageAwayError, match="Stale file handle"):
+        check_judges(config, tmp_path)
