@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 from producers.commit import UnitConflictError
 from producers.sources.base import SourceGoneError
+from qwenimg_dist.patience import StorageAwayError
 
 FailureKind = Literal["full_disk", "out_of_memory", "try_again", "encoder_gone", "fatal"]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -87,7 +88,7 @@ def describe_failure(error: Exception) -> Failure:
         return Failure(kind="encoder_gone", message=str(error), trace="", machine=error.machine)
     elif _is_out_of_memory(error):
         kind = "out_of_memory"
-    elif isinstance(error, UnitConflictError | SourceGoneError | OSError):
+    elif isinstance(error, UnitConflictError | SourceGoneError | StorageAwayError | OSError):
         kind = "try_again"
     message = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])  # they name row and file
     return Failure(kind=kind, message=message, trace=traceback.format_exc())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final, TypeVar
 
 from qwenimg_dist.storage import StorageError
@@ -46,6 +47,14 @@ class StorageAwayError(RuntimeError):
 def is_away(error: BaseException | None) -> bool:
     """Whether an error says that storage was away, and nothing of the file."""
     return isinstance(error, StorageAwayError) or (isinstance(error, OSError) and error.errno in _AWAY)
+
+
+def is_seen(file: Path) -> bool:
+    """Whether a file is there, for who asks again soon: False also where its storage does not answer now."""
+    try:
+        return file.exists()
+    except OSError:
+        return False
 
 
 def patiently(action: Callable[[], _Result], what: str, *, between: Callable[[], None] | None = None) -> _Result:

@@ -18,7 +18,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -31,6 +31,7 @@ from qwenimg_dist.commands.train_display import TrainDisplay
 from qwenimg_dist.commands.train_rank import LOG_FILE, STOP_FILE, rank
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import ClusterConfig, Config, GrpoConfig
+from qwenimg_dist.patience import is_seen, patiently
 from qwenimg_dist.rewards import check_rewards
 
 SUMMARY: Final = "one stage on a gang of ZeRO-3 ranks; the same command again resumes"
@@ -204,11 +205,12 @@ class Training:
     def __exit__(self, *_: object) -> None:
         self._rewards.close()
         self._display.end()
-        self._stop_file.unlink(missing_ok=True)
+        with suppress(OSError):  # it is this command's alone: left behind, it stops no other
+            self._stop_file.unlink(missing_ok=True)
 
     def start(self, ranks: int) -> None:
         """Start a gang of so many ranks; none is at work."""
-        self._stop_file.unlink(missing_ok=True)
+        patiently(lambda: self._stop_file.unlink(missing_ok=True), str(self._stop_file))
         self._ranks = ranks
         cluster = self._config.cluster.model_copy(update={"ranks": ranks})
         config = self._config.model_copy(update={"cluster": cluster})
@@ -225,7 +227,7 @@ class Training:
         self._display.update()
         if alive:
             self._gang.join(_POLL_S)
-        elif self._gang.leaves and not self._stop_file.exists():
+        elif self._gang.leaves and not is_seen(self._stop_file):
             told = f"a machine is taken away (Ray drains it): the ranks have saved, {self._ranks} start on what stays"
             self.console.print(told, highlight=False)
             self.start(self._ranks)
@@ -237,9 +239,10 @@ class Training:
         yet are not waited for: there is nothing to save."""
         if abandon and not self._display.heard:
             self._unstarted = True
-        elif not self._stop_file.exists():
-            self.console.print(why, highlight=False)
-            self._stop_file.touch()
+        elif not is_seen(self._stop_file):
+            with suppress(OSError):  # storage that is away: asked again, as long as the ranks go on
+                self._stop_file.touch()
+                self.console.print(why, highlight=False)
 
     def ended(self) -> Ended:
         """How it ended. Only after `poll` was False."""

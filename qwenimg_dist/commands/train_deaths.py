@@ -26,7 +26,7 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from producers.deaths import why_died
 from qwenimg_dist.config import ClusterConfig
-from qwenimg_dist.patience import StorageAwayError
+from qwenimg_dist.patience import StorageAwayError, is_seen
 
 _LESS_MEMORY: Final = "run fewer ranks per machine, or lower `micro_batch_tokens` of the phases"
 _QUOTED_CHARACTERS: Final = 300
@@ -65,7 +65,7 @@ class Deaths(WorkerGroupCallback):  # type: ignore[misc]
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """Before a gang is placed, and again a minute later for as long as there is no room for it."""
-        if self._stop_file.exists():
+        if is_seen(self._stop_file):
             raise GangStoppedError("stopped while no ranks were there")
         self._told = False
         now = time.monotonic()

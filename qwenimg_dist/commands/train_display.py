@@ -7,11 +7,14 @@ terminal steps move the bar, all else is a line above it; elsewhere all are line
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qwenimg_dist.patience import patiently
 
 
 class TrainDisplay:
@@ -20,7 +23,7 @@ class TrainDisplay:
     def __init__(self, console: Console, log: Path, num_steps: int) -> None:
         self._console = console
         self._log = log
-        self._position = self._log.stat().st_size if self._log.exists() else 0
+        self._position = patiently(lambda: log.stat().st_size if log.exists() else 0, str(log))
         self.heard = False
         """Whether the ranks have said anything: until then there is nothing to save."""
         self._bar = Progress(
@@ -51,9 +54,8 @@ class TrainDisplay:
                 self._console.print(line, highlight=False, markup=False)
 
     def _new_lines(self) -> Iterator[str]:
-        if not self._log.exists():
-            return
-        with open(self._log, encoding="utf-8", errors="replace") as source:
+        # No log yet, or storage that does not answer for a moment: what is new is shown at a later look.
+        with suppress(OSError), open(self._log, encoding="utf-8", errors="replace") as source:
             source.seek(self._position)
             yield from self._whole_lines(source)
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from qwenimg_dist.commands.inputs import required
 from qwenimg_dist.config import Config
+from qwenimg_dist.patience import is_seen
 from qwenimg_dist.rewards.base import Score
 
 STOP_FILE: Final = ".stop"
@@ -52,7 +53,7 @@ def rank(job: dict[str, Any]) -> dict[str, Any]:
         say(f"{os.environ.get('WORLD_SIZE', '1')} ranks are there")
     try:
         hooks = Hooks(
-            stop_requested=lambda: is_first and (stop_file.exists() or (trains and machine_leaves())),
+            stop_requested=lambda: is_first and (is_seen(stop_file) or (trains and machine_leaves())),
             say=say,
             log_file=str((run_dir / LOG_FILE).absolute()),
             command_id=str(job["command_id"]),

@@ -6,11 +6,12 @@ import errno
 import os
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from qwenimg_dist import patience
-from qwenimg_dist.patience import StorageAwayError, is_away, patiently
+from qwenimg_dist.patience import StorageAwayError, is_away, is_seen, patiently
 from qwenimg_dist.storage import ObjectChangedError, StorageError
 
 
@@ -68,3 +69,14 @@ def test_what_is_away_and_what_is_not() -> None:
     assert not is_away(ObjectChangedError(errno.EBADMSG, "has 4 bytes, 5 were committed", "s3://b/a"))
     assert not is_away(ValueError("a"))
     assert not is_away(None)
+
+
+def test_what_cannot_be_seen_now_is_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").touch()
+    assert (is_seen(tmp_path / "a"), is_seen(tmp_path / "b")) == (True, False)
+
+    def no_answer(_: Path) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "exists", no_answer)
+    assert not is_seen(tmp_path / "a")
