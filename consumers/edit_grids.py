@@ -3,7 +3,8 @@
 Place in the flow: the trainer draws them beside the grids of prompts; `samples/edits-step-NNNNNNNN.png` appears. All
 that is needed lies in the data set (condition latents, text features that saw the pictures, those of the empty
 instruction for guidance), so no encoder is held. An edit has sizes of its own and is drawn alone; each rank draws as
-many, which under ZeRO-3 is what counts, and rank 0 decodes. Refuses nothing; without held-out edits there is no grid.
+many, which under ZeRO-3 is what counts, and rank 0 decodes. Refuses nothing: an edit that some rank cannot read is left
+out and told, on all ranks alike, and without held-out edits there is no grid.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 from consumers.batch import MicroBatch
 from consumers.ema import Ema
 from consumers.grids import saved_or_said
+from consumers.ranks import Ranks
+from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.generations import Generations
 from qwenimg_dist.data.held_out import HeldOutBucket
 from qwenimg_dist.models.generate import generate_latents, save_grid, seeded_noise, to_pictures
@@ -32,6 +35,10 @@ if TYPE_CHECKING:
     from consumers.session import Session
 
 
+Read = dict[int, tuple[MicroBatch, MicroBatch]]
+"""Number of an edit -> the edit, and the same with the empty instruction."""
+
+
 @torch.no_grad()
 def draw_edits(session: Session, ema: Ema | None, *, resolution: int, suffix: str = "") -> Path | None:
     """One row per edit, by the EMA's weights if given; returns the file on rank 0. Collective."""
@@ -39,15 +46,14 @@ def draw_edits(session: Session, ema: Ema | None, *, resolution: int, suffix: st
     chosen = chosen_edits(session.generations, resolution, evaluate.edits) if grids is not None else []
     if grids is None or not chosen:
         return None
-    per_rank = -(-len(chosen) // ranks.world_size)
-    mine = [min(ranks.rank * per_rank + index, len(chosen) - 1) for index in range(per_rank)]
-    asked = [one for at in mine for one in _with_empty(session, chosen[at])]
-    read = ranks.together(lambda: session.stream.whole(asked))
-    shown = ranks.together(lambda: session.stream.whole(chosen) if ranks.is_first else [])
+    there, read = readable(session, chosen)
+    if not there:
+        return None
     drawn = []
     session.engine.train(False)
     with ema.applied() if ema is not None else contextlib.nullcontext():
-        for at, micro, empty in zip(mine, read[::2], read[1::2], strict=True):
+        for at in _share(there, ranks):
+            micro, empty = read[at]
             noise = seeded_noise([evaluate.seed + at], micro.bucket.height, micro.bucket.width)
             drawn.append(
                 generate_latents(
@@ -62,10 +68,11 @@ def draw_edits(session: Session, ema: Ema | None, *, resolution: int, suffix: st
                 )
             )
     session.engine.train()
+    chosen = [chosen[at] for at in there]
     latents = _gathered(session, chosen, drawn)
     if grids.codec is None:
         return None
-    codec = grids.codec
+    codec, shown = grids.codec, [read[at][0] for at in there]
     return saved_or_said(lambda: _save(session, codec, chosen, shown, latents, suffix))
 
 
@@ -79,6 +86,47 @@ def chosen_edits(generations: Generations, resolution: int, limit: int) -> list[
         for at in range(len(group.rows))
     ]
     return sorted(alone, key=lambda one: int(one.slots[0]))[:limit]
+
+
+def readable(session: Session, chosen: Sequence[HeldOutBucket]) -> tuple[list[int], Read]:
+    """Which of the edits can be drawn, the same on every rank, and what this one has read of them: its share, and rank
+    0, which shows them, all. Collective.
+
+    What is left out moves the shares, so they are looked at again until every rank has read its own.
+    """
+    ranks, there, read = session.ranks, list(range(len(chosen))), Read()
+    while there:
+        wanted = there if ranks.is_first else _share(there, ranks)
+        lost = ranks.together(lambda: _read(session, chosen, wanted, read))  # noqa: B023 - called at once
+        problems = {int(at): why for one in ranks.gather_json(lost) for at, why in one.items()}
+        if not problems:
+            break
+        if ranks.is_first:
+            session.hooks.say(
+                f"warning: the grid goes without {len(problems)} of {len(there)} edits, which cannot be read "
+                f"(evaluate.edits=0 draws none): {problems[min(problems)]}"
+            )
+        there = [at for at in there if at not in problems]
+    return there, read
+
+
+def _share(there: Sequence[int], ranks: Ranks) -> list[int]:
+    """The edits that this rank draws; as many on every rank, of which the last draws one again where they run out."""
+    per_rank = -(-len(there) // ranks.world_size)
+    return [there[min(ranks.rank * per_rank + index, len(there) - 1)] for index in range(per_rank)]
+
+
+def _read(session: Session, chosen: Sequence[HeldOutBucket], wanted: Sequence[int], read: Read) -> dict[int, str]:
+    """Read what is not there yet; which could not be, and why."""
+    problems = {}
+    for at in dict.fromkeys(wanted):
+        if at not in read:
+            try:
+                micro, empty = session.stream.whole(_with_empty(session, chosen[at]))
+                read[at] = micro, empty
+            except DataError as error:
+                problems[at] = str(error)
+    return problems
 
 
 def _with_empty(session: Session, edit: HeldOutBucket) -> tuple[HeldOutBucket, HeldOutBucket]:
