@@ -25,6 +25,7 @@ from qwenimg_dist.config import Config
 from qwenimg_dist.models.generate import generate_latents, load_scheduler_config, save_grid, seeded_noise, to_pictures
 from qwenimg_dist.models.text_encoder import TextEncoder
 from qwenimg_dist.models.vae import LatentCodec
+from qwenimg_dist.patience import StorageAwayError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def saved_or_said(save: Callable[[], Path]) -> Path | None:
     """
     try:
         return save()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StorageAwayError) as error:
         sys.stderr.write(f"warning: a grid of samples was not written ({type(error).__name__}: {error})\n")
         return None
 

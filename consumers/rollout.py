@@ -140,12 +140,14 @@ class Rollouts:
         begin = time.perf_counter()
         window = draw_window(self._config.train.seed, step, length=objective.window, within=objective.window_within)
         shown = objective.group_grid_every > 0 and (step + 1) % objective.group_grid_every == 0
+        # Looked up before the first forward: a rank that failed between two would leave the others in theirs.
+        prompts = self._ranks.together(lambda: [self._prompts(batch, micro) for micro in batch.micro_batches])
         judging = self._scorer.begin()
         engine.train(False)
         drawn = []
-        for micro in batch.micro_batches:
+        for micro, asked in zip(batch.micro_batches, prompts, strict=True):
             tell("rollouts")
-            drawn.append(self._draw(engine, batch, micro.to(self._ranks.device), window, step, judging, keep=shown))
+            drawn.append(self._draw(engine, micro.to(self._ranks.device), asked, window, step, judging, keep=shown))
             fault_point("rollout")
         engine.train()
         rollout_s, begin = time.perf_counter() - begin, time.perf_counter()
@@ -168,8 +170,8 @@ class Rollouts:
     def _draw(
         self,
         engine: Engine,
-        batch: RankBatch,
         micro: MicroBatch,
+        prompts: Sequence[Prompt],
         window: range,
         step: int,
         judging: Judging,
@@ -191,9 +193,9 @@ class Rollouts:
             draws=draws.to(self._ranks.device),
         )
         means = [self._reference_mean(micro, one) for one in taken]
-        real = np.flatnonzero(micro.weights.cpu().numpy() > 0)
+        real = _real(micro)
         pictures = self._decode(end[real]) if len(real) else []
-        judging.put(pictures, self._prompts(batch, micro, real))
+        judging.put(pictures, prompts)
         return _Drawn(micro=micro, taken=taken, reference_means=means, real=real, pictures=pictures if keep else [])
 
     def _reference_mean(self, micro: MicroBatch, one: Transition) -> torch.Tensor | None:
@@ -209,9 +211,10 @@ class Rollouts:
         parts = [latents[start : start + at_once] for start in range(0, len(latents), at_once)]
         return [picture for part in parts for picture in to_pictures(self._codec.decode(part))]
 
-    def _prompts(self, batch: RankBatch, micro: MicroBatch, rows: npt.NDArray[np.int64]) -> list[Prompt]:
+    def _prompts(self, batch: RankBatch, micro: MicroBatch) -> list[Prompt]:
+        """Of its real rows. Reads the catalogs."""
         assert self._generations is not None
-        slots = micro.slots.cpu().numpy()[rows]
+        slots = micro.slots.cpu().numpy()[_real(micro)]
         unique, inverse = np.unique(batch.batch.rows[slots], return_inverse=True)
         found = [Prompt(text=text, metadata=meta) for text, meta in self._generations.catalogs.prompts(unique)]
         return [found[index] for index in inverse.tolist()]
@@ -319,6 +322,11 @@ def _own_rewards(config: Config, stack: ExitStack) -> Score:
         return stack.enter_context(RewardService(config.reward)).score
     except RewardError as error:
         raise ValueError(str(error)) from error
+
+
+def _real(micro: MicroBatch) -> npt.NDArray[np.int64]:
+    """Its rows that are prompts of the batch, and no filling."""
+    return np.flatnonzero(micro.weights.cpu().numpy() > 0)
 
 
 def _to_train(drawn: _Drawn, advantages: Rewards) -> list[MicroBatch]:
