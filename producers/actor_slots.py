@@ -4,7 +4,7 @@ Place in the flow: the producers (`pool.py`) and the workers of `pairs` are such
 answer for `cluster.unit_timeout_s` is replaced here, and its task handed back: whether it is tried again is for its
 owner to say. Nothing is left to Ray's own retries: actors are started with `max_restarts=0` and `max_task_retries=0`,
 and answer `ready()` with their `Seat` once they are made. Refuses to wait for what cannot come: a start that fails
-again and again, places that nobody gives back, a cluster without a machine.
+before any has come about, or again and again, places that nobody gives back, a cluster without a machine.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ Place = TypeVar("Place")
 _PLACED_S: Final = 600.0
 """After this long without a single actor running, waiting for one is of no use. Not about loading models: an actor
 answers before it does."""
+_REST_S: Final = 10.0
+"""Before an actor whose start failed is started again, times the failures in a row: a machine that has just joined may
+lack its shared storage for a while."""
 _RAY_GONE_S: Final = 10.0
 """So often it is asked whether Ray is alive while no actor runs."""
 
@@ -89,13 +92,17 @@ class ActorSlots(Generic[Task, Place]):
         self._start, self._run = start, run
         self._needs, self._who, self._less_memory, self._error = needs, who, less_memory, error
         self._deaths_at_start = 0
+        self._was_ready = False
+        """Some actor of this pool has started well: what all of them need is there."""
+        self._resting: list[tuple[float, Place]] = []
+        """When (monotonic seconds) the actor of which place is started again."""
         self._ray_asked = time.monotonic()
         self._slots: list[Slot[Task, Place]] = []
         for place in places:
             self._slots.append(self._started(place))
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._slots) + len(self._resting)
 
     @property
     def num_idle(self) -> int:
@@ -114,8 +121,11 @@ class ActorSlots(Generic[Task, Place]):
 
     def wait(self, timeout_s: float) -> list[Answer[Task, Place] | Loss[Task]]:
         """What ended, nothing if nothing did in time. Raises `error` where it is of no use to wait on."""
+        self._start_rested()
         busy = {slot.pending: slot for slot in self._slots if slot.pending is not None}
         if not busy:
+            if self._resting and not self._slots:
+                time.sleep(min(timeout_s, 1.0))
             return []
         ended, _ = ray.wait(list(busy), num_returns=1, timeout=timeout_s)
         events = [event for one in ended if (event := self._collect(busy[one])) is not None]
@@ -131,7 +141,7 @@ class ActorSlots(Generic[Task, Place]):
     def close(self) -> None:
         """End the actors."""
         end_actors((slot.actor, slot.seat) for slot in self._slots)
-        self._slots = []
+        self._slots, self._resting = [], []
 
     def _started(self, place: Place) -> Slot[Task, Place]:
         actor = self._start(place)
@@ -146,7 +156,7 @@ class ActorSlots(Generic[Task, Place]):
             return self._lost(slot, error)
         slot.pending = slot.task = None
         if task is None:
-            self._deaths_at_start = 0
+            self._deaths_at_start, self._was_ready = 0, True
             slot.seat = reply
             return None
         return Answer(slot=slot, task=task, reply=reply)
@@ -155,12 +165,24 @@ class ActorSlots(Generic[Task, Place]):
         task, machine = slot.task, machine_died(error)
         why = why_died(error, who=f"the {self._who}", less_memory=self._less_memory)
         if task is None:
-            never = isinstance(error, ActorDiedError) and error.actor_init_failed
+            init_failed = isinstance(error, ActorDiedError) and error.actor_init_failed
             self._deaths_at_start += not machine
-            if never or self._deaths_at_start > self._cluster.unit_retries:
+            if (init_failed and not self._was_ready) or self._deaths_at_start > self._cluster.unit_retries:
                 raise self._error(f"a {self._who} cannot start: {why}")
+            if init_failed:
+                end_actors([(slot.actor, slot.seat)])
+                self._slots.remove(slot)
+                self._resting.append((time.monotonic() + _REST_S * self._deaths_at_start, slot.place))
+                return None
         self.renew(slot)
         return None if task is None else Loss(task=task, why=why, machine=machine)
+
+    def _start_rested(self) -> None:
+        now = time.monotonic()
+        due = [place for at, place in self._resting if at <= now]
+        self._resting = [(at, place) for at, place in self._resting if at > now]
+        for place in due:
+            self._slots.append(self._started(place))
 
     def _end_silent(self) -> list[Loss[Task]]:
         """Replace actors that have not answered for `cluster.unit_timeout_s`."""
@@ -173,7 +195,7 @@ class ActorSlots(Generic[Task, Place]):
 
     def _check_placed(self) -> None:
         """Some actors may wait for room as long as others work; if all do, nothing will ever happen."""
-        if any(slot.seat is not None for slot in self._slots):
+        if not self._slots or any(slot.seat is not None for slot in self._slots):
             return
         now = time.monotonic()
         waited = now - max(slot.since for slot in self._slots)
