@@ -41,6 +41,7 @@ from consumers.checkpoint_files import (
 from consumers.ranks import Ranks
 from consumers.start_from import START_FROM
 from qwenimg_dist.files import fsync_dir, write_json
+from qwenimg_dist.patience import StorageAwayError, patiently
 from qwenimg_dist.storage import Object, ObjectChangedError, Storage, check_url
 
 RUN_ID: Final = "run_id.json"
@@ -277,7 +278,7 @@ def _records(manifest: bytes) -> list[FileRecord]:
 def _read_id(run_dir: Path) -> str | None:
     file = run_dir / RUN_ID
     try:
-        return str(json.loads(file.read_text())["run_id"])
+        return str(json.loads(patiently(file.read_text, str(file)))["run_id"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -296,7 +297,7 @@ def _fault_of_copy(action: Callable[[], None]) -> str:
 def _told(action: Callable[[], None]) -> str:
     try:
         action()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StorageAwayError) as error:
         return str(error) or type(error).__name__
     return ""
 

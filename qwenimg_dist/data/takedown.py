@@ -28,6 +28,7 @@ from qwenimg_dist.data.facets import DataError, Dataset, Part
 from qwenimg_dist.data.part_tables import newest, to_array
 from qwenimg_dist.data.pins import UnitPins, parallel
 from qwenimg_dist.files import write_json
+from qwenimg_dist.patience import patiently
 from qwenimg_dist.schema import LISTING, SCAN
 
 FOLDER: Final = "takedown"
@@ -58,7 +59,7 @@ def read_takedown(file: str | Path | None) -> Takedown:
     if file is None:
         return NOTHING
     try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        lines = patiently(lambda: Path(file).read_text(encoding="utf-8-sig"), f"data.takedown={file}").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"data.takedown={file} cannot be read ({error}): it is a UTF-8 text file, one uri, key or sha256 per line"
@@ -79,7 +80,8 @@ def recorded(run: Path, digest: str) -> Takedown:
         return NOTHING
     file = _copy(run, digest)
     try:
-        takedown = Takedown(entries=tuple(json.loads(file.read_text(encoding="utf-8"))))
+        text = patiently(lambda: file.read_text(encoding="utf-8"), str(file))
+        takedown = Takedown(entries=tuple(json.loads(text)))
     except (OSError, ValueError, TypeError):
         takedown = NOTHING
     if takedown.digest != digest:

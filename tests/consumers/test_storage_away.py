@@ -19,11 +19,14 @@ from consumers.checkpoint import share_of_faults
 from consumers.checkpoint_files import STATE, checkpoints_dir, list_checkpoints, step_name
 from consumers.judges import FILE, check_judges, hold_to_judges
 from consumers.ranks import Ranks
+from consumers.remote_checkpoints import RUN_ID, _read_id
 from qwenimg_dist import patience
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.catalog import HEAD, Catalog
 from qwenimg_dist.data.catalog_build import build_catalog
 from qwenimg_dist.data.pins import ready_units
+from qwenimg_dist.data.takedown import Takedown, keep_copy, read_takedown, recorded
+from qwenimg_dist.files import write_json
 from qwenimg_dist.patience import StorageAwayError
 
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
@@ -107,3 +110,27 @@ def test_a_judge_is_not_another_for_a_moment(tmp_path: Path, monkeypatch: pytest
     stale(monkeypatch, Path, "read_text", FILE, times=99)
     with pytest.raises(StorageAwayError, match="Stale file handle"):
         check_judges(config, tmp_path)
+
+
+def test_nor_is_a_takedown_list_or_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "takedown.txt"
+    file.write_text("a.jpg\n")
+    told = read_takedown(file)
+    keep_copy(tmp_path, told)
+    reads: list[Callable[[], Takedown]] = [lambda: read_takedown(file), lambda: recorded(tmp_path, told.digest)]
+    for read in reads:
+        with monkeypatch.context() as moment:
+            stale(moment, Path, "read_text", "takedown", times=3)
+            assert read() == told
+            stale(moment, Path, "read_text", "takedown", times=99)
+            with pytest.raises(StorageAwayError, match="Stale file handle"):
+                read()
+
+
+def test_nor_is_a_run_another_one_than_its_bucket_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / RUN_ID, {"run_id": "abc"})
+    stale(monkeypatch, Path, "read_text", RUN_ID, times=3)
+    assert _read_id(tmp_path) == "abc"
+    stale(monkeypatch, Path, "read_text", RUN_ID, times=99)
+    with pytest.raises(StorageAwayError, match="Stale file handle"):
+        _read_id(tmp_path)
