@@ -73,7 +73,7 @@ def draw_edits(session: Session, ema: Ema | None, *, resolution: int, suffix: st
     if grids.codec is None:
         return None
     codec, shown = grids.codec, [read[at][0] for at in there]
-    return saved_or_said(lambda: _save(session, codec, chosen, shown, latents, suffix))
+    return saved_or_said(lambda: _save(session, codec, chosen, shown, latents, suffix), session.hooks.say)
 
 
 def chosen_edits(generations: Generations, resolution: int, limit: int) -> list[HeldOutBucket]:

@@ -10,7 +10,6 @@ and the encoder is gone when training begins. Refuses nothing; a rank without a 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +40,9 @@ class Drawn:
 class Grids:
     """The fixed prompts' features on every rank, and the VAE on rank 0."""
 
-    def __init__(self, config: Config, pipeline: Path, ranks: Ranks) -> None:
+    def __init__(self, config: Config, pipeline: Path, ranks: Ranks, say: Callable[[str], None]) -> None:
         """Collective; call before the engine is built."""
+        self._say = say
         self._config = config
         self._ranks = ranks
         self.scheduler = ranks.together(lambda: load_scheduler_config(pipeline))
@@ -90,11 +90,11 @@ class Grids:
             return None
         pictures = [picture for one in latents for picture in to_pictures(self.codec.decode(one[None]))]
         file = Path(self._config.run.path or ".") / "samples" / f"step-{step:08d}{suffix}.png"
-        saved = saved_or_said(lambda: save_grid(pictures, list(evaluate.prompts), file, columns=4))
+        saved = saved_or_said(lambda: save_grid(pictures, list(evaluate.prompts), file, columns=4), self._say)
         return Drawn(file=saved, prompts=tuple(evaluate.prompts), pictures=tuple(pictures)) if saved else None
 
 
-def saved_or_said(save: Callable[[], Path]) -> Path | None:
+def saved_or_said(save: Callable[[], Path], say: Callable[[str], None]) -> Path | None:
     """What rank 0 alone does at the end of a grid: failing there, it would leave the others in their next collective.
 
     A disk without room ends the run through its logs, on all ranks.
@@ -102,7 +102,7 @@ def saved_or_said(save: Callable[[], Path]) -> Path | None:
     try:
         return save()
     except (OSError, ValueError, StorageAwayError) as error:
-        sys.stderr.write(f"warning: a grid of samples was not written ({type(error).__name__}: {error})\n")
+        say(f"warning: a grid of samples was not written ({type(error).__name__}: {error})")
         return None
 
 

@@ -27,6 +27,7 @@ from PIL import Image
 from consumers.batch import MicroBatch, RankBatch, RolloutStep
 from consumers.errors import TrainingError
 from consumers.grids import saved_or_said
+from consumers.hooks import Hooks
 from consumers.objectives.base import Predict
 from consumers.objectives.grpo import Groups, Rewards, group_advantages, guided_velocity
 from consumers.ranks import Ranks
@@ -94,13 +95,22 @@ class _Answers:
 class Rollouts:
     """Draws and judges. One per rank and run; `bind` it to the engine before the first `play`."""
 
-    def __init__(self, config: Config, objective: GrpoConfig, pipeline: Path, ranks: Ranks, score: Score) -> None:
+    def __init__(
+        self,
+        config: Config,
+        objective: GrpoConfig,
+        pipeline: Path,
+        ranks: Ranks,
+        score: Score,
+        say: Callable[[str], None],
+    ) -> None:
         """Loads the VAE, frozen: call before the engine is built, whose `zero.Init` it must not meet. Collective."""
         self._config = config
         self._objective = objective
         self._ranks = ranks
         self._scheduler = ranks.together(lambda: load_scheduler_config(pipeline))
         self._codec = ranks.together(lambda: LatentCodec.load(pipeline, device=ranks.device))
+        self._say = say
         self._scorer = Scorer(score, timeout_s=objective.reward_timeout_s)
         self._failed_rounds = 0
         self._engine: Engine | None = None
@@ -281,7 +291,7 @@ class Rollouts:
         pixels = self._ranks.sum_tensor(pixels.to(self._ranks.device)).cpu()
         if not self._ranks.is_first:
             return None
-        return saved_or_said(lambda: self._save_grid(batch, answers, chosen, pixels, step))
+        return saved_or_said(lambda: self._save_grid(batch, answers, chosen, pixels, step), self._say)
 
     def _save_grid(
         self, batch: RankBatch, answers: _Answers, chosen: Sequence[int], pixels: torch.Tensor, step: int
@@ -304,15 +314,14 @@ def drawn_by_a_phase(generations: Generations, catalog: Catalog) -> npt.NDArray[
     return mask
 
 
-def open_rollouts(
-    config: Config, pipeline: Path, ranks: Ranks, score: Score | None, stack: ExitStack
-) -> Rollouts | None:
+def open_rollouts(config: Config, pipeline: Path, ranks: Ranks, hooks: Hooks, stack: ExitStack) -> Rollouts | None:
     """Those of a run whose objective draws pictures, with the rewards that were injected, or the config's in a process
     of their own. Collective; call before the engine is built."""
     objective = config.objective
     if not isinstance(objective, GrpoConfig):
         return None
-    return Rollouts(config, objective, pipeline, ranks, score or ranks.together(lambda: _own_rewards(config, stack)))
+    score = hooks.score or ranks.together(lambda: _own_rewards(config, stack))
+    return Rollouts(config, objective, pipeline, ranks, score, hooks.say)
 
 
 def _own_rewards(config: Config, stack: ExitStack) -> Score:

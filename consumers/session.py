@@ -141,8 +141,8 @@ def open_session(config: Config, ranks: Ranks, hooks: Hooks) -> Iterator[Session
             prepared = replace(prepared, start=weights, model_fingerprint=weights.fingerprint)
         judges = _on_first(ranks, lambda: hold_to_judges(config, prepared.run_dir))
         prepared = replace(prepared, judges=judges)
-        grids = _grids(config, prepared, ranks)
-        rollouts = open_rollouts(config, prepared.pipeline, ranks, hooks.score, stack)
+        grids = _grids(config, prepared, ranks, hooks)
+        rollouts = open_rollouts(config, prepared.pipeline, ranks, hooks, stack)
 
         check_device(config, ranks)
         hooks.stage("loading the weights")
@@ -256,13 +256,13 @@ def _check_start(start: StartWeights, ranks: Ranks) -> None:
         raise ValueError(f"start_from: {start.checkpoint}: {fault}; start_from.step takes an earlier checkpoint")
 
 
-def _grids(config: Config, prepared: Prepared, ranks: Ranks) -> Grids | None:
+def _grids(config: Config, prepared: Prepared, ranks: Ranks, hooks: Hooks) -> Grids | None:
     edits = config.evaluate.edits and EDIT in kinds_of(config).values()
     if not config.evaluate.grid_every or not (config.evaluate.prompts or edits):
         return None
     from consumers.grids import Grids  # brings text encoder and VAE, which most starts do not need
 
-    return Grids(config, prepared.pipeline, ranks)
+    return Grids(config, prepared.pipeline, ranks, hooks.say)
 
 
 def _forwards_of_rollouts(config: Config) -> int:

@@ -98,8 +98,10 @@ def test_prompts_that_cannot_be_looked_up_are_told_before_the_first_forward(
     assert began == []
 
 
-def test_a_grid_whose_words_are_away_ends_no_rank_alone() -> None:
+def test_a_grid_whose_words_are_away_ends_no_rank_alone_and_is_said_where_it_is_heard() -> None:
     def save() -> Path:
         raise StorageAwayError("away")
 
-    assert saved_or_said(save) is None
+    said: list[str] = []
+    assert saved_or_said(save, said.append) is None
+    assert said == ["warning: a grid of samples was not written (StorageAwayError: away)"]
