@@ -62,7 +62,8 @@ def wait_until_committed(data: Path, num_parts: int, process: subprocess.Popen[s
 @pytest.mark.parametrize("names", [("raylet", "gcs_server"), ("raylet",), ("gcs_server",)], ids="+".join)
 def test_ray_is_killed(names: tuple[str, ...], source: Path, calm: Dataset, tmp_path: Path) -> None:
     command = words(source, tmp_path / "data")
-    process = start(*command)
+    faults = mark(tmp_path / "faults", source / "013.png", "sleep")  # so that it cannot end before it is noticed
+    process = start(*command, fault_dir=faults)
     try:
         wait_until_committed(tmp_path / "data", 6, process)
         killed = daemons(process.pid, *names)
