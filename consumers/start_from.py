@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 START_FROM: Final = "start_from.json"
 """In a run directory: what it started from, if that was not `model.path`'s own transformer."""
+_ANEW: Final = "choose another run.path, or start anew here with train.fresh=true"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,20 +98,19 @@ def find_start(
         if recorded is not None:
             raise ValueError(
                 f"{run_dir} started from {recorded['path']} (step {recorded['step']}): give "
-                f"start_from={recorded['path']} to go on, or choose another run.path"
+                f"start_from={recorded['path']} to go on, {_ANEW}"
             )
         return None
     step = config.start_from.step
     if recorded is not None and step not in (None, recorded["step"]):
         raise ValueError(
             f"{run_dir} started from step {recorded['step']} of {recorded['path']}, not from start_from.step={step}: "
-            "leave that out to go on, or choose another run.path"
+            f"leave that out to go on, {_ANEW}"
         )
     has_own = any(info.fault is None for info in list_checkpoints(run_dir))
     if recorded is None and has_own and not config.train.fresh:
         raise ValueError(
-            f"{run_dir} started from model.path, start_from={given} is new to it: leave it out to go on, choose "
-            "another run.path, or start anew here with train.fresh=true"
+            f"{run_dir} started from model.path, start_from={given} is new to it: leave it out to go on, {_ANEW}"
         )
     try:
         pinned = config.start_from
@@ -126,7 +126,7 @@ def find_start(
     if recorded is not None and found.fingerprint != recorded["fingerprint"]:
         raise ValueError(
             f"start_from={given} holds weights {found.fingerprint}, {run_dir} started from {recorded['fingerprint']} "
-            f"({recorded['path']}, step {recorded['step']}): give that again, or choose another run.path"
+            f"({recorded['path']}, step {recorded['step']}): give that again, {_ANEW}"
         )
     return replace(found, record=recorded) if recorded is not None else found
 

@@ -104,12 +104,13 @@ def test_killed_in_the_pass_and_in_training_is_the_same_run(root: Path, referenc
     ended = train(root, "killed", log="-1", faults=faults)
     assert -signal.SIGKILL in [end.code for end in ended]
     assert len(list((root / "killed" / "reference").rglob("errors.npy"))) == 0
-    blocks = {file: file.stat().st_mtime_ns for file in (root / "killed" / "reference").rglob("block-*.npy")}
-    assert len(blocks) == 2
+    # Rank 0 may still commit the third one before it notices the death of the other.
+    num_blocks = len(list((root / "killed" / "reference").rglob("block-*.npy")))
+    assert num_blocks in (2, 3)
     (faults / "checkpoint_write@2").touch()  # and in the middle of the second checkpoint
     ended = train(root, "killed", log="-2", faults=faults)
     assert -signal.SIGKILL in [end.code for end in ended]
-    assert "reference at 64 px: block 1 of 1" in ended[0].output
+    assert ("reference at 64 px: block 1 of 1" in ended[0].output) == (num_blocks == 2)
     assert [info.step for info in list_checkpoints(root / "killed")] == [2]
     ended = train(root, "killed", log="-3")
     assert [end.code for end in ended] == [0, 0], ended[0].output[-3000:]
