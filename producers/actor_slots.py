@@ -49,6 +49,8 @@ class Slot(Generic[Task, Place]):
     task: Task | None = None
     seat: Seat | None = None
     """Known once the actor is ready."""
+    failed_starts: int = 0
+    """Actors in this place, one after the other, that died before they were ready."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +93,10 @@ class ActorSlots(Generic[Task, Place]):
         self._cluster = cluster
         self._start, self._run = start, run
         self._needs, self._who, self._less_memory, self._error = needs, who, less_memory, error
-        self._deaths_at_start = 0
         self._was_ready = False
         """Some actor of this pool has started well: what all of them need is there."""
-        self._resting: list[tuple[float, Place]] = []
-        """When (monotonic seconds) the actor of which place is started again."""
+        self._resting: list[tuple[float, Slot[Task, Place]]] = []
+        """When (monotonic seconds) the actor of which slot is started again."""
         self._ray_asked = time.monotonic()
         self._slots: list[Slot[Task, Place]] = []
         for place in places:
@@ -135,13 +136,16 @@ class ActorSlots(Generic[Task, Place]):
     def renew(self, slot: Slot[Task, Place]) -> None:
         """End an actor and start another one in its place: what a process holds it may not give back."""
         end_actors([(slot.actor, slot.seat)])
-        fresh = self._started(slot.place)
-        slot.actor, slot.pending, slot.since, slot.task, slot.seat = fresh.actor, fresh.pending, fresh.since, None, None
+        self._start_in(slot)
 
     def close(self) -> None:
         """End the actors."""
         end_actors((slot.actor, slot.seat) for slot in self._slots)
         self._slots, self._resting = [], []
+
+    def _start_in(self, slot: Slot[Task, Place]) -> None:
+        fresh = self._started(slot.place)
+        slot.actor, slot.pending, slot.since, slot.task, slot.seat = fresh.actor, fresh.pending, fresh.since, None, None
 
     def _started(self, place: Place) -> Slot[Task, Place]:
         actor = self._start(place)
@@ -156,7 +160,7 @@ class ActorSlots(Generic[Task, Place]):
             return self._lost(slot, error)
         slot.pending = slot.task = None
         if task is None:
-            self._deaths_at_start, self._was_ready = 0, True
+            slot.failed_starts, self._was_ready = 0, True
             slot.seat = reply
             return None
         return Answer(slot=slot, task=task, reply=reply)
@@ -166,23 +170,24 @@ class ActorSlots(Generic[Task, Place]):
         why = why_died(error, who=f"the {self._who}", less_memory=self._less_memory)
         if task is None:
             init_failed = isinstance(error, ActorDiedError) and error.actor_init_failed
-            self._deaths_at_start += not machine
-            if (init_failed and not self._was_ready) or self._deaths_at_start > self._cluster.unit_retries:
+            slot.failed_starts += not machine  # of this place: a machine with many of them fails as often at once
+            if (init_failed and not self._was_ready) or slot.failed_starts > self._cluster.unit_retries:
                 raise self._error(f"a {self._who} cannot start: {why}")
             if init_failed:
                 end_actors([(slot.actor, slot.seat)])
                 self._slots.remove(slot)
-                self._resting.append((time.monotonic() + _REST_S * self._deaths_at_start, slot.place))
+                self._resting.append((time.monotonic() + _REST_S * slot.failed_starts, slot))
                 return None
         self.renew(slot)
         return None if task is None else Loss(task=task, why=why, machine=machine)
 
     def _start_rested(self) -> None:
         now = time.monotonic()
-        due = [place for at, place in self._resting if at <= now]
-        self._resting = [(at, place) for at, place in self._resting if at > now]
-        for place in due:
-            self._slots.append(self._started(place))
+        due = [slot for at, slot in self._resting if at <= now]
+        self._resting = [(at, slot) for at, slot in self._resting if at > now]
+        for slot in due:
+            self._start_in(slot)
+            self._slots.append(slot)
 
     def _end_silent(self) -> list[Loss[Task]]:
         """Replace actors that have not answered for `cluster.unit_timeout_s`."""

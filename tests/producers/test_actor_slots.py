@@ -108,6 +108,24 @@ def test_a_machine_that_has_just_joined_may_lack_its_storage_for_a_while(monkeyp
     assert (len(pool.slots), pool.slots.num_idle) == (2, 2)
 
 
+def test_a_whole_machine_that_lacks_its_storage_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    num = 2 * RETRIES + 2
+    fail, well = [start_failed() for _ in range(num)], [seat(pid) for pid in range(num)]
+    pool = Pool(monkeypatch, num, [*well, *fail, *well])
+    for _ in range(num):
+        pool.wait()
+        pool.slots.submit("a")
+    for one in pool.running:
+        one.value = ActorDiedError()
+    for _ in range(2 * num):
+        pool.wait()
+    assert (len(pool.slots), pool.slots.num_idle, len(pool.starts)) == (num, 0, num)
+    pool.pass_time(11.0)
+    for _ in range(num):
+        pool.wait()
+    assert (len(pool.slots), pool.slots.num_idle, pool.starts) == (num, num, [])
+
+
 def test_starts_that_fail_again_and_again_end_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Pool(monkeypatch, 1, [seat(1), *(start_failed() for _ in range(9))])
     pool.wait()
