@@ -53,7 +53,7 @@ def rank(job: dict[str, Any]) -> dict[str, Any]:
         say(f"{os.environ.get('WORLD_SIZE', '1')} ranks are there")
     try:
         hooks = Hooks(
-            stop_requested=lambda: is_first and (is_seen(stop_file) or (trains and machine_leaves())),
+            stop_requested=lambda: is_first and stop_asked(stop_file, machine_leaves if trains else None),
             say=say,
             log_file=str((run_dir / LOG_FILE).absolute()),
             command_id=str(job["command_id"]),
@@ -66,6 +66,12 @@ def rank(job: dict[str, Any]) -> dict[str, Any]:
     except TrainingError as error:
         return {"error": str(error), "code": 1}
     return {"outcome": outcome, "leaves": trains and outcome == "stopped" and machine_leaves()}
+
+
+def stop_asked(stop_file: Path, leaves: Callable[[], bool] | None) -> bool:
+    """Before each step: by the command, or because this machine `leaves`. Storage that does not answer is asked again
+    at the next one."""
+    return is_seen(stop_file) or (leaves is not None and leaves())
 
 
 def _observer(run_dir: Path) -> Callable[[Mapping[str, float]], None]:

@@ -9,15 +9,13 @@ from typing import Any, cast
 
 import torch
 from fake_dataset import FakeProducer, make_rows
+from held_out_run import held_out_run
 
 from consumers.baseline import baseline
 from consumers.held_out import START_LOSS, Start
 from consumers.ranks import Ranks
 from consumers.stream import Stream
 from qwenimg_dist.compose import load_config
-from qwenimg_dist.data.generations import Generations
-from qwenimg_dist.data.ledger_config import LedgerConfig
-from qwenimg_dist.data.phases import PlannedPhase
 
 
 class Model:
@@ -41,21 +39,9 @@ class Run:
         producer = FakeProducer(root / "data", unit_size=8, resolutions=(64,))
         producer.add(make_rows(30, sizes=((256, 256), (128, 256))))
         producer.produce(complete=True)
-        phase = PlannedPhase(
-            index=0,
-            first_step=0,
-            last_step=9,
-            weights={64: 1.0},
-            global_batch=4,
-            micro_batch_tokens=80,
-            lr_scale=1.0,
-            where=None,
-        )
-        config = LedgerConfig(phases=(phase,), seed=1, caption_dropout=0.0, where=None, held_out=0.5, max_held_out=9)
         self.folder = root / "run"
-        self.ledger = config
-        self.generations = Generations(self.folder, producer.dataset, producer.facets, config, follow=False)
-        self.generations.advance(0)
+        self.generations = held_out_run(self.folder, producer, held_out=0.5, max_held_out=9)
+        self.ledger = self.generations.config
         self.said: list[str] = []
 
     def begin(self, model: Model, fingerprint: str, step: int = 0, *words: str) -> Start:

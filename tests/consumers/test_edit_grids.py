@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from fake_dataset import FakeProducer, make_rows
+from held_out_run import held_out_run
 from PIL import Image
 from small_run import TRANSFORMER
 
@@ -27,8 +28,6 @@ from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.facets import DataError
 from qwenimg_dist.data.generations import Generations
 from qwenimg_dist.data.held_out import HeldOutBucket
-from qwenimg_dist.data.ledger_config import LedgerConfig
-from qwenimg_dist.data.phases import PlannedPhase
 from qwenimg_dist.models.transformer import build_transformer
 
 EDITS = 6
@@ -42,20 +41,7 @@ def run(tmp_path: Path) -> Generations:
     producer = FakeProducer(tmp_path / "edits", unit_size=4, resolutions=(64,), edits=True)
     producer.add(make_rows(40, captions=2, sizes=((256, 256), (128, 256))))
     producer.produce(complete=True)
-    phase = PlannedPhase(
-        index=0,
-        first_step=0,
-        last_step=9,
-        weights={64: 1.0},
-        global_batch=4,
-        micro_batch_tokens=80,
-        lr_scale=1.0,
-        where=None,
-    )
-    config = LedgerConfig(phases=(phase,), seed=1, caption_dropout=0.0, where=None, held_out=0.4, max_held_out=16)
-    made = Generations(tmp_path / "run", producer.dataset, producer.facets, config, follow=False)
-    made.advance(0)
-    return made
+    return held_out_run(tmp_path / "run", producer, held_out=0.4, max_held_out=16)
 
 
 class Codec:

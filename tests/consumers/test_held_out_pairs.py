@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fake_dataset import FakeProducer, fake_latents, fake_rejected, make_rows
+from held_out_run import held_out_run
 
 from consumers.evaluate import HeldOut, Measured
 from consumers.held_out import HeldOutClass, make_held_out, start_from_json
@@ -19,8 +20,6 @@ from consumers.ranks import Ranks
 from consumers.stream import Stream
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.generations import Generations
-from qwenimg_dist.data.ledger_config import LedgerConfig
-from qwenimg_dist.data.phases import PlannedPhase
 
 START = {64: np.array([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]]), 128: np.array([[5.0, 5.0]])}
 START_REJECTED = {64: np.array([[3.0, 4.0], [3.0, 4.0], [3.0, 4.0]])}
@@ -63,20 +62,7 @@ def generations_of_pairs(root: Path) -> Generations:
     producer = FakeProducer(root / "data", unit_size=8, resolutions=(64,), pairs=True)
     producer.add(make_rows(30, sizes=((256, 256), (128, 256))))
     producer.produce(complete=True)
-    phase = PlannedPhase(
-        index=0,
-        first_step=0,
-        last_step=9,
-        weights={64: 1.0},
-        global_batch=4,
-        micro_batch_tokens=80,
-        lr_scale=1.0,
-        where=None,
-    )
-    config = LedgerConfig(phases=(phase,), seed=1, caption_dropout=0.0, where=None, held_out=0.5, max_held_out=9)
-    made = Generations(root / "run", producer.dataset, producer.facets, config, follow=False)
-    made.advance(0)
-    return made
+    return held_out_run(root / "run", producer, held_out=0.5, max_held_out=9)
 
 
 def test_both_pictures_are_measured_with_the_same_noise_and_kept(tmp_path: Path) -> None:

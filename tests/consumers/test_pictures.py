@@ -3,9 +3,7 @@ and what bears its name is whole."""
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from storage_away import stale
 
 from consumers.hooks import Hooks
 from consumers.pictures import Cell, TextFolder, _save, judge_pictures, missing_cells, read_picture
 from consumers.ranks import Ranks
 from consumers.reference_pass import Watch
-from qwenimg_dist import patience
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.models.tiny import tiny_pipeline_dir
 from qwenimg_dist.patience import StorageAwayError
@@ -28,21 +26,6 @@ CELLS = [Cell(prompt=prompt, seed=seed) for prompt in range(2) for seed in (3, 4
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 CODEC: Any = SimpleNamespace(decode=lambda latents: latents)
 QUIET = Watch(stage=Hooks().stage, say=Hooks().say, stop=lambda: None)
-
-
-def away(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, word: str, *, times: int) -> None:
-    """The first calls on a path with this word in it raise ESTALE; waiting takes no time."""
-    real: Callable[..., Any] = getattr(owner, name)
-    left = [times]
-
-    def call(path: Any, *args: Any, **options: Any) -> Any:
-        if word in str(path) and left[0] > 0:
-            left[0] -= 1
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
-        return real(path, *args, **options)
-
-    monkeypatch.setattr(owner, name, call)
-    monkeypatch.setattr(patience, "PAUSES_S", (0.0,) * 3)
 
 
 def draw(folder: Path, cells: list[Cell]) -> None:
@@ -57,7 +40,7 @@ def test_what_is_missing_is_told_without_asking_for_a_name(tmp_path: Path, monke
     def stat(path: Any, **_: Any) -> Any:
         raise AssertionError(f"{path} was asked for: if it is not there, NFS remembers that")
 
-    away(monkeypatch, os, "listdir", "pictures", times=3)
+    stale(monkeypatch, os, "listdir", "pictures", times=3)
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", stat)
         missing = missing_cells(CELLS, folder)
@@ -72,10 +55,10 @@ def test_a_moment_without_the_storage_costs_no_picture_its_reward(
         return Scores(components={"wide": total}, total=total, failures={}, timeouts={})
 
     draw(tmp_path, CELLS)
-    away(monkeypatch, Image, "open", "00001-3", times=3)
+    stale(monkeypatch, Image, "open", "00001-3", times=3)
     prompts = [Prompt(text="a"), Prompt(text="b")]
     assert judge_pictures(score, CELLS, prompts, tmp_path, ALONE, QUIET)["total"] == [24.0] * 4
-    away(monkeypatch, Image, "open", "00001-3", times=99)
+    stale(monkeypatch, Image, "open", "00001-3", times=99)
     with pytest.raises(StorageAwayError, match=r"00001-3\.png: Stale file handle"):
         read_picture(CELLS[2].file(tmp_path))
 
@@ -103,5 +86,5 @@ def test_pictures_and_texts_are_on_the_disk_before_they_bear_their_names(
     texts.encode(load_config([]), tiny_pipeline_dir(), ["", "a red circle", ""], ALONE, QUIET)
     assert sorted(named) == [".png", ".png", ".safetensors", ".safetensors"]
     assert texts.read("a red circle").shape[0] > texts.read("").shape[0] > 0
-    away(monkeypatch, Path, "read_bytes", "text", times=3)
+    stale(monkeypatch, Path, "read_bytes", "text", times=3)
     assert texts.read("").dtype == torch.float32

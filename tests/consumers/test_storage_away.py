@@ -3,7 +3,6 @@ come, a compiled catalog, what judges a run."""
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fake_dataset import FakeProducer, make_rows
+from storage_away import stale
 from written_checkpoint import write_bare_checkpoint
 
 from consumers.checkpoint import share_of_faults
@@ -20,7 +20,6 @@ from consumers.checkpoint_files import STATE, checkpoints_dir, list_checkpoints,
 from consumers.judges import FILE, check_judges, hold_to_judges
 from consumers.ranks import Ranks
 from consumers.remote_checkpoints import RUN_ID, _read_id
-from qwenimg_dist import patience
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.data.catalog import HEAD, Catalog
 from qwenimg_dist.data.catalog_build import build_catalog
@@ -37,21 +36,6 @@ def run_dir(tmp_path: Path) -> Path:
     for step in (4, 8):
         write_bare_checkpoint(tmp_path, step, {})
     return tmp_path
-
-
-def stale(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, word: str, *, times: int) -> None:
-    """The first calls of a function on a path with this word in it raise ESTALE; waiting takes no time."""
-    real: Callable[..., Any] = getattr(owner, name)
-    left = [times]
-
-    def call(path: Any, *args: Any, **options: Any) -> Any:
-        if word in str(path) and left[0] > 0:
-            left[0] -= 1
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
-        return real(path, *args, **options)
-
-    monkeypatch.setattr(owner, name, call)
-    monkeypatch.setattr(patience, "PAUSES_S", (0.0,) * 3)
 
 
 PLACES = [(os, "listdir", "checkpoints"), (Path, "read_text", "manifest"), (Path, "stat", "rank-00000")]

@@ -13,7 +13,7 @@ from qwenimg_dist.commands import train_display
 from qwenimg_dist.commands.train import Training
 from qwenimg_dist.commands.train_deaths import Deaths
 from qwenimg_dist.commands.train_display import TrainDisplay
-from qwenimg_dist.commands.train_rank import LOG_FILE
+from qwenimg_dist.commands.train_rank import LOG_FILE, stop_asked
 from qwenimg_dist.compose import load_config
 from qwenimg_dist.config import ClusterConfig
 
@@ -67,3 +67,14 @@ def test_a_gang_starts_anew_though_the_storage_that_ended_it_is_still_away(
     deaths = Deaths(tmp_path, tmp_path / LOG_FILE, tmp_path / ".stop-1", ClusterConfig())
     away(monkeypatch)
     deaths.before_worker_group_start(None)
+
+
+def test_a_rank_that_cannot_see_whether_it_is_to_stop_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = tmp_path / ".stop-1"
+    stop.touch()
+    with monkeypatch.context() as patch:
+        away(patch)
+        assert not stop_asked(stop, None)
+        assert stop_asked(stop, lambda: True)  # it is taken away
+    assert stop_asked(stop, None)
+    assert not stop_asked(tmp_path / ".stop-2", lambda: False)
